@@ -1,0 +1,242 @@
+"""A family's table at given sizes: every parameter with its shape, every axis with its spans, every count.
+
+FLOPs follow "Small LLMs: Pruning vs Training from Scratch" table 9: every matrix of the blocks and the LM head once,
+QK^T and AV over the full T x T square, nothing for norms, softmax, RoPE, activations, biases and the embedding gather.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from .axes import Axis, Span
+from .errors import UserError
+from .families import Family, Param, family_of
+from .shape import LayerShape, Shape
+
+Exactness = Literal["exact", "fold"]
+
+
+@dataclass(frozen=True)
+class Tensor_:
+    """One declared parameter of a model: its shape, its row in the family's table, and where it belongs."""
+
+    shape: tuple[int, ...]
+    param: Param
+    layer: int | None = None
+    sublayer: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """A weight matrix of a block: what sparse methods may prune."""
+        return len(self.shape) == 2 and self.layer is not None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All parameters and axes of one model, from its config alone."""
+
+    family: Family
+    shape: Shape
+    flags: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, config: Any) -> Anatomy:
+        """Read a Hugging Face config; raises UserError for an unknown family or a size that cannot be."""
+        family = family_of(config.model_type)
+        flags = {flag for flag in family.flags if getattr(config, flag, False)}
+        return cls(family, Shape.of(config), frozenset(flags)).checked()
+
+    def checked(self) -> Anatomy:
+        """Self, or UserError where query heads cannot share the KV heads evenly."""
+        for i, layer in enumerate(self.shape.layers):
+            if layer.num_key_value_heads and layer.num_attention_heads % layer.num_key_value_heads:
+                raise UserError(
+                    f"config.json: layer {i} has {layer.num_attention_heads} query heads for {layer.num_key_value_heads} "
+                    "KV heads; the first must be a multiple of the second"
+                )
+        return self
+
+    def with_flags(self, *flags: str) -> Anatomy:
+        """The same sizes with more optional parameters (biases)."""
+        return replace(self, flags=self.flags | set(flags))
+
+    def with_shape(self, shape: Shape) -> Anatomy:
+        """The same family and flags at other sizes."""
+        return replace(self, shape=shape)
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor_]:
+        """Every parameter by its name in the state dict, tied head excluded."""
+        out: dict[str, Tensor_] = {}
+        for module, params in self.family.outer.items():
+            for leaf, param in params.items():
+                if self._exists(param):
+                    out[f"{module}.{leaf}"] = Tensor_(self._dims(param, None), param)
+        table = self.family.block_params()
+        for i, layer in enumerate(self.shape.layers):
+            for name, (sublayer, param) in table.items():
+                if sublayer not in layer.skipped and self._exists(param):
+                    out[self.block_name(i) + name] = Tensor_(self._dims(param, layer), param, i, sublayer)
+        return out
+
+    def block_name(self, layer: int) -> str:
+        """Prefix of a block's parameters: ``model.layers.3.``"""
+        return f"{self.family.blocks}.{layer}."
+
+    def _exists(self, param: Param) -> bool:
+        flags = self.flags | ({"untied"} if not self.shape.tie_word_embeddings else set())
+        return not param.when or any(flag in flags for flag in param.when)
+
+    def _dims(self, param: Param, layer: LayerShape | None) -> tuple[int, ...]:
+        return tuple(sum(self._dim(segment, layer) for segment in segments) for segments in param.dims)
+
+    def _dim(self, segment: str, layer: LayerShape | None) -> int:
+        s = self.shape
+        if segment in ("hidden", "vocab"):
+            return s.hidden_size if segment == "hidden" else s.vocab_size
+        if segment == "head_dim":
+            return s.head_dim
+        assert layer is not None, segment
+        sizes = {
+            "q": layer.num_attention_heads * s.head_dim,
+            "kv": layer.num_key_value_heads * s.head_dim,
+            "intermediate": layer.intermediate_size,
+        }
+        return sizes[segment]
+
+    # -- axes ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def axes(self) -> dict[str, Axis]:
+        """Every axis by name: ``layers``, ``hidden``, ``vocab``, and per layer ``layers.<i>.<axis>``."""
+        spans: dict[str, list[Span]] = defaultdict(list)
+        sizes: dict[str, int] = {"layers": self.shape.num_hidden_layers, "hidden": self.shape.hidden_size}
+        sizes["vocab"] = self.shape.vocab_size
+        for name, tensor in self.tensors.items():
+            for dim, segments in enumerate(tensor.param.dims):
+                self._add_spans(spans, sizes, name, tensor, dim, segments)
+            if tensor.layer is not None:
+                spans["layers"].append(Span(name, 0, block=tensor.shape[0], only=tensor.layer))
+                sublayer = f"layers.{tensor.layer}.{tensor.sublayer}"
+                spans[sublayer].append(Span(name, 0, block=tensor.shape[0]))
+                sizes[sublayer] = 1
+        return {name: Axis(name, sizes[name], tuple(spans[name])) for name in sizes}
+
+    def _add_spans(
+        self,
+        spans: dict[str, list[Span]],
+        sizes: dict[str, int],
+        name: str,
+        t: Tensor_,
+        dim: int,
+        segments: tuple[str, ...],
+    ) -> None:
+        layer = None if t.layer is None else self.shape.layers[t.layer]
+        offset = 0
+        for segment in segments:
+            if segment in ("hidden", "vocab"):
+                spans[segment].append(Span(name, dim, offset=offset))
+            elif layer is not None and segment != "head_dim":
+                for axis, size, span in self._inner(segment, layer, name, dim, offset):
+                    spans[f"layers.{t.layer}.{axis}"].append(span)
+                    sizes[f"layers.{t.layer}.{axis}"] = size
+            offset += self._dim(segment, layer)
+
+    def _inner(self, segment: str, layer: LayerShape, name: str, dim: int, offset: int) -> list[tuple[str, int, Span]]:
+        """The spans that one segment of a block's tensor gives to the axes inside its layer."""
+        if segment == "intermediate":
+            return [("intermediate", layer.intermediate_size, Span(name, dim, offset=offset))]
+        head, groups = self.shape.head_dim, layer.num_key_value_heads
+        per_group = layer.num_attention_heads // groups
+        if segment == "kv":
+            return [("kv_heads", groups, Span(name, dim, block=head, offset=offset))]
+        strided = Span(name, dim, block=head, offset=offset, repeat=groups, stride=per_group * head)
+        return [
+            ("kv_heads", groups, Span(name, dim, block=per_group * head, offset=offset)),
+            ("q_heads", per_group, strided),
+        ]
+
+    def exactness(self, axis: str) -> Exactness:
+        """How a sliced model relates to a zeroed one: ``exact``, or equal once the norm gains are folded (``fold``)."""
+        normed = any(self.tensors[s.param].param.norm for s in self.axes[axis].spans)
+        whole = axis == "layers" or axis.endswith((".attention", ".mlp"))
+        return "fold" if normed and not whole else "exact"
+
+    @property
+    def eps_scalable(self) -> bool:
+        """Whether every norm runs over the stem, so that scaling the one epsilon makes the stem's fold exact."""
+        return all(t.param.dims == (("hidden",),) for t in self.tensors.values() if t.param.norm)
+
+    def reader(self, axis: str) -> Span:
+        """The span of the matrix that reads an inner axis (o_proj for heads, down_proj for FFN channels)."""
+        return next(s for s in self.axes[axis].spans if s.dim == 1)
+
+    # -- counts -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def num_params(self) -> int:
+        """All parameters, a tied embedding once."""
+        return sum(t.numel for t in self.tensors.values())
+
+    @cached_property
+    def block_params(self) -> int:
+        """Parameters of the blocks: embeddings, head and final norm excluded. `--ratio` is a fraction of these."""
+        return sum(t.numel for t in self.tensors.values() if t.layer is not None)
+
+    @cached_property
+    def matrix_params(self) -> int:
+        """Parameters of the blocks' weight matrices alone."""
+        return sum(t.numel for t in self.tensors.values() if t.is_matrix)
+
+    def unit_params(self, axis: str) -> int:
+        """Parameters that one unit of an axis owns at the present sizes (for ``layers``: of the first layer)."""
+        total = 0
+        for span in self.axes[axis].spans:
+            if span.only in (None, 0):
+                shape = self.tensors[span.param].shape
+                total += span.rows_per_unit * math.prod(shape) // shape[span.dim]
+        return total
+
+    def flops(self, seq_len: int, *, density: float = 1.0, convention: Literal["matrices", "all"] = "matrices") -> int:
+        """Forward FLOPs of one sequence of `seq_len` tokens.
+
+        A sparse model's zeros cost nothing in theory: ``matrices`` scales the pruned matrices by `density` (18.6 TF for
+        Llama-3.1-8B at 50 %); ``all`` scales everything, as the study printed it (16.5 TF).
+        """
+        s = self.shape
+        attention = 4 * seq_len**2 * s.head_dim * sum(layer.num_attention_heads for layer in s.layers)
+        head = 2 * seq_len * s.vocab_size * s.hidden_size
+        blocks = 2 * seq_len * self.matrix_params
+        if convention == "all":
+            return round((blocks + head + attention) * density)
+        return round(blocks * density) + head + attention
+
+    def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """KV-cache bytes that one token adds."""
+        return 2 * self.shape.head_dim * bytes_per_element * sum(x.num_key_value_heads for x in self.shape.layers)
+
+    def weight_bytes(self, bytes_per_element: int = 2) -> int:
+        """Bytes of the stored weights."""
+        return self.num_params * bytes_per_element
+
+    def counts(self, seq_len: int, bytes_per_element: int) -> Mapping[str, int]:
+        """The figures a plan prints."""
+        return {
+            "params": self.num_params,
+            "block_params": self.block_params,
+            "flops": self.flops(seq_len),
+            "weight_bytes": self.weight_bytes(bytes_per_element),
+            "kv_bytes_per_token": self.kv_bytes_per_token(bytes_per_element),
+        }

@@ -1,0 +1,147 @@
+"""The two realisations of one decision: `zero_` the dropped units, or `slice_tensors` them away.
+
+A zeroed unit is a fixed point of training (all its gradients vanish, Adam's moments are zero, decoupled decay keeps
+zero at zero), so a zeroed and a sliced model stay equal. Where an axis runs through RMSNorm gains the sliced norm
+divides by d' where the zeroed one divides by d; multiplying the gains by sqrt(d / d') makes them equal again (the fold).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .anatomy import Anatomy
+from .axes import kind_of, layer_of
+from .keep import Keep, WeightMask
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """What slicing does to every tensor: its new name, the rows kept along each dimension, its gain factor."""
+
+    names: Mapping[str, str]  # old name -> new name; a tensor that is not here goes
+    rows: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    scale: Mapping[str, float] = field(default_factory=dict)
+    offset: float = 0.0  # gains multiply by w + offset
+    gains: frozenset[str] = frozenset()  # tensors whose factor applies to w + offset
+
+    def apply(self, name: str, tensor: Tensor, power: int = 1) -> Tensor:
+        """Slice one tensor (or an optimizer slot of it): weights have power 1, exp_avg -1, exp_avg_sq -2."""
+        for dim, kept in self.rows.get(name, {}).items():
+            tensor = tensor.index_select(dim, kept.to(tensor.device))
+        factor = self.scale.get(name, 1.0) ** power
+        if factor == 1.0:
+            return tensor.clone() if name not in self.rows else tensor
+        offset = self.offset if power == 1 and name in self.gains else 0.0
+        return ((tensor + offset) * factor - offset) if offset else tensor * factor
+
+
+def slice_plan(anatomy: Anatomy, keep: Keep, *, fold: bool = True) -> SlicePlan:
+    """Work out, from the anatomy alone, what `keep` does to every tensor.
+
+    `fold` multiplies norm gains so that the sliced model equals the zeroed one; without it the gains are left as they
+    are (Minitron, EfficientLLM: the surviving stream is then amplified by rms_all / rms_kept).
+    """
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for name in keep.units:
+        axis = anatomy.axes[name]
+        dropped = keep.dropped(name, axis.size)
+        for span in axis.spans if dropped else ():
+            gone.setdefault((span.param, span.dim), []).append(span.rows(dropped).reshape(-1))
+    rows: dict[str, dict[int, Tensor]] = {}
+    for (param, dim), indices in gone.items():
+        stays = torch.ones(anatomy.tensors[param].shape[dim], dtype=torch.bool)
+        stays[torch.cat(indices)] = False
+        if not bool(stays.all()):
+            rows.setdefault(param, {})[dim] = stays.nonzero().squeeze(1)
+    removed = {param for param, dims in rows.items() if any(kept.numel() == 0 for kept in dims.values())}
+    rows = {param: dims for param, dims in rows.items() if param not in removed}
+    position = {old: new for new, old in enumerate(keep.units.get("layers", range(anatomy.shape.num_hidden_layers)))}
+    names = {}
+    for name, tensor in anatomy.tensors.items():
+        if name not in removed:
+            old = tensor.layer
+            prefix = "" if old is None else anatomy.block_name(old)
+            names[name] = name if old is None else anatomy.block_name(position[old]) + name[len(prefix) :]
+    scale, gains = _fold(anatomy, rows) if fold else ({}, frozenset())
+    offset = 1.0 if anatomy.family.gain == "one_plus_weight" else 0.0
+    return SlicePlan(names, rows, scale, offset, gains)
+
+
+def _fold(anatomy: Anatomy, rows: Mapping[str, Mapping[int, Tensor]]) -> tuple[dict[str, float], frozenset[str]]:
+    """Factors sqrt(d / d') for gains, and for scaled embeddings, whose sqrt(hidden_size) shrinks with the stem."""
+    family, scale, gains = anatomy.family, {}, set()
+    embedding, final = f"{family.embedding}.weight", f"{family.final_norm}.weight"
+    for name, dims in rows.items():
+        tensor = anatomy.tensors[name]
+        if tensor.param.norm and 0 in dims:
+            scale[name] = math.sqrt(tensor.shape[0] / dims[0].numel())
+            gains.add(name)
+    if family.embedding_scaled and 1 in rows.get(embedding, {}):
+        scale[embedding] = math.sqrt(anatomy.shape.hidden_size / rows[embedding][1].numel())
+        if anatomy.shape.tie_word_embeddings:  # the head is the scaled embedding, so the final gain is already there
+            del scale[final]
+            gains.discard(final)
+    return scale, frozenset(gains)
+
+
+def slice_tensors(tensors: Mapping[str, Tensor], plan: SlicePlan, *, power: int = 1) -> dict[str, Tensor]:
+    """Pure: new tensors under their new names. Works on weights, on optimizer slots of the same shape, on EMA copies."""
+    return {plan.names[name]: plan.apply(name, t, power) for name, t in tensors.items() if name in plan.names}
+
+
+def slice_tensors_(tensors: MutableMapping[str, Tensor], plan: SlicePlan) -> dict[str, Tensor]:
+    """As `slice_tensors`, but takes each tensor out of `tensors` as it goes: peak memory one tensor more."""
+    out = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        if name in plan.names:
+            out[plan.names[name]] = plan.apply(name, tensor)
+    return out
+
+
+_SLOT_POWER = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
+
+
+def slice_slots(slots: Mapping[str, Mapping[str, Tensor]], plan: SlicePlan) -> dict[str, dict[str, Tensor]]:
+    """AdamW state by parameter name -> the same for the sliced model.
+
+    Moments of surviving weights survive; where a gain was folded by c its gradient is 1 / c of what it was, so its first
+    moment is divided by c and its second by c^2. Scalars (`step`) are copied, never shared.
+    """
+    out = {}
+    for name, state in slots.items():
+        if name in plan.names:
+            out[plan.names[name]] = {
+                key: plan.apply(name, value, _SLOT_POWER.get(key, 1)) if value.dim() else value.clone()
+                for key, value in state.items()
+            }
+    return out
+
+
+@torch.no_grad()
+def zero_(tensors: Mapping[str, Tensor], anatomy: Anatomy, keep: Keep) -> None:
+    """Changes `tensors` in place: every row of a dropped unit becomes zero, in weights or in optimizer slots."""
+    for name in keep.units:
+        axis = anatomy.axes[name]
+        dropped = keep.dropped(name, axis.size)
+        for span in axis.spans if dropped else ():
+            if span.param in tensors:
+                target = tensors[span.param]
+                target.index_fill_(span.dim, span.rows(dropped).reshape(-1).to(target.device), 0)
+
+
+@torch.no_grad()
+def zero_weights_(tensors: Mapping[str, Tensor], mask: WeightMask) -> None:
+    """Changes `tensors` in place: weights outside the mask become exactly zero."""
+    for name, kept in mask.kept.items():
+        tensors[name].masked_fill_(~kept.to(tensors[name].device), 0)
+
+
+def config_axes(keep: Keep) -> set[str]:
+    """The kinds of axes a decision cuts."""
+    return {kind_of(name) if layer_of(name) is not None else name for name in keep.units}

@@ -1,0 +1,84 @@
+"""What a model family is: a table that names, for every parameter, the axis of each of its dimensions.
+
+Dimension names: ``hidden`` (the residual stem), ``q`` (query heads x head_dim), ``kv`` (KV heads x head_dim),
+``intermediate`` (FFN channels), ``vocab``, ``head_dim``. A fused projection concatenates several: ``("q", "kv", "kv")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+DIMS = ("hidden", "q", "kv", "intermediate", "vocab", "head_dim")
+AXES = ("layers", "attention", "mlp", "kv_heads", "q_heads", "intermediate", "hidden", "vocab")
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: for each dimension the names of the segments laid end to end along it."""
+
+    dims: tuple[tuple[str, ...], ...]
+    when: tuple[str, ...] = ()  # exists if any of these config flags is true; always, if empty
+    norm: bool = False  # the gain of a normalisation over its only dimension
+
+
+def _segments(dim: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (dim,) if isinstance(dim, str) else dim
+
+
+def linear(out: str | tuple[str, ...], inp: str, *, bias: tuple[str, ...] | bool = False) -> dict[str, Param]:
+    """Weight [out, in] and, when the config flags named by `bias` (or True) say so, a bias [out]."""
+    params = {"weight": Param((_segments(out), _segments(inp)))}
+    if bias:
+        params["bias"] = Param((_segments(out),), when=() if bias is True else bias)
+    return params
+
+
+def norm(dim: str = "hidden") -> dict[str, Param]:
+    """The gain of an RMSNorm over `dim`."""
+    return {"weight": Param((_segments(dim),), norm=True)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One declarative row: which tensors a decoder has, and what its configuration can and cannot say."""
+
+    name: str
+    model_types: tuple[str, ...]
+    attention: Mapping[str, Mapping[str, Param]]  # module inside a block -> its parameters; norms belong to a sub-layer
+    mlp: Mapping[str, Mapping[str, Param]]
+    gain: Literal["weight", "one_plus_weight"] = "weight"  # RMSNorm multiplies by w, or by 1 + w (Gemma)
+    embedding_scaled: bool = False  # embeddings are multiplied by sqrt(hidden_size) (Gemma)
+    hidden_multiple_of_heads: bool = False  # the config refuses hidden_size % num_attention_heads != 0
+    hidden_alternatives: tuple[str, ...] = ()  # stock types that run the same weights without that refusal
+    out_bias_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # sub-layer -> flags of a stock bias
+    per_layer_lists: tuple[str, ...] = ("layer_types",)  # config lists with one entry a layer
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    @property
+    def outer(self) -> dict[str, dict[str, Param]]:
+        """Parameters outside the blocks; the head exists only if it is not tied to the embedding."""
+        return {
+            self.embedding: {"weight": Param((("vocab",), ("hidden",)))},
+            self.final_norm: norm(),
+            self.head: {"weight": Param((("vocab",), ("hidden",)), when=("untied",))},
+        }
+
+    @property
+    def flags(self) -> frozenset[str]:
+        """Every config flag that a parameter of this family depends on."""
+        tables = (self.attention, self.mlp, self.outer)
+        return frozenset(f for t in tables for module in t.values() for p in module.values() for f in p.when)
+
+    def block_params(self) -> dict[str, tuple[str, Param]]:
+        """Name inside a block -> (sub-layer, Param)."""
+        out: dict[str, tuple[str, Param]] = {}
+        for sublayer, table in (("attention", self.attention), ("mlp", self.mlp)):
+            for module, params in table.items():
+                for leaf, param in params.items():
+                    out[f"{module}.{leaf}"] = (sublayer, param)
+        return out

@@ -1,0 +1,123 @@
+"""Look at weight files before they are loaded: headers are parsed and every size is held against the file's length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import UserError
+
+_MAX_HEADER = 100_000_000  # bytes; the limit that the safetensors library itself sets
+
+
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape from a safetensors header; UserError if the file is truncated or its header is broken."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise UserError(f"{path}: the file is truncated or not safetensors ({size} bytes); fetch it again")
+        try:
+            header = json.loads(file.read(length))
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            ends = [int(v["data_offsets"][1]) for v in entries.values()]
+            shapes = {k: tuple(int(n) for n in v["shape"]) for k, v in entries.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise UserError(f"{path}: the safetensors header is corrupt ({error}); fetch the file again") from error
+    if max(ends, default=0) != size - 8 - length:
+        raise UserError(
+            f"{path}: {size} bytes, but its header promises {max(ends, default=0) + 8 + length}; the file is truncated or "
+            "corrupt, fetch it again"
+        )
+    return shapes
+
+
+_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+
+
+@dataclass
+class _Reader:
+    file: BinaryIO
+    size: int
+    path: Path
+
+    def take(self, count: int) -> bytes:
+        data = self.file.read(count) if 0 <= count <= self.size else b""
+        if len(data) != count:
+            raise UserError(f"{self.path}: the GGUF file ends inside its header ({self.size} bytes); fetch it again")
+        return data
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
+
+    def text(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _GGUF_SCALARS:
+            return self.scalar(_GGUF_SCALARS[kind])
+        if kind == _GGUF_STRING:
+            return self.text()
+        if kind == _GGUF_ARRAY and depth < 4:
+            inner, count = self.scalar("I"), self.scalar("Q")
+            if inner in _GGUF_SCALARS:
+                self.take(count * struct.calcsize(_GGUF_SCALARS[inner]))
+            else:
+                for _ in range(count):
+                    self.value(inner, depth + 1)
+            return None  # arrays (tokens, merges) are walked, not kept
+        raise UserError(f"{self.path}: the GGUF header has a value of unknown kind {kind}; the file is corrupt")
+
+
+def gguf_metadata(path: Path) -> dict[str, Any]:
+    """Scalar metadata of a GGUF file (arrays are skipped); UserError if the file is truncated or corrupt."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        r = _Reader(file, size, path)
+        if r.take(4) != b"GGUF":
+            raise UserError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+        version, num_tensors, num_values = r.scalar("I"), r.scalar("Q"), r.scalar("Q")
+        if version not in (2, 3):
+            raise UserError(f"{path}: GGUF version {version} is not supported; versions 2 and 3 are")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_values):
+            key = r.text()
+            metadata[key] = r.value(r.scalar("I"))
+        end = 0
+        for _ in range(num_tensors):
+            r.text()
+            elements = 1
+            for _ in range(min(r.scalar("I"), 8)):
+                elements *= r.scalar("Q")
+            kind, offset = r.scalar("I"), r.scalar("Q")
+            try:
+                block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            except ValueError as error:
+                raise UserError(
+                    f"{path}: a tensor has unknown GGUF type {kind}; the file is corrupt or too new"
+                ) from error
+            end = max(end, offset + elements // block * block_bytes)
+        align = metadata.get("general.alignment") or 32
+        start = -(-file.tell() // align) * align
+    if start + end > size:
+        raise UserError(
+            f"{path}: {size} bytes, but its header promises {start + end}; the file is truncated, fetch it again"
+        )
+    return metadata
+
+
+def sha256(paths: list[Path]) -> str:
+    """One SHA-256 over the bytes of files in the given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

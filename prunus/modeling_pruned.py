@@ -1,0 +1,138 @@
+"""Decoders whose layers differ in size, for checkpoints of type ``pruned_<family>``.
+
+This file travels with every per-layer checkpoint. It needs torch and transformers and nothing of prunus: import it (or
+pass ``trust_remote_code=True``) and ``AutoModelForCausalLM.from_pretrained`` loads such a folder.
+
+The sizes stand in the config under Hugging Face's own ``per_layer_config`` schema (PR 45333); transformers 5.15 to 5.23
+read that schema but build every layer from the global sizes, so the classes below rebuild each layer from its own entry.
+``attention_out_bias`` and ``mlp_out_bias`` add a bias to the projection that leaves a sub-layer (FLAP's compensation).
+"""
+
+import copy
+
+import torch
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# transformers' names, and the norms of each sub-layer, which go when the whole sub-layer goes
+_LLAMA_NORMS = {"attention": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}
+_SANDWICH_NORMS = {
+    "attention": ("input_layernorm", "post_attention_layernorm"),
+    "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+BASES = {
+    "llama": ("Llama", _LLAMA_NORMS),
+    "mistral": ("Mistral", _LLAMA_NORMS),
+    "qwen2": ("Qwen2", _LLAMA_NORMS),
+    "qwen3": ("Qwen3", _LLAMA_NORMS),
+    "smollm3": ("SmolLM3", _LLAMA_NORMS),
+    "seed_oss": ("SeedOss", _LLAMA_NORMS),
+    "phi3": ("Phi3", _LLAMA_NORMS),
+    "gemma": ("Gemma", _LLAMA_NORMS),
+    "gemma2": ("Gemma2", _SANDWICH_NORMS),
+    "gemma3_text": ("Gemma3", _SANDWICH_NORMS),
+    "olmo2": ("Olmo2", {"attention": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}),
+}
+
+
+class NoAttention(nn.Module):
+    """In place of an attention that was removed: adds nothing to the stream."""
+
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+        """Zeros of the input's shape. The cache gets one number a token, because its length is read off its layers."""
+        if past_key_values is not None:
+            marker = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(marker, marker, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class NoMLP(nn.Module):
+    """In place of an MLP that was removed: adds nothing to the stream."""
+
+    def forward(self, hidden_states):
+        """Zeros of the input's shape."""
+        return torch.zeros_like(hidden_states)
+
+
+def _with_bias(linear):
+    if linear.bias is not None:
+        return linear
+    return nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+
+
+def _rebuild_layers_(model, config, norms):
+    """Replace every layer by one of its own sizes. `model` is the decoder, built from the global sizes."""
+    layers = model.layers
+    for i in range(len(layers)):
+        own = config.per_layer_config[i] if config.is_heterogeneous else config
+        layer = type(layers[i])(own, i) if config.is_heterogeneous else layers[i]
+        if getattr(config, "attention_out_bias", False):
+            layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
+        if getattr(config, "mlp_out_bias", False):
+            layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
+        for sublayer in getattr(own, "skip", None) or ():
+            if sublayer == "attention":
+                layer.self_attn = NoAttention(i)
+            else:
+                layer.mlp = NoMLP()
+            for norm in norms[sublayer]:
+                setattr(layer, norm, nn.Identity())
+        for module in layer.modules():
+            if hasattr(module, "config"):  # so that a later switch of the attention backend reaches the layers
+                module.config = config
+        layers[i] = layer
+
+
+class _PrunedConfigMixin:
+    def validate_architecture(self):
+        """The global sizes bind no layer; each layer's query heads must share its KV heads evenly."""
+        if not self.is_heterogeneous:
+            return
+        for i, own in enumerate(self.per_layer_config):
+            if "attention" not in own.skip and own.num_attention_heads % own.num_key_value_heads:
+                raise ValueError(
+                    f"layer {i}: {own.num_attention_heads} query heads cannot share {own.num_key_value_heads} KV heads evenly"
+                )
+
+
+def _make(model_type, stem, norms):
+    config_base = getattr(transformers, f"{stem}TextConfig" if stem == "Gemma3" else f"{stem}Config")
+    model_base = getattr(transformers, f"{stem}ForCausalLM")
+    name = f"Pruned{stem}"
+    config_class = strict(
+        type(
+            f"{name}Config",
+            (_PrunedConfigMixin, config_base),
+            {"model_type": f"pruned_{model_type}", "__module__": __name__, "__doc__": f"{stem} with per-layer sizes."},
+        )
+    )
+
+    class PrunedForCausalLM(model_base):
+        def __init__(self, config):
+            view = copy.copy(config)
+            view.__dict__.pop("_heterogeneity_spec", None)
+            super().__init__(view)
+            # transformers resolved the attention backend on the copy; without it no causal mask would be applied
+            config._attn_implementation = view._attn_implementation
+            self.config = config
+            self.model.config = config
+            _rebuild_layers_(self.model, config, norms)
+            self.post_init()
+
+    PrunedForCausalLM.config_class = config_class
+    PrunedForCausalLM.__name__ = PrunedForCausalLM.__qualname__ = f"{name}ForCausalLM"
+    PrunedForCausalLM.__doc__ = f"{stem} with per-layer sizes and an LM head."
+    AutoConfig.register(f"pruned_{model_type}", config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, PrunedForCausalLM, exist_ok=True)
+    return config_class, PrunedForCausalLM
+
+
+for _model_type, (_stem, _norms) in BASES.items():
+    _config, _model = _make(_model_type, _stem, _norms)
+    globals()[_config.__name__], globals()[_model.__name__] = _config, _model

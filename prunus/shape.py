@@ -1,0 +1,106 @@
+"""Sizes of a decoder, one entry a layer. "Uniform" is a property of a shape, not a mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one block. A sub-layer that was removed has zero heads or zero channels."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The sub-layers this block lacks."""
+        gone = (("attention", self.num_attention_heads), ("mlp", self.intermediate_size))
+        return tuple(name for name, size in gone if size == 0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All sizes of a decoder: what a config says, and nothing else."""
+
+    hidden_size: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    layers: tuple[LayerShape, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """Read the sizes of a Hugging Face config (also one with `per_layer_config`); reads no weight."""
+        per_layer = getattr(config, "per_layer_config", None)
+        heterogeneous = getattr(config, "is_heterogeneous", False)
+        count = _size(config, "num_hidden_layers")
+        layers = tuple(_layer(per_layer[i] if heterogeneous else config) for i in range(count))
+        hidden = _size(config, "hidden_size")
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim is None:
+            heads = _size(config.per_layer_config[0] if heterogeneous else config, "num_attention_heads")
+            head_dim = hidden // heads
+        return cls(hidden, head_dim, _size(config, "vocab_size"), bool(config.tie_word_embeddings), layers)
+
+    @classmethod
+    def uniform(
+        cls,
+        *,
+        num_hidden_layers: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        vocab_size: int,
+        tie_word_embeddings: bool,
+    ) -> Shape:
+        """A shape whose layers are all alike."""
+        layer = LayerShape(num_attention_heads, num_key_value_heads, intermediate_size)
+        return cls(hidden_size, head_dim, vocab_size, tie_word_embeddings, (layer,) * num_hidden_layers)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.layers)
+
+    @property
+    def is_uniform(self) -> bool:
+        """All blocks alike and complete: what a stock config can say."""
+        return len(set(self.layers)) == 1 and not self.layers[0].skipped
+
+    def with_layers(self, layers: tuple[LayerShape, ...]) -> Shape:
+        """The same stem with other blocks."""
+        return replace(self, layers=layers)
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes as plain data; a size that differs between layers is the list of its values."""
+        out: dict[str, Any] = {"num_hidden_layers": self.num_hidden_layers, "hidden_size": self.hidden_size}
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            values = [getattr(layer, name) for layer in self.layers]
+            out[name] = values[0] if len(set(values)) == 1 else values
+        return out | {"head_dim": self.head_dim, "vocab_size": self.vocab_size, "tied": self.tie_word_embeddings}
+
+
+def _size(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"config.json: {name} is {value!r}, but a whole number is needed; is this a decoder's config?")
+    return value
+
+
+def _layer(config: Any) -> LayerShape:
+    heads = _size(config, "num_attention_heads")
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    skip = getattr(config, "skip", None) or ()
+    attention, mlp = "attention" not in skip, "mlp" not in skip
+    return LayerShape(
+        heads * attention,
+        (heads if kv_heads is None else kv_heads) * attention,
+        _size(config, "intermediate_size") * mlp,
+    )

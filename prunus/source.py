@@ -1,0 +1,251 @@
+"""Where a model comes from: a Hugging Face folder, a GGUF file, or a hub name. Checked before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from . import hf
+from .anatomy import Anatomy
+from .errors import UserError
+from .headers import gguf_metadata, safetensors_shapes, sha256
+from .hf import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What llama.cpp calls a pre-tokenizer, where transformers' conversion drops it: these split digits one by one first.
+_SPLITS_DIGITS = ("smollm",)
+_KNOWN_PRE = (*_SPLITS_DIGITS, None, "default", "gpt-2", "llama-bpe", "llama3", "qwen2")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be opened. Making one reads its config and headers, never its weights."""
+
+    name: str  # as the user gave it
+    path: Path  # the folder (a cached snapshot for hub names) or the GGUF file
+    kind: Literal["folder", "gguf", "hub"]
+    notes: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def open(cls, name: str, *, online: bool = False) -> Source:
+        """Find and check a source; UserError says what is missing or broken and how to mend it."""
+        path = Path(name).expanduser()
+        if path.is_file():
+            if path.suffix != ".gguf":
+                raise UserError(f"{name}: a model is a Hugging Face folder or a .gguf file; got a file '{path.suffix}'")
+            note = "GGUF weights are dequantised; the model cannot be better than what quantisation left"
+            source = cls(name, path, "gguf", (note,), gguf_metadata(path))
+        elif path.is_dir():
+            source = cls(name, path, "folder")
+        else:
+            source = cls(name, _snapshot(name, online), "hub")
+        if source.kind != "gguf":
+            source._check_folder()
+        return source
+
+    @property
+    def label(self) -> str:
+        """The name that goes into records: no folders of the user's machine."""
+        return self.name if self.kind == "hub" else self.path.resolve().name
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights."""
+        if self.kind == "gguf":
+            return [self.path]
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(_json(index).get("weight_map", {}).values()))
+            if any(Path(n).name != n for n in names):
+                raise UserError(f"{index}: a shard's name leaves the folder; the index is corrupt")
+            return [self.path / name for name in names]
+        return [self.path / "model.safetensors"]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 over the weight files' bytes."""
+        return sha256(self.weight_files)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The Hugging Face config; never runs remote code."""
+        from transformers import AutoConfig
+
+        from . import modeling_pruned  # noqa: F401  (registers pruned_<type>)
+
+        try:
+            with quiet():
+                if self.kind == "gguf":
+                    config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+                    return _clean(config)
+                return AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
+        except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+            from .families import family_of
+
+            model_type = self.metadata.get("general.architecture")
+            if self.kind != "gguf":
+                model_type = _json(self.path / "config.json").get("model_type")
+            if isinstance(model_type, str):
+                family_of(model_type)  # an unknown family has a better sentence
+            raise UserError(f"{self.name}: the config cannot be read: {_first_line(error)}") from error
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Axes and counts, from the config alone."""
+        anatomy = Anatomy.of(self.config)
+        if self.kind != "gguf":
+            self._check_shapes(anatomy)
+        return anatomy
+
+    def _check_folder(self) -> None:
+        config = self.path / "config.json"
+        if not config.exists():
+            raise UserError(f"{self.name}: no config.json in this folder; a Hugging Face model folder has one")
+        from .families import family_of
+
+        model_type = _json(config).get("model_type")
+        if not isinstance(model_type, str):
+            raise UserError(f"{config}: model_type is {model_type!r}; a model's config names its type")
+        family_of(model_type)
+        for file in self.weight_files:
+            if not file.exists():
+                pickled = [p.name for pattern in PICKLED for p in self.path.glob(pattern)]
+                why = (
+                    f"only {pickled[0]}, which would have to be unpickled; convert it to safetensors"
+                    if pickled
+                    else "none"
+                )
+                raise UserError(f"{self.name}: {file.name} is missing, found {why}")
+
+    def _check_shapes(self, anatomy: Anatomy) -> None:
+        found: dict[str, tuple[int, ...]] = {}
+        for file in self.weight_files:
+            found |= safetensors_shapes(file)
+        prefix = "" if any(n in found for n in anatomy.tensors) else anatomy.family.blocks.split(".")[0] + "."
+        for name, tensor in anatomy.tensors.items():
+            shape = found.get(name, found.get(name.removeprefix(prefix)))
+            if shape is None:
+                raise UserError(
+                    f"{self.name}: the weights lack '{name}', which config.json asks for; the checkpoint is incomplete"
+                )
+            if shape != tensor.shape:
+                raise UserError(
+                    f"{self.name}: '{name}' has shape {list(shape)}, but config.json asks for {list(tensor.shape)}"
+                )
+
+    def load(self, dtype: str = "float32") -> PreTrainedModel:
+        """Read the weights; UserError if any is NaN or infinite."""
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        path = str(self.path)
+        if self.kind == "gguf":
+            where = {"gguf_file": self.path.name, "quantization_config": GgufConfig(dequantize=True)}
+            path = str(self.path.parent)
+        self.anatomy.checked()
+        try:
+            with quiet():
+                model = AutoModelForCausalLM.from_pretrained(path, config=self.config, dtype=DTYPES[dtype], **where)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{self.name}: the weights cannot be read: {_first_line(error)}") from error
+        if self.kind == "gguf":
+            model.config = self.config
+            model.generation_config._from_model_config = False
+        for name, tensor in hf.weights(model, self.anatomy).items():
+            if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+                raise UserError(f"{self.name}: '{name}' holds NaN or infinite weights; the checkpoint is damaged")
+        return model.eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The fast tokenizer; UserError if there is none or if it knows more tokens than the model."""
+        from transformers import AutoTokenizer
+
+        where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        path = str(self.path)
+        if self.kind == "gguf":
+            where, path = {"gguf_file": self.path.name}, str(self.path.parent)
+        try:
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{self.name}: the tokenizer cannot be read: {_first_line(error)}") from error
+        if not tokenizer.is_fast:
+            raise UserError(f"{self.name}: the tokenizer has no tokenizer.json; save a fast one into the folder")
+        if self.kind == "gguf":
+            _mend_pretokenizer_(tokenizer, self.metadata.get("tokenizer.ggml.pre"))
+        highest, vocab = max(tokenizer.get_vocab().values(), default=-1), self.anatomy.shape.vocab_size
+        if highest >= vocab:
+            raise UserError(
+                f"{self.name}: the tokenizer has token {highest}, but the model's vocabulary ends at {vocab - 1}; "
+                "it is another model's tokenizer"
+            )
+        return tokenizer
+
+    @property
+    def pretokenizer_note(self) -> str | None:
+        """What to tell the user about a GGUF's pre-tokenizer that we have not checked."""
+        pre = self.metadata.get("tokenizer.ggml.pre")
+        if pre in _KNOWN_PRE:
+            return None
+        return f"this GGUF's pre-tokenizer '{pre}' is taken as transformers converts it, which was not checked"
+
+
+def _snapshot(name: str, online: bool) -> Path:
+    """The local snapshot of a hub name: from the cache, or downloaded if the user asked to go online."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        with quiet():
+            return Path(snapshot_download(name, local_files_only=not online, allow_patterns=patterns))
+    except (OSError, ValueError, HFValidationError) as error:
+        if online:
+            raise UserError(f"{name}: not a local folder, and the hub did not give it: {_first_line(error)}") from error
+        raise UserError(
+            f"{name}: no such file or folder, and not in the local Hugging Face cache; --online would download it"
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {_first_line(error)}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _clean(config: PreTrainedConfig) -> PreTrainedConfig:
+    """GGUF stores float32: 9.999999747378752e-06 means 1e-05. The title in it is no path."""
+    import numpy as np
+
+    eps = getattr(config, "rms_norm_eps", None)
+    if isinstance(eps, float):
+        config.rms_norm_eps = float(str(np.float32(eps)))
+    config._name_or_path = ""
+    return config
+
+
+def _mend_pretokenizer_(tokenizer: PreTrainedTokenizerBase, pre: str | None) -> None:
+    """Changes `tokenizer`: transformers ignores `tokenizer.ggml.pre` and builds a plain byte-level pre-tokenizer."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    if pre in _SPLITS_DIGITS:
+        byte_level = ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), byte_level])
