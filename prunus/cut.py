@@ -40,11 +40,12 @@ class SlicePlan:
         return ((tensor + offset) * factor - offset) if offset else tensor * factor
 
 
-def slice_plan(anatomy: Anatomy, keep: Keep, *, fold: bool = True) -> SlicePlan:
+def slice_plan(anatomy: Anatomy, keep: Keep, *, fold: bool = True, gains: Mapping[str, float] | None = None) -> SlicePlan:
     """Work out, from the anatomy alone, what `keep` does to every tensor.
 
-    `fold` multiplies norm gains so that the sliced model equals the zeroed one; without it the gains are left as they
-    are (Minitron, EfficientLLM: the surviving stream is then amplified by rms_all / rms_kept).
+    `fold` multiplies the norm gains that a cut shortens by sqrt(d / d'), so that the sliced model equals the zeroed one.
+    Without it they are left as they are (R0: Minitron, EfficientLLM; the surviving stream is then amplified by
+    rms_all / rms_kept), or multiplied by the factors in `gains` (R2, `compensate.measured_gains`).
     """
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for name in keep.units:
@@ -64,29 +65,31 @@ def slice_plan(anatomy: Anatomy, keep: Keep, *, fold: bool = True) -> SlicePlan:
     names = {}
     for name, tensor in anatomy.tensors.items():
         if name not in removed:
-            old = tensor.layer
-            prefix = "" if old is None else anatomy.block_name(old)
-            names[name] = name if old is None else anatomy.block_name(position[old]) + name[len(prefix) :]
-    scale, gains = _fold(anatomy, rows) if fold else ({}, frozenset())
+            prefix = "" if tensor.layer is None else anatomy.block_name(tensor.layer)
+            kept_prefix = "" if tensor.layer is None else anatomy.block_name(position[tensor.layer])
+            names[name] = kept_prefix + name[len(prefix) :]
+    scale = _scales(anatomy, rows, fold, gains or {})
     offset = 1.0 if anatomy.family.gain == "one_plus_weight" else 0.0
-    return SlicePlan(names, rows, scale, offset, gains)
+    return SlicePlan(names, rows, scale, offset, frozenset(n for n in scale if anatomy.tensors[n].param.norm))
 
 
-def _fold(anatomy: Anatomy, rows: Mapping[str, Mapping[int, Tensor]]) -> tuple[dict[str, float], frozenset[str]]:
-    """Factors sqrt(d / d') for gains, and for scaled embeddings, whose sqrt(hidden_size) shrinks with the stem."""
-    family, scale, gains = anatomy.family, {}, set()
-    embedding, final = f"{family.embedding}.weight", f"{family.final_norm}.weight"
+def _scales(
+    anatomy: Anatomy, rows: Mapping[str, Mapping[int, Tensor]], fold: bool, gains: Mapping[str, float]
+) -> dict[str, float]:
+    """Factors of the shortened norm gains, and of embeddings that the model scales by sqrt(hidden_size)."""
+    scale: dict[str, float] = {}
     for name, dims in rows.items():
         tensor = anatomy.tensors[name]
-        if tensor.param.norm and 0 in dims:
-            scale[name] = math.sqrt(tensor.shape[0] / dims[0].numel())
-            gains.add(name)
+        if tensor.param.norm:
+            scale[name] = math.sqrt(tensor.shape[0] / dims[0].numel()) if fold else gains.get(name, 1.0)
+    family = anatomy.family
+    embedding = f"{family.embedding}.weight"
     if family.embedding_scaled and 1 in rows.get(embedding, {}):
+        # the config's sqrt(hidden_size) shrinks with the stem; a tied head then grows, and the final gain pays it back
         scale[embedding] = math.sqrt(anatomy.shape.hidden_size / rows[embedding][1].numel())
-        if anatomy.shape.tie_word_embeddings:  # the head is the scaled embedding, so the final gain is already there
-            del scale[final]
-            gains.discard(final)
-    return scale, frozenset(gains)
+        if anatomy.shape.tie_word_embeddings:
+            scale[f"{family.final_norm}.weight"] /= scale[embedding]
+    return {name: factor for name, factor in scale.items() if factor != 1.0}
 
 
 def slice_tensors(tensors: Mapping[str, Tensor], plan: SlicePlan, *, power: int = 1) -> dict[str, Tensor]:

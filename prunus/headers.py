@@ -100,9 +100,7 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
             try:
                 block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             except ValueError as error:
-                raise UserError(
-                    f"{path}: a tensor has unknown GGUF type {kind}; the file is corrupt or too new"
-                ) from error
+                raise UserError(f"{path}: a tensor has unknown GGUF type {kind}; the file is corrupt or too new") from error
             end = max(end, offset + elements // block * block_bytes)
         align = metadata.get("general.alignment") or 32
         start = -(-file.tell() // align) * align

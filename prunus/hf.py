@@ -72,13 +72,13 @@ def target_for(
     notes: list[str] = []
     if after.shape.is_uniform:
         fields |= uniform_fields(after)
-        flags = _stock_flags(after, out_bias)
-        lawful = _lawful_type(model_type, after, flags)
-        if flags is not None and lawful is not None:
+        stock = _stock_flags(after, out_bias)
+        lawful = _lawful_type(model_type, after, stock)
+        if stock is not None and lawful is not None:
             if lawful != model_type:
                 notes.append(_relabel_note(model_type, lawful, after))
-            return Target(_stock_config(lawful, fields, flags), _as_family(after, lawful, flags), tuple(notes))
-        why = "a bias that it has no place for" if flags is None else f"hidden size {after.shape.hidden_size}"
+            return Target(_stock_config(lawful, fields, stock), _as_family(after, lawful, stock), tuple(notes))
+        why = "a bias that it has no place for" if stock is None else f"hidden size {after.shape.hidden_size}"
         notes.append(f"a stock {model_type} config cannot say {why}, so the checkpoint is of type pruned_{model_type}")
     flags = {f"{sublayer}_out_bias" for sublayer in out_bias}
     pruned = _pruned_config(model_type, fields, after, flags)
@@ -88,6 +88,11 @@ def target_for(
             "trust_remote_code=True; no stock engine can serve it (--uniform makes all layers alike)"
         )
     return Target(pruned, after.with_flags(*flags), tuple(notes))
+
+
+_NOT_OURS = (
+    "model_type architectures transformers_version per_layer_config auto_map _name_or_path _model_name_or_path"
+).split()
 
 
 def _fields(config: PreTrainedConfig, anatomy: Anatomy, keep: Keep, after: Anatomy, fold: bool) -> dict[str, Any]:
@@ -175,7 +180,7 @@ def _stock_config(model_type: str, fields: dict[str, Any], flags: frozenset[str]
                 "mlp_bias": "mlp_bias" in flags,
             }
             return cls(**fields)
-    return cls(**(fields | {flag: True for flag in flags}))
+    return cls(**(fields | dict.fromkeys(flags, True)))
 
 
 def _as_family(after: Anatomy, model_type: str, flags: frozenset[str]) -> Anatomy:
@@ -200,9 +205,8 @@ def _pruned_config(model_type: str, fields: dict[str, Any], after: Anatomy, flag
         if layer.intermediate_size:
             own["intermediate_size"] = layer.intermediate_size
         per_layer[i] = own
-    config = _config_class(PRUNED_PREFIX + model_type)(**fields, **dict.fromkeys(sorted(flags), True))
-    config.per_layer_config = per_layer
-    return config
+    all_fields: dict[str, Any] = fields | dict.fromkeys(flags, True) | {"per_layer_config": per_layer}
+    return _config_class(PRUNED_PREFIX + model_type)(**all_fields)
 
 
 def empty_weights(target: Target, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,12 +225,10 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], generation: Any 
 
     from . import modeling_pruned  # noqa: F401
 
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     dtype = next(iter(tensors.values())).dtype
     with quiet():
-        model, info = cls.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
+        model, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
     missing = [k for k in info["missing_keys"] if not (config.tie_word_embeddings and k == "lm_head.weight")]
     assert not missing and not info["unexpected_keys"] and not info["mismatched_keys"], info
     if generation is not None:
@@ -245,8 +247,7 @@ def weights(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:
         name = (extra or missing or wrong)[0]
         what = "holds" if extra else "lacks" if missing else "has another shape for"
         raise UserError(
-            f"the model {what} '{name}', which is not what family '{anatomy.family.name}' declares; "
-            "see docs/add-a-family.md"
+            f"the model {what} '{name}', which is not what family '{anatomy.family.name}' declares; see docs/add-a-family.md"
         )
     return {name: state[name].detach() for name in declared}
 
@@ -256,3 +257,4 @@ def offline(online: bool) -> None:
     value = "0" if online else "1"
     os.environ["HF_HUB_OFFLINE"] = value
     os.environ["HF_DATASETS_OFFLINE"] = value
+    os.environ.setdefault("TQDM_DISABLE", "1")  # GGUF conversion draws a bar of its own; ours says more

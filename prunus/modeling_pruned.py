@@ -97,7 +97,7 @@ class _PrunedConfigMixin:
         for i, own in enumerate(self.per_layer_config):
             if "attention" not in own.skip and own.num_attention_heads % own.num_key_value_heads:
                 raise ValueError(
-                    f"layer {i}: {own.num_attention_heads} query heads cannot share {own.num_key_value_heads} KV heads evenly"
+                    f"layer {i}: {own.num_attention_heads} query heads cannot share {own.num_key_value_heads} KV heads"
                 )
 
 

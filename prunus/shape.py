@@ -36,10 +36,9 @@ class Shape:
     @classmethod
     def of(cls, config: Any) -> Shape:
         """Read the sizes of a Hugging Face config (also one with `per_layer_config`); reads no weight."""
-        per_layer = getattr(config, "per_layer_config", None)
         heterogeneous = getattr(config, "is_heterogeneous", False)
         count = _size(config, "num_hidden_layers")
-        layers = tuple(_layer(per_layer[i] if heterogeneous else config) for i in range(count))
+        layers = tuple(_layer(config.per_layer_config[i] if heterogeneous else config) for i in range(count))
         hidden = _size(config, "hidden_size")
         head_dim = getattr(config, "head_dim", None)
         if head_dim is None:

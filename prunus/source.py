@@ -121,9 +121,7 @@ class Source:
             if not file.exists():
                 pickled = [p.name for pattern in PICKLED for p in self.path.glob(pattern)]
                 why = (
-                    f"only {pickled[0]}, which would have to be unpickled; convert it to safetensors"
-                    if pickled
-                    else "none"
+                    f"only {pickled[0]}, which would have to be unpickled; convert it to safetensors" if pickled else "none"
                 )
                 raise UserError(f"{self.name}: {file.name} is missing, found {why}")
 

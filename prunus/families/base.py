@@ -31,7 +31,7 @@ def linear(out: str | tuple[str, ...], inp: str, *, bias: tuple[str, ...] | bool
     """Weight [out, in] and, when the config flags named by `bias` (or True) say so, a bias [out]."""
     params = {"weight": Param((_segments(out), _segments(inp)))}
     if bias:
-        params["bias"] = Param((_segments(out),), when=() if bias is True else bias)
+        params["bias"] = Param((_segments(out),), when=bias if isinstance(bias, tuple) else ())
     return params
 
 

@@ -1,0 +1,262 @@
+"""The library's front door: `plan`, `prune`, `evaluate`. The command line calls these and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import checkpoint, hf, measure
+from .data.windows import Windows, pack
+from .errors import UserError, unknown
+from .evaluation import Perplexity
+from .evaluation import perplexity as score_windows
+from .oneshot import Outcome, Progress, no_progress, one_shot_, wanted_statistics
+from .planning import Plan, Request
+from .source import DTYPES, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CALIBRATION_WINDOWS, CALIBRATION_SEQ_LEN = 32, 512
+EVALUATION_WINDOWS, EVALUATION_SEQ_LEN = 16, 1024
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How text becomes windows."""
+
+    windows: int
+    seq_len: int
+    seed: int | None = None  # None: the first windows; else drawn without replacement
+    documents: str | None = None  # a slice such as ":800" or "-100:"
+    field: str = "text"
+
+    def checked(self, name: str, most: int | None) -> TextOptions:
+        """Self, or UserError for a count that cannot be."""
+        if self.windows < 1:
+            raise UserError(f"windows: {self.windows} windows of {name} text are too few; give at least 1")
+        if self.seq_len < 2 or (most is not None and self.seq_len > most):
+            limit = f"2 to {most}, the positions the model knows" if most else "at least 2"
+            raise UserError(f"seq_len: {self.seq_len} tokens a window of {name} text; it must be {limit}")
+        return self
+
+    def pack(self, tokenizer: PreTrainedTokenizerBase, source: str, online: bool) -> Windows:
+        """Read and cut the text."""
+        return pack(
+            tokenizer,
+            source,
+            windows=self.windows,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            docs=self.documents,
+            field=self.field,
+            online=online,
+        )
+
+
+CALIBRATION = TextOptions(CALIBRATION_WINDOWS, CALIBRATION_SEQ_LEN)
+EVALUATION = TextOptions(EVALUATION_WINDOWS, EVALUATION_SEQ_LEN)
+
+
+@dataclass
+class Result:
+    """A pruned model in memory."""
+
+    outcome: Outcome
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    calibration: Windows | None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The cut model."""
+        return self.outcome.model
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """What was really removed: of all parameters, of block parameters, and for sparse results the share of zeros."""
+        return self.outcome.ratios
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> checkpoint.Manifest:
+        """Write the checkpoint, reload it in a clean process, and compare; VerificationError leaves nothing behind."""
+        path = Path(out).expanduser()
+        needed = self.outcome.target.anatomy.weight_bytes(self.model.dtype.itemsize)
+        checkpoint.check_destination(path, overwrite=overwrite, needed_bytes=needed)
+        return checkpoint.save(
+            self.outcome, self.source, self.tokenizer, path, calibration=self.calibration, overwrite=overwrite
+        )
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return name
+
+
+def _positions(source: Source) -> int | None:
+    value = getattr(source.config, "max_position_embeddings", None)
+    return value if isinstance(value, int) else None
+
+
+def plan(
+    source: str, request: Request, *, dtype: str = "float32", text: TextOptions = CALIBRATION, online: bool = False
+) -> dict:
+    """What a cut would be, from the config alone: sizes, counts, and estimates of memory and time. Reads no weight."""
+    hf.offline(online)
+    opened = Source.open(source, online=online)
+    made = Plan.make(opened.config, opened.anatomy, request)
+    width = DTYPES[_dtype(dtype)].itemsize
+    text.checked("calibration", _positions(opened))
+    report = {"source": opened.label, **made.describe(text.seq_len, width)}
+    report["notes"] = [*opened.notes, *filter(None, [opened.pretokenizer_note]), *report["notes"]]
+    return report | {"estimate": _estimate(made, text, width)}
+
+
+def _estimate(made: Plan, text: TextOptions, width: int) -> dict[str, Any]:
+    anatomy = made.anatomy
+    shape = anatomy.shape
+    tokens = text.windows * text.seq_len
+    head = 2 * text.seq_len * shape.vocab_size * shape.hidden_size
+    blocks = (anatomy.flops(text.seq_len) - head) * text.windows
+    flops = made.method.sweeps * blocks
+    rate = measure.gemm_rate()
+    widest = max(layer.intermediate_size for layer in shape.layers)
+    activations = 4 * text.seq_len * (4 * widest + 8 * shape.hidden_size) * 4
+    memory = anatomy.weight_bytes(width) + (tokens * shape.hidden_size * 4 + activations) * made.method.needs_text
+    memory += anatomy.matrix_params if made.method.is_sparse else 0  # a bool a weight
+    return {
+        "scoring_flops": flops,
+        "scoring_seconds": flops / rate,
+        "memory_bytes": memory,
+        "measured_gemm_flops_per_s": rate,
+        "basis": "float32 matmul rate measured now; loading, saving and verifying come on top",
+    }
+
+
+def prune(
+    source: str,
+    *,
+    method: str,
+    ratio: float | None = None,
+    calibration: str | None = None,
+    pattern: str | None = None,
+    target: Mapping[str, int] | None = None,
+    uniform: bool = False,
+    multiple_of: int | None = None,
+    compensate: str | None = None,
+    options: Mapping[str, str] | None = None,
+    text: TextOptions = CALIBRATION,
+    statistics: str | Path | None = None,
+    dtype: str = "float32",
+    batch_size: int = 4,
+    online: bool = False,
+    progress: Progress = no_progress,
+) -> Result:
+    """Cut a model in one shot.
+
+    `source` is a Hugging Face folder, a GGUF file or a hub name; `method` a row of `prunus.METHODS`; `ratio` the fraction
+    of block parameters to remove (for sparse methods the sparsity of the block matrices). Every argument is checked before
+    a weight is read; UserError says what is wrong. `statistics` names a file where a dense method's statistics are kept,
+    so that the next target needs no new pass.
+    """
+    hf.offline(online)
+    request = Request(method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
+    opened = Source.open(source, online=online)
+    made = Plan.make(opened.config, opened.anatomy, request)
+    _dtype(dtype)
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} windows at a time are too few; give at least 1")
+    windows = None
+    tokenizer = opened.tokenizer()
+    if made.method.needs_text:
+        if calibration is None:
+            raise UserError(f"calibration: {method} needs text; give a .txt, .jsonl or .parquet file")
+        text.checked("calibration", _positions(opened))
+        windows = text.pack(tokenizer, calibration, online)
+        windows.check_fits(opened.anatomy.shape.vocab_size, calibration)
+    saved = _saved_statistics(made, statistics, opened, windows)
+    progress("load", 0, 1)
+    model = opened.load(dtype)
+    progress("load", 1, 1)
+    outcome = one_shot_(made, model, windows, statistics=saved, batch_size=batch_size, progress=progress)
+    del model
+    if statistics is not None and saved is None and outcome.statistics is not None and windows is not None:
+        checkpoint.save_statistics(
+            outcome.statistics, Path(statistics).expanduser(), checkpoint.statistics_key(opened, windows)
+        )
+    return Result(outcome, opened, tokenizer, windows)
+
+
+def _saved_statistics(made: Plan, path: str | Path | None, source: Source, windows: Windows | None) -> Any:
+    if path is None:
+        return None
+    wants = wanted_statistics(made)
+    if wants is None or windows is None:
+        raise UserError(f"statistics: {made.method.name} must sweep again for every target, so it keeps no statistics")
+    file = Path(path).expanduser()
+    key = checkpoint.statistics_key(source, windows)
+    return checkpoint.load_statistics(file, key, wants) if file.exists() else None
+
+
+def evaluate(
+    source: str,
+    text: str,
+    *,
+    options: TextOptions = EVALUATION,
+    dtype: str = "float32",
+    online: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[Perplexity, Windows]:
+    """Perplexity and bits per byte of a model on windows of text."""
+    hf.offline(online)
+    opened = Source.open(source, online=online)
+    options.checked("evaluation", _positions(opened))
+    windows = options.pack(opened.tokenizer(), text, online)
+    windows.check_fits(opened.anatomy.shape.vocab_size, text)
+    model = opened.load(_dtype(dtype))
+    with torch.no_grad():
+        return score_windows(model, windows, progress=lambda d, t: progress(f"eval {opened.label}"[:24], d, t)), windows
+
+
+def compare(
+    sources: list[str],
+    text: str,
+    *,
+    options: TextOptions = EVALUATION,
+    dtype: str = "float32",
+    online: bool = False,
+    progress: Progress = no_progress,
+    record: Path | None = None,
+) -> dict[str, Any]:
+    """Score models on the same text, each with its own tokenizer; the first is the one asked about.
+
+    Returns the figures of every model with its windows; `record` appends one run record a model.
+    """
+    from . import record as records
+
+    hf.offline(online)
+    for source in sources:  # all are checked before any is read
+        Source.open(source, online=online).anatomy.checked()
+    rows = []
+    for source in sources:
+        figures, windows = evaluate(source, text, options=options, dtype=dtype, online=online, progress=progress)
+        opened = Source.open(source, online=online)
+        row = {
+            "model": opened.label,
+            "weights_sha256": opened.sha256,
+            "params": opened.anatomy.num_params,
+            **figures.to_json(),
+        }
+        manifest = opened.path / checkpoint.MANIFEST
+        if opened.kind == "folder" and manifest.exists():
+            made = checkpoint.read_manifest(opened.path)
+            row |= {"method": made.method["request"], "ratios": made.ratios, "calibration": made.calibration}
+        rows.append(row | {"text": windows.provenance()})
+        if record is not None:
+            recipe = {"command": "eval", "model": opened.label, "text": windows.provenance(), "dtype": dtype}
+            records.append(record, "eval", recipe, row)
+    return {"text": rows[0]["text"], "dtype": dtype, "models": rows}

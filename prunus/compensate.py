@@ -1,0 +1,78 @@
+"""What repairs the rest after a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .anatomy import Anatomy
+from .axes import kind_of
+from .keep import Keep
+from .statistics import Statistics, Sweep
+
+_INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
+
+
+def output_bias(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, keep: Keep) -> dict[str, Tensor]:
+    """FLAP's bias: what the removed channels gave on average, b_o = sum over removed c of W[o, c] * mean(x_c).
+
+    Returns bias name -> [out] in float32 for every layer, zero where nothing was removed, so that all layers are alike;
+    added to a bias that is there already.
+    """
+    out: dict[str, Tensor] = {}
+    for name, axis in anatomy.axes.items():
+        kind = kind_of(name)
+        if kind not in _INPUT_OF or axis.layer is None:
+            continue
+        reader = anatomy.reader(name)
+        weight = tensors[reader.param].float()
+        bias_name = reader.param.removesuffix("weight") + "bias"
+        bias = tensors[bias_name].float() if bias_name in tensors else torch.zeros(weight.shape[0])
+        dropped = keep.dropped(name, axis.size)
+        if dropped:
+            gone = reader.rows(dropped).reshape(-1)
+            sublayer, segment = _INPUT_OF[kind]
+            mean_C = statistics[f"layers.{axis.layer}.{sublayer}.{segment}"].mean_C
+            bias = (bias.double() + weight[:, gone].double() @ mean_C[gone]).float()
+        out[bias_name] = bias
+    return out
+
+
+@dataclass
+class _RmsRatio:
+    """E over tokens of rms(x[kept]) / rms(x)."""
+
+    kept: Tensor
+    eps: float
+    total: float = 0.0
+    count: int = 0
+
+    def update(self, x_BTC: Tensor) -> None:
+        square = x_BTC.float().square()
+        ratio = ((square[..., self.kept].mean(-1) + self.eps) / (square.mean(-1) + self.eps)).sqrt()
+        self.total += float(ratio.double().sum())
+        self.count += ratio.numel()
+
+
+@torch.no_grad()
+def measured_gains(sweep: Sweep, keep: Keep, eps: float) -> dict[str, float]:
+    """R2: for every norm over the stem the factor E[rms_kept / rms_all], measured on the dense model in one sweep.
+
+    Exact in the mean where R0 leaves the surviving stream amplified (algorithms.md 0.5).
+    """
+    anatomy = sweep.anatomy
+    kept = torch.tensor(keep.units["hidden"])
+    norms = [(name, t.layer) for name, t in anatomy.tensors.items() if t.param.norm and t.param.dims == (("hidden",),)]
+    ratios: dict[str, _RmsRatio] = {name: _RmsRatio(kept, eps) for name, _ in norms}
+    for layer in range(len(sweep.blocks)):
+        own = {name.removesuffix(".weight"): ratios[name] for name, at in norms if at == layer}
+        with sweep.collecting(own):
+            sweep.run(layer)
+    for name, at in norms:
+        if at is None:
+            for hidden in sweep.hidden:
+                ratios[name].update(hidden)
+    return {name: ratio.total / ratio.count for name, ratio in ratios.items()}

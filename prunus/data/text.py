@@ -1,0 +1,122 @@
+"""Documents from text, JSONL, Parquet or a `datasets` name, streamed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, unknown
+
+HUB = "datasets:"  # datasets:NAME[:CONFIG[:SPLIT[:FIELD]]]
+TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".raw", ".rst")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet",)
+SEPARATOR = "\n\n"
+
+
+def documents(source: str, *, field: str = "text", online: bool = False) -> Iterator[str]:
+    """Yield the documents of `source` one by one.
+
+    A plain text file is one document, its blank lines dropped (WikiText's raw files space every line); each line of a
+    JSONL file and each row of a Parquet file is one. UserError names the file, the line and what is wrong there.
+    """
+    if source.startswith(HUB):
+        yield from _hub(source, online)
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"{source}: no such text file; give a .txt, .jsonl or .parquet file, or {HUB}NAME")
+    suffix = path.suffix.lower()
+    if suffix in JSONL_SUFFIXES:
+        yield from _jsonl(path, field)
+    elif suffix in PARQUET_SUFFIXES:
+        yield from _parquet(path, field)
+    elif suffix in TEXT_SUFFIXES:
+        yield "\n".join(line for line in _lines(path) if line.strip())
+    else:
+        raise unknown("kind of text file", suffix, [*TEXT_SUFFIXES[1:], *JSONL_SUFFIXES, *PARQUET_SUFFIXES])
+
+
+def select(docs: Iterator[str], which: str | None) -> Iterator[str]:
+    """The documents of a slice such as ``:100``, ``50:`` or ``-100:`` (Python's meaning); all of them for None."""
+    if which is None:
+        return docs
+    start, colon, stop = which.partition(":")
+    try:
+        first, last = (int(part) if part else None for part in (start, stop))
+    except ValueError:
+        colon = ""
+    if not colon:
+        raise UserError(f"documents: '{which}' is no slice; write for example :100, 50:80 or -100:")
+    if (first or 0) < 0 or (last or 0) < 0:
+        return iter(list(docs)[first:last])
+    return itertools.islice(docs, first, last)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline=None) as file:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise UserError(f"{path}: line {number} holds a NUL byte; this is a binary file, not text")
+                yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start} of a block: {error.reason})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _jsonl(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error})") from error
+        yield _field(row, field, f"{path}: line {number}")
+
+
+def _field(row: Any, field: str, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        have = f"it has {', '.join(map(repr, list(row)[:6]))}" if isinstance(row, dict) else f"it is {type(row).__name__}"
+        raise UserError(f"{where} has no text under '{field}'; {have} (--field names another)")
+    return row[field]
+
+
+def _parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs pyarrow; pip install 'prunus[data]'") from error
+    import pyarrow
+
+    try:
+        file = pq.ParquetFile(path)
+        if field not in file.schema_arrow.names:
+            have = ", ".join(file.schema_arrow.names[:6])
+            raise UserError(f"{path} has no column '{field}'; it has {have} (--field names another)")
+        for batch in file.iter_batches(columns=[field], batch_size=1024):
+            for number, value in enumerate(batch.column(0).to_pylist()):
+                yield _field({field: value}, field, f"{path}: row {number}")
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _hub(source: str, online: bool) -> Iterator[str]:
+    name, config, split, field = (*source.removeprefix(HUB).split(":"), "", "", "")[:4]
+    if not online:
+        raise UserError(f"{source}: a hub data set is read over the network; --online allows it")
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{source}: needs the datasets library; pip install 'prunus[data]'") from error
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{source}: the data set cannot be opened: {str(error).splitlines()[0][:200]}") from error
+    for number, row in enumerate(rows):
+        yield _field(dict(row), field or "text", f"{source}: row {number}")

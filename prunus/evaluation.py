@@ -1,0 +1,69 @@
+"""Loss on token windows: perplexity and bits per byte. Windows are stated, never estimated.
+
+Shapes: N windows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .data.windows import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Total negative log-likelihood in nats of `num_predictions` tokens that stand for `num_bytes` bytes of text."""
+
+    nll: float
+    num_predictions: int
+    num_bytes: int
+    window_nll: tuple[float, ...]  # nats of each window, for paired comparison
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss of a token; infinite where that overflows."""
+        mean = self.nll / self.num_predictions
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.nll / math.log(2) / self.num_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures that go into records."""
+        return {
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "loss": self.nll / self.num_predictions,
+            "predictions": self.num_predictions,
+            "bytes": self.num_bytes,
+        }
+
+
+def token_nll(logits_TV: Tensor, ids_T: Tensor) -> float:
+    """Sum over t of -log p(id_{t+1} | ids_{<=t}) in nats: softmax in float32, summed in float64."""
+    losses = torch.nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
+    return float(losses.double().sum())
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, windows: Windows, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Perplexity:
+    """Score every window by itself, T - 1 predictions each; logits of one window at a time are held."""
+    nll = []
+    for i, ids_T in enumerate(windows.ids_NT):
+        logits = model(input_ids=ids_T[None], use_cache=False).logits
+        nll.append(token_nll(logits[0], ids_T))
+        progress(i + 1, windows.num_windows)
+    return Perplexity(sum(nll), windows.num_windows * (windows.seq_len - 1), windows.num_bytes, tuple(nll))

@@ -1,0 +1,113 @@
+"""The table of methods: each row answers the same few questions. Data only; imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .errors import unknown
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is cut (`axes`), what a unit is worth (`criterion`), where the cut falls (`allocator`), what repairs the rest
+    (`compensators`, the first is the default), and whether a block sees the pruned blocks before it (`sequential`).
+    """
+
+    name: str
+    summary: str
+    axes: tuple[str, ...]  # "weights" for single weights
+    criterion: str
+    allocator: str
+    citation: str
+    compensators: tuple[str, ...] = ("none",)
+    sequential: bool = False
+    sweeps: float = 0.0  # forward passes over the calibration windows, for the plan's estimate
+    patterns: bool = False  # n:m is possible
+    uniform: bool = True  # the result's layers are alike by construction
+    multiple_of: int = 1
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> values, the first is the default
+    deviations: tuple[str, ...] = ()
+
+    @property
+    def is_sparse(self) -> bool:
+        """Zeroes single weights, so the model keeps its size."""
+        return self.axes == ("weights",)
+
+    @property
+    def needs_text(self) -> bool:
+        """Needs calibration text."""
+        return self.sweeps > 0
+
+
+_ROWS = (
+    Method(
+        name="magnitude",
+        summary="zero the smallest weights of every matrix",
+        axes=("weights",),
+        criterion="magnitude",
+        allocator="per-matrix",
+        citation="Han et al. 2015, arXiv 1506.02626",
+        patterns=True,
+    ),
+    Method(
+        name="wanda",
+        summary="zero the weights with the smallest |W| x input norm in every row",
+        axes=("weights",),
+        criterion="wanda",
+        allocator="per-row",
+        citation="Sun et al. 2023, arXiv 2306.11695",
+        sequential=True,
+        sweeps=2.0,
+        patterns=True,
+        deviations=("exactly int(s * in) weights go in a row, also with ties",),
+    ),
+    Method(
+        name="flap",
+        summary="cut KV groups and FFN channels whose input fluctuates least; the mean goes into a bias",
+        axes=("kv_heads", "intermediate"),
+        criterion="fluctuation",
+        allocator="global-standardised",
+        citation="An et al. 2023, arXiv 2312.11983",
+        compensators=("bias", "none"),
+        sweeps=1.0,
+        uniform=False,
+        deviations=(
+            "the unit of attention is a KV group with all its query heads (the paper has MHA only)",
+            "variance is the exact unbiased one over all tokens (the published code's running update is biased)",
+            "both kinds of units are scored alike (the published code squares the heads' metric first)",
+            "every layer keeps at least one KV group and one chunk of channels",
+            "parameters are counted exactly, the added biases included",
+        ),
+    ),
+    Method(
+        name="minitron-width",
+        summary="cut the hidden stem and FFN channels with the smallest activations, to a target shape",
+        axes=("hidden", "intermediate"),
+        criterion="activation-norm",
+        allocator="target-shape",
+        citation="Muralidharan et al. 2024, arXiv 2407.14679",
+        compensators=("none", "gain"),
+        sweeps=1.0,
+        options={"reduction": ("mean-l2", "l2")},
+        deviations=("without --target, stem and channels shrink by the same factor; heads stay",),
+    ),
+    Method(
+        name="minitron-depth",
+        summary="cut the run of layers whose absence costs the least loss",
+        axes=("layers",),
+        criterion="loss-without",
+        allocator="contiguous",
+        citation="Muralidharan et al. 2024, arXiv 2407.14679",
+        sweeps=17.0,
+        deviations=("the loss itself is compared, not its absolute difference, so a removal that helps is taken",),
+    ),
+)
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+
+def method_named(name: str) -> Method:
+    """The row of a method; UserError with the nearest name if there is none."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name]

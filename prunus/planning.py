@@ -1,0 +1,319 @@
+"""What a cut will be, worked out from the config alone: no weight is read here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import hf
+from .anatomy import Anatomy
+from .errors import UserError, nearest, unknown
+from .hf import Target, target_for
+from .keep import Keep
+from .methods import Method, method_named
+from .shape import LayerShape
+
+_TARGET_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. Every field is checked against the method and the model by `Plan.make`."""
+
+    method: str
+    ratio: float | None = None  # of block parameters; for sparse methods the sparsity of the block matrices
+    pattern: str | None = None  # n:m, keep n of m
+    target: Mapping[str, int] = field(default_factory=dict)  # sizes to reach instead of a ratio
+    uniform: bool = False
+    multiple_of: int | None = None
+    compensate: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """The request as plain data, without what was not said."""
+        data = {k: v for k, v in vars(self).items() if v not in (None, False) and v != {}}
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: exactly one of `budget`, `counts`, `run`, `sparsity` says where the cut falls."""
+
+    request: Request
+    method: Method
+    anatomy: Anatomy
+    compensator: str
+    options: Mapping[str, str]
+    multiple_of: int
+    budget: int | None = None  # block parameters that may stay, biases included
+    counts: Mapping[str, int] = field(default_factory=dict)  # axis -> units kept
+    run: int | None = None  # layers to remove
+    sparsity: float | None = None
+    pattern: tuple[int, int] | None = None
+    target: Target | None = None  # None where the scores decide the sizes
+    step: int = 0  # block parameters of the smallest lawful step
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def make(cls, config: Any, anatomy: Anatomy, request: Request) -> Plan:
+        """Check a request against the method and the model; UserError names the field, the value and the mend."""
+        method = method_named(request.method)
+        compensator = _choice("compensate", request.compensate, method.compensators, method)
+        for name in request.options:
+            if name not in method.options:
+                raise UserError(
+                    f"option '{name}' does not exist for {method.name}{nearest(name, method.options)}; it has "
+                    f"{', '.join(method.options) or 'none'}"
+                )
+        options = {n: _choice(n, request.options.get(n), values, method) for n, values in method.options.items()}
+        multiple_of = method.multiple_of if request.multiple_of is None else request.multiple_of
+        if multiple_of < 1:
+            raise UserError(f"multiple_of: {multiple_of} is no multiple; it must be 1 or more")
+        if request.uniform and method.uniform:
+            raise UserError(f"uniform: {method.name} always leaves uniform layers; drop the option")
+        plan = cls(request, method, anatomy, compensator, options, multiple_of)
+        build = {
+            "per-matrix": _sparse,
+            "per-row": _sparse,
+            "global-standardised": _global,
+            "target-shape": _width,
+            "contiguous": _depth,
+        }[method.allocator]
+        return build(plan, config)
+
+    @property
+    def out_bias(self) -> frozenset[str]:
+        """Sub-layers whose output gains a bias."""
+        return frozenset(hf.SUBLAYERS) if self.compensator == "bias" else frozenset()
+
+    @property
+    def target_block_params(self) -> int | None:
+        """Block parameters asked for; None for sparse methods, which keep the model's size."""
+        if self.method.is_sparse:
+            return None
+        if self.budget is not None:
+            return self.budget
+        assert self.target is not None
+        return self.target.anatomy.block_params
+
+    def describe(self, seq_len: int, bytes_per_element: int) -> dict[str, Any]:
+        """The plan as plain data."""
+        before = self.anatomy.counts(seq_len, bytes_per_element)
+        out: dict[str, Any] = {
+            "method": self.method.name,
+            "citation": self.method.citation,
+            "request": self.request.describe(),
+            "cuts": list(self.method.axes),
+            "compensator": self.compensator,
+            "before": {"shape": self.anatomy.shape.describe(), **before},
+            "notes": list(self.notes),
+        }
+        if self.target is not None:
+            after = self.target.anatomy
+            out["after"] = {"shape": after.shape.describe(), **after.counts(seq_len, bytes_per_element)}
+            out["model_type"] = self.target.config.model_type
+        elif self.budget is not None:
+            fixed = self.anatomy.num_params - self.anatomy.block_params
+            out["after"] = {"block_params": self.budget, "params": self.budget + fixed, "at_most": True}
+        if self.sparsity is not None:
+            density = 1 - self.sparsity
+            out["sparsity"] = self.sparsity
+            out["flops_if_zeros_were_free"] = {
+                "matrices": self.anatomy.flops(seq_len, density=density),
+                "all": self.anatomy.flops(seq_len, density=density, convention="all"),
+            }
+        return out | ({"step_params": self.step} if self.step else {})
+
+
+def _choice(name: str, value: str | None, allowed: tuple[str, ...], method: Method) -> str:
+    if value is None:
+        return allowed[0]
+    if value not in allowed:
+        raise unknown(f"value for {name} of {method.name}", value, allowed)
+    return value
+
+
+def _refuse(plan: Plan, *fields: str) -> None:
+    for name in fields:
+        if getattr(plan.request, name):
+            raise UserError(f"{name}: {plan.method.name} does not take it; drop the option")
+
+
+def _ratio(plan: Plan, allow_target: bool = False) -> float:
+    """The ratio asked for, inside (0, 1)."""
+    ratio = plan.request.ratio
+    if ratio is None:
+        mend = "give --ratio or --target" if allow_target else "give --ratio"
+        raise UserError(f"ratio: {plan.method.name} needs to know how much to cut; {mend}")
+    if not (isinstance(ratio, (int, float)) and 0.0 < ratio < 1.0):
+        raise UserError(f"ratio: {ratio} is not between 0 and 1 (0.2 removes a fifth)")
+    return ratio
+
+
+def parse_pattern(text: str) -> tuple[int, int]:
+    """``2:4`` -> (2, 4): keep 2 of every 4 consecutive weights."""
+    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        raise UserError(f"pattern: '{text}' is no n:m; write for example 2:4 (keep 2 of every 4)")
+    return int(match[1]), int(match[2])
+
+
+def _sparse(plan: Plan, config: Any) -> Plan:
+    _refuse(plan, "target", "uniform", "multiple_of")
+    anatomy = plan.anatomy
+    target = Target(config, anatomy)
+    if plan.request.pattern is not None:
+        n, m = parse_pattern(plan.request.pattern)
+        if plan.request.ratio is not None and not math.isclose(plan.request.ratio, 1 - n / m):
+            raise UserError(f"ratio: {plan.request.ratio} contradicts pattern {n}:{m}, which is {1 - n / m:g}; drop one")
+        for name, tensor in anatomy.tensors.items():
+            if tensor.is_matrix and tensor.shape[1] % m:
+                raise UserError(
+                    f"pattern: {n}:{m} does not fit '{name}', whose {tensor.shape[1]} inputs are no multiple of {m}"
+                )
+        return replace(plan, pattern=(n, m), sparsity=1 - n / m, target=target, notes=_SPARSE_NOTES)
+    ratio = _ratio(plan)
+    least = min(t.shape[1] for t in anatomy.tensors.values() if t.is_matrix)
+    if ratio * least < 1:
+        raise UserError(f"ratio: {ratio} is less than one weight in a row of {least}; ask for at least {1 / least:.4f}")
+    return replace(plan, sparsity=ratio, target=target, notes=_SPARSE_NOTES)
+
+
+_SPARSE_NOTES = ("zeros are stored densely: the file keeps its size and no stock engine runs it faster",)
+
+
+def _global(plan: Plan, config: Any) -> Plan:
+    _refuse(plan, "target", "pattern")
+    anatomy, ratio = plan.anatomy, _ratio(plan)
+    budget = math.floor((1 - ratio) * anatomy.block_params)
+    channel = anatomy.unit_params("layers.0.intermediate")
+    step = channel * plan.multiple_of * (anatomy.shape.num_hidden_layers if plan.request.uniform else 1)
+    biased = _with_out_bias(plan, anatomy)
+    if biased.block_params - anatomy.block_params >= ratio * anatomy.block_params or ratio * anatomy.block_params < step:
+        least = max(step, biased.block_params - anatomy.block_params) / anatomy.block_params
+        raise UserError(f"ratio: {ratio} is below one unit of this model; ask for more than {least:.4f}")
+    notes: tuple[str, ...] = ()
+    if plan.request.uniform:
+        probe = target_for(config, anatomy, Keep(), out_bias=plan.out_bias)  # may refuse: said now, not after scoring
+        notes = probe.notes
+        if not probe.is_stock:
+            raise UserError(
+                f"uniform: a stock {anatomy.family.name} config has no place for flap's biases; add --compensate none, or "
+                "drop --uniform"
+            )
+    else:
+        notes = (
+            "the scores decide each layer's size; the checkpoint will be of type "
+            f"pruned_{config.model_type.removeprefix('pruned_')}, which loads with prunus or trust_remote_code=True "
+            "(--uniform makes all layers alike)",
+        )
+    return replace(plan, budget=budget, step=step, notes=notes)
+
+
+def _with_out_bias(plan: Plan, anatomy: Anatomy) -> Anatomy:
+    """The anatomy with the flags that the compensator's biases will turn on."""
+    if not plan.out_bias:
+        return anatomy
+    if plan.request.uniform:
+        stock = {flag for s in plan.out_bias for flag in anatomy.family.out_bias_flags.get(s, (f"{s}_out_bias",))}
+        return anatomy.with_flags(*stock)
+    return anatomy.with_flags("attention_out_bias", "mlp_out_bias")
+
+
+def biased_anatomy(plan: Plan) -> Anatomy:
+    """What unit costs are counted on: the source's sizes with the biases that the result will have."""
+    return _with_out_bias(plan, plan.anatomy)
+
+
+def _target_sizes(plan: Plan, allowed: tuple[str, ...]) -> dict[str, int]:
+    sizes = dict(plan.request.target)
+    if plan.request.ratio is not None:
+        raise UserError("target: sizes and --ratio contradict each other; give one of them")
+    for name in sizes:
+        if name not in allowed:
+            raise unknown(f"size for {plan.method.name}'s target", name, allowed)
+    return sizes
+
+
+def _check_size(name: str, size: int, most: int) -> None:
+    if not 0 < size <= most:
+        raise UserError(f"target: {name}={size} is outside 1 to {most} (the source's size)")
+
+
+def _width(plan: Plan, config: Any) -> Plan:
+    _refuse(plan, "pattern")
+    anatomy = plan.anatomy
+    shape = anatomy.shape
+    if any(layer.skipped for layer in shape.layers):
+        raise UserError("minitron-width: a model with removed sub-layers has no single FFN width; use flap instead")
+    widest = min(layer.intermediate_size for layer in shape.layers)
+    if plan.request.target:
+        sizes = _target_sizes(plan, ("hidden_size", "intermediate_size"))
+        hidden, width = sizes.get("hidden_size", shape.hidden_size), sizes.get("intermediate_size", widest)
+        _check_size("hidden_size", hidden, shape.hidden_size)
+        _check_size("intermediate_size", width, widest)
+    else:
+        hidden, width = proportional_width(anatomy, _ratio(plan, allow_target=True), plan.multiple_of)
+    counts = {f"layers.{i}.intermediate": width for i in range(shape.num_hidden_layers)} | {"hidden": hidden}
+    keep = Keep({name: tuple(range(n)) for name, n in counts.items() if n < anatomy.axes[name].size})
+    target = target_for(config, anatomy, keep, fold=False)
+    step = 3 * hidden * shape.num_hidden_layers * plan.multiple_of
+    return replace(plan, counts=counts, target=target, step=step, notes=target.notes)
+
+
+def proportional_width(anatomy: Anatomy, ratio: float, multiple_of: int) -> tuple[int, int]:
+    """Stem and FFN width that remove `ratio` of the block parameters, shrinking by (nearly) the same factor.
+
+    The stem is the lawful multiple nearest to the common factor, the FFN width the largest that meets the target.
+    """
+    shape = anatomy.shape
+    budget = (1 - ratio) * anatomy.block_params
+    width = min(layer.intermediate_size for layer in shape.layers)
+    lawful = multiple_of
+    if anatomy.family.hidden_multiple_of_heads:  # stay with the family's own stock type where that is possible
+        lawful = math.lcm(multiple_of, shape.layers[0].num_attention_heads)
+
+    def params(hidden: int, ffn: int) -> int:
+        layers = tuple(LayerShape(x.num_attention_heads, x.num_key_value_heads, ffn) for x in shape.layers)
+        return anatomy.with_shape(replace(shape, hidden_size=hidden, layers=layers)).block_params
+
+    best: tuple[float, int, int] | None = None
+    for hidden in range(lawful, shape.hidden_size + 1, lawful):
+        channel = params(hidden, 2) - params(hidden, 1)
+        rest = params(hidden, 1) - channel
+        ffn = min(math.floor((budget - rest) / (channel * multiple_of)) * multiple_of, width)
+        if ffn < multiple_of:
+            continue
+        if ffn == width and params(hidden, width) < budget - channel * multiple_of and hidden < shape.hidden_size:
+            continue  # the stem alone removes more than was asked
+        skew = abs(math.log(hidden / shape.hidden_size) - math.log(ffn / width))
+        if best is None or skew < best[0]:
+            best = (skew, hidden, ffn)
+    if best is None:
+        raise UserError(
+            f"ratio: {ratio} cannot be reached by stem and FFN in multiples of {multiple_of} (stem: {lawful}); ask for less "
+            "or give --target"
+        )
+    return best[1], best[2]
+
+
+def _depth(plan: Plan, config: Any) -> Plan:
+    _refuse(plan, "pattern", "multiple_of")
+    anatomy, count = plan.anatomy, plan.anatomy.shape.num_hidden_layers
+    if plan.request.target:
+        kept = _target_sizes(plan, ("num_hidden_layers",))["num_hidden_layers"]
+        _check_size("num_hidden_layers", kept, count - 1)
+        run = count - kept
+    else:
+        ratio = _ratio(plan, allow_target=True)
+        run = round(ratio * count)
+        if run < 1:
+            raise UserError(f"ratio: {ratio} of {count} layers is less than one layer; ask for at least {1 / count:.4f}")
+        if run >= count:
+            raise UserError(f"ratio: {ratio} would remove all {count} layers; ask for at most {(count - 1) / count:.4f}")
+    keep = Keep({"layers": tuple(range(count - run))})
+    target = target_for(config, anatomy, keep)
+    return replace(plan, run=run, target=target, step=anatomy.unit_params("layers"), notes=target.notes)

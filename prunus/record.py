@@ -1,0 +1,90 @@
+"""Run records: one JSON line per measurement, with what is needed to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("prunus", "torch", "transformers", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that numbers depend on."""
+    out = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """What a speed depends on; no host name, no path."""
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the source tree this package runs from, with ``+`` if it is changed; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        state = subprocess.run([*git, "status", "--porcelain", "prunus"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if state.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of data as canonical JSON, 16 hex digits: the recipe's identity."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def append(path: Path, kind: str, recipe: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    """Append one record as one line (a single write, so that two processes do not mix theirs) and return it."""
+    record = {
+        "kind": kind,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": recipe,
+        "recipe_hash": digest(recipe),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "figures": figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, sort_keys=True) + "\n")
+    return record
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records of a file, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

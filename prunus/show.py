@@ -1,0 +1,168 @@
+"""Results for people: every function prints one command's result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def _big(value: float, unit: str = "") -> str:
+    for prefix, size in _UNITS:
+        if abs(value) >= size:
+            return f"{value / size:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}".rstrip()
+
+
+def _sizes(value: Any) -> str:
+    if not isinstance(value, list):
+        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{min(value):,} to {max(value):,} (mean {sum(value) / len(value):,.1f})"
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _notes(console: Console, notes: list[str]) -> None:
+    for note in notes:
+        console.print(Text(f"note: {note}", style="dim"))
+
+
+_COUNTS = (
+    ("params", "parameters", ""),
+    ("block_params", "  of them in blocks", ""),
+    ("flops", "forward FLOPs a window", "FLOP"),
+    ("weight_bytes", "weights", "B"),
+    ("kv_bytes_per_token", "KV cache a token", "B"),
+)
+_PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def _before_after(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    table = _table("", "before", "after", "change")
+    for key in before["shape"]:
+        old, new = before["shape"][key], after.get("shape", {}).get(key)
+        if new is None:
+            new = "decided by the scores" if key in _PER_LAYER else old
+        table.add_row(key, _sizes(old), _sizes(new), "")
+    for key, label, unit in _COUNTS:
+        old, new = before[key], after.get(key)
+        if new is None:
+            table.add_row(label, _big(old, unit), "", "")
+        else:
+            at_most = "at most " if after.get("at_most") else ""
+            table.add_row(label, _big(old, unit), at_most + _big(new, unit), f"{new / old - 1:+.2%}")
+    return table
+
+
+def methods(result: dict[str, Any]) -> None:
+    """The method table."""
+    table = _table("method", "cuts", "what it does", "sweeps", "source")
+    for column in table.columns:
+        column.justify = "left"
+    for name, row in result["methods"].items():
+        table.add_row(name, ", ".join(row["axes"]), row["summary"], f"{row['sweeps']:g}", row["citation"])
+    _console().print(table)
+
+
+def plan(result: dict[str, Any]) -> None:
+    """A plan: sizes and counts before and after, and what it will take."""
+    console = _console()
+    console.print(f"{result['method']} on {result['source']}  ({result['citation']})")
+    console.print(_before_after(result["before"], result.get("after", result["before"])))
+    if "sparsity" in result:
+        free = result["flops_if_zeros_were_free"]
+        console.print(f"zeros in block matrices: {result['sparsity']:.2%}")
+        console.print(
+            f"FLOPs if zeros were free: {_big(free['matrices'], 'FLOP')} (or {_big(free['all'], 'FLOP')} in the "
+            "convention that counts attention and head as sparse too)"
+        )
+    estimate = result["estimate"]
+    console.print(
+        f"estimate: {estimate['scoring_seconds']:.0f} s of scoring, {_big(estimate['memory_bytes'], 'B')} of memory "
+        f"({estimate['basis']})"
+    )
+    _notes(console, result["notes"])
+
+
+def manifest(result: dict[str, Any]) -> None:
+    """A checkpoint: where it came from, sizes before and after, the proof."""
+    console = _console()
+    folder = result.get("out") or result.get("folder")
+    console.print(f"{folder}: {result['method']['name']} on {result['source']['name']} ({result['after']['model_type']})")
+    console.print(_before_after(result["before"], result["after"]))
+    ratios = ", ".join(f"{k.replace('_', ' ')} {v:.2%}" for k, v in result["ratios"].items())
+    console.print(f"really: {ratios}")
+    if result["calibration"]:
+        c = result["calibration"]
+        console.print(f"calibrated on {c['windows']} windows of {c['seq_len']} tokens of {c['source']}")
+    proof = result["verified"]
+    console.print(
+        f"verified in a clean process: logits differ by at most {proof['max_logit_difference']:.2g}, cached generation equal"
+    )
+    _notes(console, result["notes"])
+
+
+def evaluation(result: dict[str, Any]) -> None:
+    """Perplexity of one or more models."""
+    text = result["text"]
+    table = _table("model", "parameters", "perplexity", "bits per byte", "predictions")
+    for row in result["models"]:
+        table.add_row(
+            row["model"],
+            f"{row['params']:,}",
+            f"{row['perplexity']:.4g}" if row["perplexity"] < 1e5 else f"{row['perplexity']:.3g}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['predictions']:,}",
+        )
+    console = _console()
+    console.print(table)
+    which = f", documents {text['documents']}" if text["documents"] else ""
+    drawn = f"{text['windows']} windows of {text['seq_len']} tokens of {text['source']}{which}"
+    console.print(f"on {drawn}; no BOS, {text['seq_len'] - 1} predictions a window, {result['dtype']}")
+
+
+def verified(result: dict[str, Any]) -> None:
+    """The outcome of `prunus verify`."""
+    _console().print(
+        f"{result['folder']}: {result['params_on_disk']:,} parameters as recorded, weights unchanged, logits within "
+        f"{result['max_logit_difference']:.2g}, cached generation equal"
+    )
+
+
+def quickstart(result: dict[str, Any]) -> None:
+    """Before and after, and what both models write."""
+    console = _console()
+    before, after = result["before"], result["after"]
+    table = _table("", "before", "after", "change", title=f"{result['source']} cut by {result['method']}")
+    for key, label, unit in _COUNTS:
+        table.add_row(label, _big(before[key], unit), _big(after[key], unit), f"{after[key] / before[key] - 1:+.1%}")
+    for key, label, style in (
+        ("perplexity", "perplexity, held out", "{:.2f}"),
+        ("bits_per_byte", "bits per byte, held out", "{:.3f}"),
+        ("prefill_tokens_per_s", "prefill, tokens/s", "{:.0f}"),
+        ("decode_tokens_per_s", "decode, tokens/s", "{:.1f}"),
+    ):
+        old, new = before[key], after[key]
+        table.add_row(label, style.format(old), style.format(new), f"{new / old - 1:+.1%}")
+    console.print(table)
+    console.print(f"text: {result['text']}; speeds: batch 1, median of {result['repeats']}, on {result['machine']['cpu']}")
+    for item in result["continuations"]:
+        console.print(Text(f"\n{item['prompt']!r}", style="bold"))
+        console.print(Text(f"  before: {item['before']!r}"))
+        console.print(Text(f"  after:  {item['after']!r}"))
+    console.print(
+        f"\n{result['out']}: verified in a clean process. Nothing was trained yet: what a cut loses, training wins back."
+    )

@@ -1,0 +1,287 @@
+"""Streaming statistics of activations, and the sweep that collects them block by block.
+
+Shapes: N windows, T tokens, C channels, B windows in a batch, D hidden size. Sums within one window are float32, sums
+over windows float64, so a result depends on the batch split only through the matmuls' own rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Collector(Protocol):
+    """Anything that takes activations [B, T, C]."""
+
+    def update(self, x_BTC: Tensor, /) -> None:
+        """Add a batch."""
+
+
+@dataclass
+class Moments:
+    """Per-channel statistics of one tensor x [tokens, C] over all tokens seen.
+
+    `want` names what is kept: ``mean``, ``var`` (unbiased), ``sumsq``, ``abs`` (mean |x|), ``window_abs`` (sum over
+    windows of (mean over tokens of |x|)^2, Minitron's), ``gram`` (X^T X, [C, C]).
+    """
+
+    want: frozenset[str]
+    count: int = 0
+    shift_C: Tensor | None = None  # the first window's mean: sums of x - shift do not cancel
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def update(self, x_BTC: Tensor) -> None:
+        """Add a batch of windows without padding. Changes self only."""
+        for x_TC in x_BTC.reshape(-1, *x_BTC.shape[-2:]).float():
+            self.count += x_TC.shape[0]
+            if self.want & {"mean", "var"}:
+                if self.shift_C is None:
+                    self.shift_C = x_TC.mean(0)
+                centred = x_TC - self.shift_C
+                self._add("centred", centred.sum(0))
+                if "var" in self.want:
+                    self._add("centred_sq", centred.square_().sum(0))
+            if "sumsq" in self.want:
+                self._add("sumsq", (x_TC * x_TC).sum(0))
+            if self.want & {"abs", "window_abs"}:
+                absolute = x_TC.abs().sum(0)
+                self._add("abs", absolute)
+                self._add("window_abs", (absolute.double() / x_TC.shape[0]).square())
+            if "gram" in self.want:
+                self._add("gram", x_TC.T @ x_TC)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value.double()
+
+    @property
+    def mean_C(self) -> Tensor:
+        """Mean over tokens, float64."""
+        assert self.shift_C is not None
+        return self.shift_C.double() + self.sums["centred"] / self.count
+
+    @property
+    def var_C(self) -> Tensor:
+        """Unbiased variance over tokens, float64."""
+        centred = self.sums["centred_sq"] - self.sums["centred"].square() / self.count
+        return centred.clamp_min(0) / max(self.count - 1, 1)
+
+    def norm_C(self) -> Tensor:
+        """Euclidean norm over all tokens, float64: sqrt(sum x^2)."""
+        return self.sums["sumsq"].sqrt()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as named tensors, for saving."""
+        out = dict(self.sums)
+        if self.shift_C is not None:
+            out["shift"] = self.shift_C
+        return out | {"count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], want: frozenset[str]) -> Moments:
+        """Undo `to_tensors`."""
+        sums = {k: v for k, v in tensors.items() if k not in ("shift", "count")}
+        return cls(want, int(tensors["count"]), tensors.get("shift"), sums)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps what it was called with and passes the stream on unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kwargs: dict[str, Any] = {}
+        self.hidden: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert not args, "decoder blocks are called with keywords after the stream"
+        self.kwargs, self.hidden = kwargs, hidden_states
+        return hidden_states
+
+
+class _Inject(nn.Module):
+    """Stands in for all blocks: puts a given stream in place of whatever came before."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.hidden
+
+
+class _Silent(nn.Module):
+    """Stands in for a matrix whose output nobody reads."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.size)
+
+
+@contextmanager
+def _layers_replaced(model: PreTrainedModel, anatomy: Anatomy, layers: Iterable[nn.Module]) -> Iterator[None]:
+    parent_name, _, name = anatomy.family.blocks.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    original = getattr(parent, name)
+    setattr(parent, name, nn.ModuleList(layers))
+    try:
+        yield
+    finally:
+        setattr(parent, name, original)
+
+
+def logits_from(model: PreTrainedModel, anatomy: Anatomy, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+    """Logits [B, T, vocab] of a stream that leaves the last block: the model's own final norm, head and softcap."""
+    with _layers_replaced(model, anatomy, [_Inject(hidden_BTD)]):
+        return model(input_ids=ids_BT, use_cache=False).logits
+
+
+class Sweep:
+    """Windows on their way through the decoder, one block at a time: memory is the model plus the windows."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, ids_NT: Tensor, batch_size: int = 4) -> None:
+        self.model, self.anatomy = model, anatomy
+        blocks = model.get_submodule(anatomy.family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
+        self.ids = list(ids_NT.split(batch_size))
+        self.hidden: list[Tensor] = []
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}  # batch size -> keywords of every block
+        recorders = [_Recorder() for _ in blocks]
+        with _layers_replaced(model, anatomy, recorders):
+            for ids_BT in self.ids:
+                model.get_decoder()(input_ids=ids_BT, use_cache=False)
+                assert recorders[0].hidden is not None
+                self.hidden.append(recorders[0].hidden)
+                if len(ids_BT) not in self._kwargs:
+                    self._kwargs[len(ids_BT)] = [r.kwargs for r in recorders]
+                for recorder in recorders:
+                    recorder.hidden = None
+
+    @torch.no_grad()
+    def forward(self, layer: int, hidden_BTD: Tensor, position: int | None = None) -> Tensor:
+        """One batch through one block; `position` is the block whose keywords are used, if not its own."""
+        keywords = self._kwargs[len(hidden_BTD)][layer if position is None else position]
+        out = self.blocks[layer](hidden_BTD, **keywords)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run(self, layer: int, *, each: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """All windows through one block; its output becomes the next block's input. `each` sees (in, out)."""
+        for i, hidden in enumerate(self.hidden):
+            out = self.forward(layer, hidden)
+            if each is not None:
+                each(hidden, out)
+            self.hidden[i] = out
+
+    def observe(self, layer: int, collectors: Mapping[str, Collector]) -> None:
+        """Collect what the modules of one block read and leave the windows where they are.
+
+        Nobody reads this pass's output, so the block's last matrices are not multiplied: a quarter of the work saved.
+        """
+        with (
+            self._silenced(reading_points(self.anatomy, layer).get(("mlp", "intermediate"), [])),
+            self.collecting(collectors),
+        ):
+            for hidden in self.hidden:
+                self.forward(layer, hidden)
+
+    @contextmanager
+    def _silenced(self, matrices: list[str]) -> Iterator[None]:
+        originals = []
+        for name in matrices:
+            parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+            module = self.model.get_submodule(parent)
+            originals.append((module, leaf, getattr(module, leaf)))
+            setattr(module, leaf, _Silent(self.anatomy.shape.hidden_size))
+        try:
+            yield
+        finally:
+            for module, leaf, original in originals:
+                setattr(module, leaf, original)
+
+    @contextmanager
+    def collecting(self, collectors: Mapping[str, Collector]) -> Iterator[None]:
+        """Feed the inputs of the named modules to their collectors while a block runs."""
+        handles = []
+        for name, collector in collectors.items():
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(lambda _, args, c=collector: c.update(args[0])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def reading_points(anatomy: Anatomy, layer: int) -> dict[tuple[str, str], list[str]]:
+    """(sub-layer, segment) -> the matrices of a block that read that input: q, k and v read one and the same tensor."""
+    points: dict[tuple[str, str], list[str]] = {}
+    for name, tensor in anatomy.tensors.items():
+        if tensor.is_matrix and tensor.layer == layer and tensor.sublayer is not None:
+            points.setdefault((tensor.sublayer, tensor.param.dims[1][0]), []).append(name)
+    return points
+
+
+Statistics = dict[str, Moments]  # "layers.3.mlp.intermediate" -> what was seen there
+
+
+def layer_moments(anatomy: Anatomy, layer: int, wants: Mapping[str, frozenset[str]]) -> tuple[Statistics, Statistics]:
+    """Fresh `Moments` for the inputs of one block: by statistics name, and by the module whose input feeds them."""
+    named: Statistics = {}
+    modules: Statistics = {}
+    for (sublayer, segment), matrices in reading_points(anatomy, layer).items():
+        if segment in wants:
+            moments = Moments(wants[segment])
+            named[f"layers.{layer}.{sublayer}.{segment}"] = moments
+            modules[matrices[0].removesuffix(".weight")] = moments
+    return named, modules
+
+
+def collect(
+    sweep: Sweep, wants: Mapping[str, frozenset[str]], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Statistics:
+    """One dense pass: the wanted moments of every block's inputs, by segment (``hidden``, ``q``, ``intermediate``)."""
+    out: Statistics = {}
+    count = len(sweep.blocks)
+    for layer in range(count):
+        named, modules = layer_moments(sweep.anatomy, layer, wants)
+        with sweep.collecting(modules):
+            sweep.run(layer)
+        out |= named
+        progress(layer + 1, count)
+    return out
+
+
+@dataclass
+class BlockCosine:
+    """Mean over tokens of the cosine between a block's input and output (float32; bf16 rounds small distances away)."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def __call__(self, before_BTD: Tensor, after_BTD: Tensor) -> None:
+        """Add a batch."""
+        cosine = torch.nn.functional.cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1)
+        self.total += float(cosine.double().sum())
+        self.count += cosine.numel()
+
+    @property
+    def mean(self) -> float:
+        """The mean so far."""
+        return self.total / self.count
