@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoint, hf, measure
+from . import checkpoint, measure
 from .data.windows import Windows, pack
 from .errors import UserError, unknown
 from .evaluation import Perplexity
 from .evaluation import perplexity as score_windows
+from .network import offline
 from .oneshot import Outcome, Progress, no_progress, one_shot_, wanted_statistics
 from .planning import Plan, Request
 from .source import DTYPES, Source
@@ -106,7 +107,7 @@ def plan(
     source: str, request: Request, *, dtype: str = "float32", text: TextOptions = CALIBRATION, online: bool = False
 ) -> dict:
     """What a cut would be, from the config alone: sizes, counts, and estimates of memory and time. Reads no weight."""
-    hf.offline(online)
+    offline(online)
     opened = Source.open(source, online=online)
     made = Plan.make(opened.config, opened.anatomy, request)
     width = DTYPES[_dtype(dtype)].itemsize
@@ -163,7 +164,7 @@ def prune(
     a weight is read; UserError says what is wrong. `statistics` names a file where a dense method's statistics are kept,
     so that the next target needs no new pass.
     """
-    hf.offline(online)
+    offline(online)
     request = Request(method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
     opened = Source.open(source, online=online)
     made = Plan.make(opened.config, opened.anatomy, request)
@@ -212,7 +213,7 @@ def evaluate(
     progress: Progress = no_progress,
 ) -> tuple[Perplexity, Windows]:
     """Perplexity and bits per byte of a model on windows of text."""
-    hf.offline(online)
+    offline(online)
     opened = Source.open(source, online=online)
     options.checked("evaluation", _positions(opened))
     windows = options.pack(opened.tokenizer(), text, online)
@@ -238,7 +239,7 @@ def compare(
     """
     from . import record as records
 
-    hf.offline(online)
+    offline(online)
     for source in sources:  # all are checked before any is read
         Source.open(source, online=online).anatomy.checked()
     rows = []

@@ -12,6 +12,7 @@ import typer
 
 from .errors import UserError, VerificationError
 from .methods import METHODS
+from .network import offline
 
 EXIT_CODES = """Exit codes: 0 done; 1 an internal error; 2 a wrong input or option; 3 a saved checkpoint did not verify
 (and was not left behind); 130 stopped by Ctrl-C; 143 stopped by SIGTERM."""
@@ -217,9 +218,8 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that prunus wr
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A folder that prunus wrote.")], as_json: JsonOpt = False) -> None:
     """Check a checkpoint against its own record: files unchanged, counts right, logits and generation as when saved."""
-    from . import checkpoint, hf, show
+    from . import checkpoint, show
 
-    hf.offline(online=False)
     _print({"folder": str(folder), **checkpoint.verify(folder)}, as_json, show.verified)
 
 
@@ -253,6 +253,7 @@ def run(arguments: list[str]) -> int:
     """Run with these arguments and return the exit code."""
     import click
 
+    offline(online="--online" in arguments)  # before anything heavy is imported
     signal.signal(signal.SIGTERM, _terminated)
     try:
         result = app(arguments, standalone_mode=False)

@@ -7,7 +7,6 @@ Everything else becomes a `pruned_<type>` (see `modeling_pruned.py`).
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -250,11 +249,3 @@ def weights(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:
             f"the model {what} '{name}', which is not what family '{anatomy.family.name}' declares; see docs/add-a-family.md"
         )
     return {name: state[name].detach() for name in declared}
-
-
-def offline(online: bool) -> None:
-    """Tell the Hugging Face libraries whether they may use the network; call before they are imported."""
-    value = "0" if online else "1"
-    os.environ["HF_HUB_OFFLINE"] = value
-    os.environ["HF_DATASETS_OFFLINE"] = value
-    os.environ.setdefault("TQDM_DISABLE", "1")  # GGUF conversion draws a bar of its own; ours says more

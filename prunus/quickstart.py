@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import api, checkpoint, hf, measure, record
+from . import api, checkpoint, measure, record
 from .data.windows import Windows
 from .errors import UserError
 from .evaluation import perplexity
+from .network import offline
 from .oneshot import Progress
 from .source import Source
 
@@ -49,7 +50,7 @@ def run(out: Path, *, source: str | None, text: str | None, progress: Progress) 
     """Cut by 20 % with flap, save and verify, and measure both models; returns everything the table shows."""
     import tempfile
 
-    hf.offline(online=False)
+    offline(online=False)
     checkpoint.check_destination(out, overwrite=True, needed_bytes=0)
     name = source or default_source()
     with tempfile.TemporaryDirectory(prefix="prunus-quickstart-") as scratch:

