@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -34,7 +35,6 @@ class _Chunk:
 
     score: float
     axis: str
-    position: int
     units: tuple[int, ...]
     cost: int
 
@@ -43,10 +43,7 @@ def _chunks(name: str, scores: Tensor, unit_cost: int, multiple_of: int) -> list
     """Units of an axis, best first, in chunks of `multiple_of`; the last chunk holds the remainder."""
     order = torch.argsort(scores, descending=True, stable=True).tolist()
     parts = [order[i : i + multiple_of] for i in range(0, len(order), multiple_of)]
-    return [
-        _Chunk(float(scores[part].double().mean()), name, i, tuple(part), unit_cost * len(part))
-        for i, part in enumerate(parts)
-    ]
+    return [_Chunk(float(scores[part].double().mean()), name, tuple(part), unit_cost * len(part)) for part in parts]
 
 
 def standardised(scores: Scores) -> dict[str, Tensor]:
@@ -66,35 +63,32 @@ def global_budget(
     Every axis keeps at least its best chunk. A unit that does not fit is passed over for a cheaper one, so what is kept
     costs at most the budget and falls short of it by less than the cheapest chunk (unless nothing is left to add).
     """
-    chunks = [
-        chunk
-        for name, scores in values.items()
-        for chunk in _chunks(name, scores, unit_costs[name], multiple_of.get(kind_of(name), 1))
-    ]
-    chunks.sort(key=lambda c: -c.score)  # stable: ties by layer, then position
-    kept: dict[str, list[int]] = {name: [] for name in values}
-    left = budget
-    for chunk in (c for c in chunks if c.position == 0):
-        kept[chunk.axis].extend(chunk.units)
-        left -= chunk.cost
+    queues = {n: _chunks(n, scores, unit_costs[n], multiple_of.get(kind_of(n), 1)) for n, scores in values.items()}
+    kept = {name: list(queue[0].units) for name, queue in queues.items()}
+    left = budget - sum(queue[0].cost for queue in queues.values())
     if left < 0:
         raise UserError(
             f"ratio: the least that can stay (one unit of every axis) costs {budget - left:,} parameters, but the target "
             f"leaves {budget:,}; ask for a smaller ratio"
         )
-    reached = dict.fromkeys(values, 1)
-    for chunk in chunks:
-        if chunk.position == reached[chunk.axis] and chunk.cost <= left:
-            kept[chunk.axis].extend(chunk.units)
-            left -= chunk.cost
-            reached[chunk.axis] += 1
+    # best first; a chunk becomes a candidate once the better ones of its axis are kept, ties go to the earlier axis
+    ready = [(-queue[1].score, i, 1, queue) for i, queue in enumerate(queues.values()) if len(queue) > 1]
+    heapq.heapify(ready)
+    while ready:
+        _, i, position, queue = heapq.heappop(ready)
+        if queue[position].cost > left:
+            continue
+        kept[queue[position].axis].extend(queue[position].units)
+        left -= queue[position].cost
+        if position + 1 < len(queue):
+            heapq.heappush(ready, (-queue[position + 1].score, i, position + 1, queue))
     return Keep({name: tuple(sorted(units)) for name, units in kept.items() if len(units) < len(values[name])})
 
 
 def contiguous(losses: list[float], run: int, num_layers: int) -> Keep:
     """Remove the run of `run` layers whose absence costs least: `losses[i]` is the loss without layers i to i+run-1."""
     assert len(losses) == num_layers - run + 1, (len(losses), run, num_layers)
-    start = int(np.argmin(losses))
+    start = int(np.argmin(np.nan_to_num(np.asarray(losses), nan=np.inf)))  # a loss that is no number is never the least
     return Keep({"layers": tuple(i for i in range(num_layers) if not start <= i < start + run)})
 
 

@@ -59,6 +59,11 @@ class Anatomy:
     def checked(self) -> Anatomy:
         """Self, or UserError where query heads cannot share the KV heads evenly."""
         for i, layer in enumerate(self.shape.layers):
+            if bool(layer.num_attention_heads) != bool(layer.num_key_value_heads):
+                raise UserError(
+                    f"config.json: layer {i} has {layer.num_attention_heads} query heads and {layer.num_key_value_heads} KV "
+                    "heads; both or neither can be 0"
+                )
             if layer.num_key_value_heads and layer.num_attention_heads % layer.num_key_value_heads:
                 raise UserError(
                     f"config.json: layer {i} has {layer.num_attention_heads} query heads for {layer.num_key_value_heads} "

@@ -14,10 +14,12 @@ from .data.windows import Windows, pack
 from .errors import UserError, unknown
 from .evaluation import Perplexity
 from .evaluation import perplexity as score_windows
+from .job import Outcome, Progress, no_progress
 from .network import offline
-from .oneshot import Outcome, Progress, no_progress, one_shot_, wanted_statistics
+from .oneshot import one_shot_, wanted_statistics
 from .planning import Plan, Request
 from .source import DTYPES, Source
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +115,7 @@ def plan(
     width = DTYPES[_dtype(dtype)].itemsize
     text.checked("calibration", _positions(opened))
     report = {"source": opened.label, **made.describe(text.seq_len, width)}
-    report["notes"] = [*opened.notes, *filter(None, [opened.pretokenizer_note]), *report["notes"]]
+    report["notes"] = [*opened.all_notes, *report["notes"]]
     return report | {"estimate": _estimate(made, text, width)}
 
 
@@ -121,9 +123,7 @@ def _estimate(made: Plan, text: TextOptions, width: int) -> dict[str, Any]:
     anatomy = made.anatomy
     shape = anatomy.shape
     tokens = text.windows * text.seq_len
-    head = 2 * text.seq_len * shape.vocab_size * shape.hidden_size
-    blocks = (anatomy.flops(text.seq_len) - head) * text.windows
-    flops = made.method.sweeps * blocks
+    flops = made.scoring_flops(text.windows, text.seq_len)
     rate = measure.gemm_rate()
     widest = max(layer.intermediate_size for layer in shape.layers)
     activations = 4 * text.seq_len * (4 * widest + 8 * shape.hidden_size) * 4
@@ -179,7 +179,9 @@ def prune(
         text.checked("calibration", _positions(opened))
         windows = text.pack(tokenizer, calibration, online)
         windows.check_fits(opened.anatomy.shape.vocab_size, calibration)
-    saved = _saved_statistics(made, statistics, opened, windows)
+    elif calibration is not None or text != CALIBRATION:
+        raise UserError(f"calibration: {method} reads no text; drop the calibration options")
+    saved = _saved_statistics(made, statistics, opened, windows, dtype)
     progress("load", 0, 1)
     model = opened.load(dtype)
     progress("load", 1, 1)
@@ -187,19 +189,24 @@ def prune(
     del model
     if statistics is not None and saved is None and outcome.statistics is not None and windows is not None:
         checkpoint.save_statistics(
-            outcome.statistics, Path(statistics).expanduser(), checkpoint.statistics_key(opened, windows)
+            outcome.statistics, Path(statistics).expanduser(), checkpoint.statistics_key(opened, windows, DTYPES[dtype])
         )
     return Result(outcome, opened, tokenizer, windows)
 
 
-def _saved_statistics(made: Plan, path: str | Path | None, source: Source, windows: Windows | None) -> Any:
+def _saved_statistics(
+    made: Plan, path: str | Path | None, source: Source, windows: Windows | None, dtype: str
+) -> Statistics | None:
     if path is None:
         return None
     wants = wanted_statistics(made)
     if wants is None or windows is None:
-        raise UserError(f"statistics: {made.method.name} must sweep again for every target, so it keeps no statistics")
+        why = "must sweep again for every target" if made.method.needs_text else "needs no statistics"
+        raise UserError(f"statistics: {made.method.name} {why}; drop --statistics")
     file = Path(path).expanduser()
-    key = checkpoint.statistics_key(source, windows)
+    if not file.parent.is_dir() or file.is_dir():
+        raise UserError(f"statistics: {file} is no place for a file; give a file in a folder that exists")
+    key = checkpoint.statistics_key(source, windows, DTYPES[dtype])
     return checkpoint.load_statistics(file, key, wants) if file.exists() else None
 
 

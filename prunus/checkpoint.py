@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from . import modeling_pruned, record
 from .anatomy import Anatomy
@@ -20,8 +22,8 @@ from .errors import UserError, VerificationError
 from .families import PRUNED_PREFIX
 from .headers import safetensors_shapes, sha256
 from .hf import quiet
+from .job import Outcome
 from .keep import Keep, WeightMask
-from .oneshot import Outcome
 from .source import Source
 from .statistics import Moments, Statistics
 from .verification import check_fingerprint, check_saved, probe
@@ -32,6 +34,27 @@ if TYPE_CHECKING:
 MANIFEST, DECISION = "prunus.json", "keep.json"
 EXTRA = "prunus"  # sub-folder for what engines that glob *.safetensors must not see
 FORMAT = 1
+
+
+class Fingerprint(BaseModel):
+    """`verification.Probe.to_json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    ids: list[list[int]]
+    generated: list[int]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    logsumexp: list[list[float]]
+    top_ids: list[list[list[int]]]
+    top_logits: list[list[list[float]]]
+
+
+class Side(BaseModel):
+    """Sizes and counts of a model before or after."""
+
+    model_config = ConfigDict(extra="allow")
+    shape: dict[str, Any]
+    params: int
+    block_params: int
 
 
 class Manifest(BaseModel):
@@ -45,13 +68,13 @@ class Manifest(BaseModel):
     source: dict[str, Any]
     method: dict[str, Any]
     calibration: dict[str, Any] | None
-    before: dict[str, Any]
-    after: dict[str, Any]
+    before: Side
+    after: Side
     ratios: dict[str, float]
     notes: list[str]
     seconds: dict[str, float]
     weights_sha256: str
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     verified: dict[str, Any]
 
 
@@ -109,19 +132,30 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = out.parent / f".{out.name}.partial-{os.getpid()}"
     old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    stage.mkdir()
     try:
+        stage.mkdir()
         yield stage
-        if out.exists():
-            if not overwrite:
-                raise UserError(f"{out}: appeared while prunus was working; nothing was written")
-            out.rename(old)
-        stage.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+        if out.exists() and not overwrite:
+            raise UserError(f"{out}: appeared while prunus was working; nothing was written")
+        _swap(stage, out, old)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(stage: Path, out: Path, old: Path) -> None:
+    """Put `stage` in the place of `out`; what was there is removed only once the new folder stands."""
+    try:
+        if out.exists():
+            out.rename(old)
+        try:
+            stage.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
+    except OSError as error:
+        raise UserError(f"{out}: cannot be put in place: {error.strerror or error}") from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # -- what goes there ----------------------------------------------------------------------------------------------------
@@ -138,8 +172,13 @@ def save(
 ) -> Manifest:
     """Write a cut model and prove it; VerificationError leaves nothing behind."""
     with staged(out, overwrite=overwrite) as stage:
-        _write_model(outcome, tokenizer, stage)
-        _write_decision(outcome, source, calibration, stage)
+        try:
+            _write_model(outcome, tokenizer, stage)
+            _write_decision(outcome, source, calibration, stage)
+            for file in stage.rglob("*.safetensors"):
+                file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{out}: cannot be written: {error}") from error
         expected = probe(outcome.model)
         verified = check_saved(stage, expected) | check_counts(stage, outcome.target.anatomy)
         manifest = _manifest(outcome, source, calibration, expected.to_json(), verified, _weights(stage))
@@ -159,8 +198,6 @@ def _write_model(outcome: Outcome, tokenizer: PreTrainedTokenizerBase, stage: Pa
             shutil.copyfile(modeling_pruned.__file__, stage / "modeling_pruned.py")
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
-    for file in stage.glob("*.safetensors"):
-        file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
     path = stage / "tokenizer_config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     for name in ("is_local", "local_files_only", "backend"):
@@ -188,7 +225,11 @@ def _write_decision(outcome: Outcome, source: Source, calibration: Windows | Non
         decision = outcome.keep.to_json()
     (stage / DECISION).write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
     if outcome.statistics is not None and calibration is not None:
-        save_statistics(outcome.statistics, stage / EXTRA / "statistics.safetensors", statistics_key(source, calibration))
+        save_statistics(
+            outcome.statistics,
+            stage / EXTRA / "statistics.safetensors",
+            statistics_key(source, calibration, outcome.model.dtype),
+        )
     if outcome.losses is not None:
         (stage / EXTRA).mkdir(exist_ok=True)
         (stage / EXTRA / "losses.json").write_text(json.dumps({"loss_without_run_at": outcome.losses}, indent=1) + "\n")
@@ -223,13 +264,13 @@ def _manifest(
             "request": plan.request.describe(),
         },
         calibration=calibration.provenance() if calibration else None,
-        before=side(plan.anatomy),
-        after=side(outcome.target.anatomy) | {"model_type": outcome.target.config.model_type},
+        before=Side(**side(plan.anatomy)),
+        after=Side(**side(outcome.target.anatomy), model_type=outcome.target.config.model_type),
         ratios=outcome.ratios,
-        notes=[*source.notes, *outcome.target.notes],
+        notes=[*source.all_notes, *(plan.notes if plan.method.is_sparse else outcome.target.notes), *outcome.notes],
         seconds={k: round(v, 3) for k, v in outcome.seconds.items()},
         weights_sha256=weights_sha256,
-        fingerprint=fingerprint,
+        fingerprint=Fingerprint(**fingerprint),
         verified=verified,
     )
 
@@ -258,9 +299,9 @@ def check_counts(folder: Path, anatomy: Anatomy) -> dict[str, Any]:
 # -- statistics, saved and used again -----------------------------------------------------------------------------------
 
 
-def statistics_key(source: Source, calibration: Windows) -> str:
-    """What statistics belong to: the model's weights and the windows."""
-    return f"{source.sha256}-{calibration.sha256}"
+def statistics_key(source: Source, calibration: Windows, dtype: torch.dtype) -> str:
+    """What statistics belong to: the model's weights, the windows, and the precision of the pass."""
+    return f"{source.sha256}-{calibration.sha256}-{dtype}"
 
 
 def save_statistics(statistics: Statistics, path: Path, key: str) -> None:
@@ -274,15 +315,17 @@ def save_statistics(statistics: Statistics, path: Path, key: str) -> None:
 
 
 def load_statistics(path: Path, key: str, wants: Mapping[str, frozenset[str]]) -> Statistics | None:
-    """Statistics saved earlier; None if they are of another model or windows, or lack something that is wanted."""
-    from safetensors import SafetensorError, safe_open
+    """Statistics saved earlier; None if they lack something that is wanted, UserError if they are of something else."""
+    from safetensors import safe_open
 
     try:
         safetensors_shapes(path)
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
             if meta.get("key") != key:
-                return None
+                raise UserError(
+                    f"{path}: holds statistics of another model, other windows or another dtype; give another file"
+                )
             want = frozenset(meta.get("want", "").split(","))
             grouped: dict[str, dict[str, Any]] = {}
             for key in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
@@ -306,19 +349,23 @@ def verify(folder: Path) -> dict[str, Any]:
         raise VerificationError(f"{folder.name}: the weight files changed since prunus wrote them (SHA-256 differs)")
     source = Source.open(str(folder))
     counts = check_counts(folder, source.anatomy)
-    if source.anatomy.num_params != manifest.after["params"]:
+    if source.anatomy.num_params != manifest.after.params:
         raise VerificationError(
             f"{folder.name}: {source.anatomy.num_params:,} parameters, but prunus.json says {manifest.after['params']:,}"
         )
     if manifest.ratios.get("sparsity") is not None:
         counts |= _check_mask(folder, source, manifest.ratios["sparsity"])
-    return {"weights_sha256": digest, **counts, **check_fingerprint(folder, manifest.fingerprint)}
+    return {"weights_sha256": digest, **counts, **check_fingerprint(folder, manifest.fingerprint.model_dump())}
 
 
 def _check_mask(folder: Path, source: Source, sparsity: float) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    packed = load_file(folder / EXTRA / "mask.safetensors")
+    path = folder / EXTRA / "mask.safetensors"
+    if not path.is_file():
+        raise VerificationError(f"{folder.name}: {EXTRA}/{path.name}, the mask that prunus.json speaks of, is missing")
+    safetensors_shapes(path)
+    packed = load_file(path)
     mask = WeightMask.from_packed(packed, source.anatomy)
     if abs(mask.sparsity - sparsity) > 1e-9:
         raise VerificationError(f"{folder.name}: the mask has sparsity {mask.sparsity}, but prunus.json says {sparsity}")

@@ -15,7 +15,7 @@ from .methods import METHODS
 from .network import offline
 
 EXIT_CODES = """Exit codes: 0 done; 1 an internal error; 2 a wrong input or option; 3 a saved checkpoint did not verify
-(and was not left behind); 130 stopped by Ctrl-C; 143 stopped by SIGTERM."""
+(a new one is not left behind); 130 stopped by Ctrl-C; 143 stopped by SIGTERM."""
 
 app = typer.Typer(
     name="prunus",
@@ -245,14 +245,16 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+# typer carries a copy of click from 0.29 on; both call the base class of usage errors so
+_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
 def _terminated(signum: int, frame: Any) -> None:
     raise SystemExit(143)
 
 
 def run(arguments: list[str]) -> int:
     """Run with these arguments and return the exit code."""
-    import click
-
     offline(online="--online" in arguments)  # before anything heavy is imported
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -261,16 +263,18 @@ def run(arguments: list[str]) -> int:
         code = 2 if isinstance(error, UserError) else 3
         _say_error(str(error), code, "--json" in arguments)
         return code
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
+    except _ClickException as error:
+        if not arguments:
+            print(error.format_message())
+        else:
+            _say_error(error.format_message().rstrip("."), 2, "--json" in arguments)
         return 2
-    except click.ClickException as error:
-        _say_error(error.format_message().rstrip("."), 2, "--json" in arguments)
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("prunus: stopped; nothing was left behind", file=sys.stderr)
         return 130
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
         _say_error(
             "out of memory: lower --windows, --seq-len or --batch-size, or use --dtype bfloat16",
             1,

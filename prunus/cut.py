@@ -1,7 +1,9 @@
 """The two realisations of one decision: `zero_` the dropped units, or `slice_tensors` them away.
 
-A zeroed unit is a fixed point of training (all its gradients vanish, Adam's moments are zero, decoupled decay keeps
-zero at zero), so a zeroed and a sliced model stay equal. Where an axis runs through RMSNorm gains the sliced norm
+A zeroed KV group, FFN channel or stem channel is a fixed point of training (all its gradients vanish, Adam's moments are
+zero, decoupled decay keeps zero at zero), so a zeroed and a sliced model stay equal. Not so a zeroed query head whose KV
+head lives on (its output is the mean of V, so o_proj's columns get gradients), nor a whole sub-layer whose output has a
+bias: there `zero_` the gradients too, before they are clipped. Where an axis runs through RMSNorm gains the sliced norm
 divides by d' where the zeroed one divides by d; multiplying the gains by sqrt(d / d') makes them equal again (the fold).
 """
 

@@ -26,7 +26,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             ends = [int(v["data_offsets"][1]) for v in entries.values()]
             shapes = {k: tuple(int(n) for n in v["shape"]) for k, v in entries.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise UserError(f"{path}: the safetensors header is corrupt ({error}); fetch the file again") from error
     if max(ends, default=0) != size - 8 - length:
         raise UserError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from .anatomy import Anatomy
@@ -38,10 +39,12 @@ def quiet() -> Iterator[None]:
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    hf_logging.set_verbosity(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,17 @@ class Target:
 
 
 def target_for(
-    config: PreTrainedConfig, anatomy: Anatomy, keep: Keep, *, fold: bool = True, out_bias: frozenset[str] = frozenset()
+    config: PreTrainedConfig,
+    anatomy: Anatomy,
+    keep: Keep,
+    *,
+    fold: bool = True,
+    out_bias: frozenset[str] = frozenset(),
+    stock: bool = True,
 ) -> Target:
     """The config of the model that `keep` leaves. `out_bias` names sub-layers whose output gains a bias.
+
+    Without `stock` it is of our own type also where a stock one could say it (at the price of more biases).
 
     Raises UserError where neither a stock type nor ours can say it.
     """
@@ -69,24 +80,29 @@ def target_for(
     fields = _fields(config, anatomy, keep, after, fold)
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     notes: list[str] = []
-    if after.shape.is_uniform:
+    if after.shape.is_uniform and stock:
         fields |= uniform_fields(after)
-        stock = _stock_flags(after, out_bias)
-        lawful = _lawful_type(model_type, after, stock)
-        if stock is not None and lawful is not None:
-            if lawful != model_type:
-                notes.append(_relabel_note(model_type, lawful, after))
-            return Target(_stock_config(lawful, fields, stock), _as_family(after, lawful, stock), tuple(notes))
-        why = "a bias that it has no place for" if stock is None else f"hidden size {after.shape.hidden_size}"
+        biased = _biased(after, out_bias)
+        own = _stock_flags(after, biased)
+        why = "a bias that it has no place for" if own is None else f"hidden size {after.shape.hidden_size}"
+        try:
+            if own is not None and _hidden_fits(after):
+                return _stock(model_type, fields, after, own)
+            for other in after.family.alternatives:
+                flags = _alternative_flags(other, after, biased)
+                if flags is not None and not fields.get("sliding_window"):
+                    return _stock(other, _relabelled(other, fields), after, flags, _relabel_note(model_type, other, why))
+        except StrictDataclassError as error:  # a validator of the family that the table does not know of
+            why = f"these sizes ({str(error.__cause__ or error).strip().splitlines()[-1].strip()})"
         notes.append(f"a stock {model_type} config cannot say {why}, so the checkpoint is of type pruned_{model_type}")
-    flags = {f"{sublayer}_out_bias" for sublayer in out_bias}
-    pruned = _pruned_config(model_type, fields, after, flags)
+    ours = {f"{sublayer}_out_bias" for sublayer in out_bias} | {f for f in after.flags if f.endswith("_out_bias")}
+    pruned = _pruned_config(model_type, fields, after, ours)
     if not after.shape.is_uniform:
         notes.append(
             f"layers differ in size: the checkpoint is of type pruned_{model_type} and loads with prunus, or with "
             "trust_remote_code=True; no stock engine can serve it (--uniform makes all layers alike)"
         )
-    return Target(pruned, after.with_flags(*flags), tuple(notes))
+    return Target(pruned, after.with_flags(*ours), tuple(notes))
 
 
 _NOT_OURS = (
@@ -122,10 +138,18 @@ def _fields(config: PreTrainedConfig, anatomy: Anatomy, keep: Keep, after: Anato
     return fields
 
 
-def _stock_flags(after: Anatomy, out_bias: frozenset[str]) -> frozenset[str] | None:
-    """Config flags of a stock type that has the wanted output biases; None if the family has no such flags."""
-    flags = set(after.flags)
-    for sublayer in out_bias:
+def _biased(after: Anatomy, out_bias: frozenset[str]) -> frozenset[str]:
+    """Sub-layers whose output needs a bias: those asked for, and those that a checkpoint of ours already has."""
+    native = {flag for flags in after.family.out_bias_flags.values() for flag in flags}
+    ours = {s for s in SUBLAYERS if f"{s}_out_bias" in after.flags - native}
+    return out_bias | ours
+
+
+def _stock_flags(after: Anatomy, biased: frozenset[str]) -> frozenset[str] | None:
+    """Config flags of the family's own stock type with the wanted output biases; None if it has no such flags."""
+    native = {flag for flags in after.family.out_bias_flags.values() for flag in flags}
+    flags = {flag for flag in after.flags if flag in native or not flag.endswith("_out_bias")}
+    for sublayer in biased:
         wanted = after.family.out_bias_flags.get(sublayer)
         if wanted is None:
             return None
@@ -133,23 +157,25 @@ def _stock_flags(after: Anatomy, out_bias: frozenset[str]) -> frozenset[str] | N
     return frozenset(flags)
 
 
-def _lawful_type(model_type: str, after: Anatomy, flags: frozenset[str] | None) -> str | None:
-    """The stock type that may carry these sizes: the model's own, else the first alternative without its refusal."""
-    family = after.family
-    if not family.hidden_multiple_of_heads or after.shape.hidden_size % after.shape.layers[0].num_attention_heads == 0:
-        return model_type
-    for alternative in family.hidden_alternatives:
-        if alternative != "mistral" or not flags:
-            return alternative
-    return None
-
-
-def _relabel_note(model_type: str, lawful: str, after: Anatomy) -> str:
+def _hidden_fits(after: Anatomy) -> bool:
     heads = after.shape.layers[0].num_attention_heads
-    return (
-        f"a {model_type} config refuses hidden size {after.shape.hidden_size} with {heads} heads, so the checkpoint is "
-        f"written as {lawful}, which runs the same weights"
-    )
+    return not after.family.hidden_multiple_of_heads or after.shape.hidden_size % heads == 0
+
+
+def _alternative_flags(alternative: str, after: Anatomy, biased: frozenset[str]) -> frozenset[str] | None:
+    """Flags under which another stock type runs the same weights; None if it cannot hold their biases."""
+    llama_attention, llama_mlp = "attention_bias" in after.flags, "mlp_bias" in after.flags
+    needed = {
+        "attention_bias": llama_attention,
+        "attention_out_bias": llama_attention or "attention" in biased,
+        "mlp_bias": llama_mlp or "mlp" in biased,
+    }
+    flags = frozenset(flag for flag, wanted in needed.items() if wanted)
+    return flags if alternative == "seed_oss" or not flags else None
+
+
+def _relabel_note(model_type: str, alternative: str, why: str) -> str:
+    return f"a stock {model_type} config cannot say {why}, so it is written as {alternative}, which runs the same weights"
 
 
 _COMMON = (  # what llama, mistral and seed_oss configs all say
@@ -157,6 +183,11 @@ _COMMON = (  # what llama, mistral and seed_oss configs all say
     "hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
     "tie_word_embeddings rope_parameters attention_dropout dtype"
 ).split()
+
+
+def _relabelled(alternative: str, fields: dict[str, Any]) -> dict[str, Any]:
+    common = {name: fields[name] for name in _COMMON if name in fields}
+    return common | ({"sliding_window": None} if alternative == "mistral" else {"residual_dropout": 0.0})
 
 
 def _config_class(model_type: str) -> type[PreTrainedConfig]:
@@ -167,25 +198,13 @@ def _config_class(model_type: str) -> type[PreTrainedConfig]:
     return type(AutoConfig.for_model(model_type))
 
 
-def _stock_config(model_type: str, fields: dict[str, Any], flags: frozenset[str]) -> PreTrainedConfig:
-    cls = _config_class(model_type)
-    if model_type in ("mistral", "seed_oss") and "sliding_window" not in fields:
-        fields = {name: fields[name] for name in _COMMON if name in fields}
-        fields |= {"sliding_window": None} if model_type == "mistral" else {"residual_dropout": 0.0}
-        if model_type == "seed_oss":
-            fields |= {
-                "attention_bias": "attention_bias" in flags,
-                "attention_out_bias": "attention_bias" in flags,
-                "mlp_bias": "mlp_bias" in flags,
-            }
-            return cls(**fields)
-    return cls(**(fields | dict.fromkeys(flags, True)))
-
-
-def _as_family(after: Anatomy, model_type: str, flags: frozenset[str]) -> Anatomy:
-    if model_type == "seed_oss" and after.family.name != "seed_oss" and "attention_bias" in flags:
-        flags = flags | {"attention_out_bias"}
-    return replace(after, family=family_of(model_type), flags=flags)
+def _stock(model_type: str, fields: dict[str, Any], after: Anatomy, flags: frozenset[str], *notes: str) -> Target:
+    family = family_of(model_type)
+    said: dict[str, Any] = {flag: flag in flags for flag in family.flags if not flag.startswith(("untied", "mlp_out"))}
+    if family.name != "seed_oss":
+        said.pop("attention_out_bias", None)
+    config = _config_class(model_type)(**(fields | said))
+    return Target(config, replace(after, family=family, flags=flags), notes)
 
 
 def uniform_fields(after: Anatomy) -> dict[str, int]:
@@ -196,7 +215,7 @@ def uniform_fields(after: Anatomy) -> dict[str, int]:
 def _pruned_config(model_type: str, fields: dict[str, Any], after: Anatomy, flags: set[str]) -> PreTrainedConfig:
     per_layer: dict[int, dict[str, Any]] = {}
     for name in LAYER_SIZES:  # globals bind no layer of ours; the largest is what a reader of the config would expect
-        fields[name] = max(getattr(layer, name) for layer in after.shape.layers)
+        fields[name] = max(1, *(getattr(layer, name) for layer in after.shape.layers))
     for i, layer in enumerate(after.shape.layers):
         own: dict[str, Any] = {"skip": list(layer.skipped)} if layer.skipped else {}
         if layer.num_attention_heads:

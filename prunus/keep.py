@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from .errors import UserError, unknown
 from .shape import LayerShape
 
 FORMAT = 1
+_MOST_UNITS = 10_000_000  # a range longer than any axis is a mistake, not an allocation
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ def _units(text: object, where: str) -> tuple[int, ...]:
         raise UserError(f"{where} must be text such as '0-5,7', got {text!r}")
     units: list[int] = []
     for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or int(last or first) - int(first) > 10_000_000:
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last - first > _MOST_UNITS:
             raise UserError(f"{where} must be ranges such as '0-5,7', got {part!r}")
-        units.extend(range(int(first), int(last or first) + 1))
+        units.extend(range(first, last + 1))
     return tuple(units)
 
 

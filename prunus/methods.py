@@ -78,6 +78,7 @@ _ROWS = (
             "both kinds of units are scored alike (the published code squares the heads' metric first)",
             "every layer keeps at least one KV group and one chunk of channels",
             "parameters are counted exactly, the added biases included",
+            "of its metrics and structures, WIFV with AL-AM (and --uniform) are built",
         ),
     ),
     Method(
@@ -90,7 +91,11 @@ _ROWS = (
         compensators=("none", "gain"),
         sweeps=1.0,
         options={"reduction": ("mean-l2", "l2")},
-        deviations=("without --target, stem and channels shrink by the same factor; heads stay",),
+        deviations=(
+            "without --target, stem and channels shrink by the same factor; heads stay",
+            "l2 scores the stem on what q and gate read (the comparison study: on block outputs)",
+            "gain is ours: every norm is multiplied by the measured rms_kept / rms_all",
+        ),
     ),
     Method(
         name="minitron-depth",

@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 # transformers' names, and the norms of each sub-layer, which go when the whole sub-layer goes
 _LLAMA_NORMS = {"attention": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}
@@ -37,7 +37,7 @@ BASES = {
 }
 
 
-class NoAttention(nn.Module):
+class Skipped(nn.Module):  # no "Attention" in its name: transformers searches the source for such classes
     """In place of an attention that was removed: adds nothing to the stream."""
 
     def __init__(self, layer_idx):
@@ -66,6 +66,18 @@ def _with_bias(linear):
     return nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
+def _layer_view(own, config):
+    """A layer's own sizes with the whole model's attention backend, so that a later switch reaches the layers."""
+    if own is config:
+        return config
+
+    class LayerView(type(own)):
+        _attn_implementation = property(lambda self: config._attn_implementation)
+
+    own.__class__ = LayerView
+    return own
+
+
 def _rebuild_layers_(model, config, norms):
     """Replace every layer by one of its own sizes. `model` is the decoder, built from the global sizes."""
     layers = model.layers
@@ -78,18 +90,22 @@ def _rebuild_layers_(model, config, norms):
             layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
         for sublayer in getattr(own, "skip", None) or ():
             if sublayer == "attention":
-                layer.self_attn = NoAttention(i)
+                layer.self_attn = Skipped(i)
             else:
                 layer.mlp = NoMLP()
             for norm in norms[sublayer]:
                 setattr(layer, norm, nn.Identity())
         for module in layer.modules():
-            if hasattr(module, "config"):  # so that a later switch of the attention backend reaches the layers
-                module.config = config
+            if hasattr(module, "config"):
+                module.config = _layer_view(own, config)
         layers[i] = layer
 
 
 class _PrunedConfigMixin:
+    def validate_rope(self):
+        """transformers' own check alone: Phi-3 derives the rotary size from the global head count, which binds no layer."""
+        PreTrainedConfig.validate_rope(self)
+
     def validate_architecture(self):
         """The global sizes bind no layer; each layer's query heads must share its KV heads evenly."""
         if not self.is_heterogeneous:

@@ -96,8 +96,18 @@ class Plan:
             return None
         if self.budget is not None:
             return self.budget
-        assert self.target is not None
-        return self.target.anatomy.block_params
+        return None if self.target is None else self.target.anatomy.block_params
+
+    def scoring_flops(self, windows: int, seq_len: int) -> int:
+        """FLOPs of the passes over the calibration windows."""
+        anatomy, count = self.anatomy, self.anatomy.shape.num_hidden_layers
+        head = 2 * seq_len * anatomy.shape.vocab_size * anatomy.shape.hidden_size
+        blocks = anatomy.flops(seq_len) - head
+        if self.run is None:
+            return round(windows * blocks * (self.method.sweeps + (self.compensator == "gain")))
+        candidates = count - self.run + 1
+        layers = sum(count - self.run - i for i in range(candidates)) + candidates - 1
+        return round(windows * (blocks * layers / count + head * candidates))
 
     def describe(self, seq_len: int, bytes_per_element: int) -> dict[str, Any]:
         """The plan as plain data."""
@@ -136,10 +146,10 @@ def _choice(name: str, value: str | None, allowed: tuple[str, ...], method: Meth
     return value
 
 
-def _refuse(plan: Plan, *fields: str) -> None:
+def _refuse(plan: Plan, *fields: str, why: str | None = None) -> None:
     for name in fields:
         if getattr(plan.request, name):
-            raise UserError(f"{name}: {plan.method.name} does not take it; drop the option")
+            raise UserError(f"{name}: {why or f'{plan.method.name} does not take it'}; drop the option")
 
 
 def _ratio(plan: Plan, allow_target: bool = False) -> float:
@@ -189,15 +199,21 @@ def _global(plan: Plan, config: Any) -> Plan:
     _refuse(plan, "target", "pattern")
     anatomy, ratio = plan.anatomy, _ratio(plan)
     budget = math.floor((1 - ratio) * anatomy.block_params)
-    channel = anatomy.unit_params("layers.0.intermediate")
-    step = channel * plan.multiple_of * (anatomy.shape.num_hidden_layers if plan.request.uniform else 1)
+    channels = [name for name in anatomy.axes if name.endswith(".intermediate")]
+    if not channels:
+        raise UserError("flap: no layer of this model has FFN channels left to cut")
     biased = _with_out_bias(plan, anatomy)
+    channel = biased.unit_params(channels[0])
+    step = channel * plan.multiple_of * (anatomy.shape.num_hidden_layers if plan.request.uniform else 1)
     if biased.block_params - anatomy.block_params >= ratio * anatomy.block_params or ratio * anatomy.block_params < step:
         least = max(step, biased.block_params - anatomy.block_params) / anatomy.block_params
         raise UserError(f"ratio: {ratio} is below one unit of this model; ask for more than {least:.4f}")
     notes: tuple[str, ...] = ()
     if plan.request.uniform:
-        probe = target_for(config, anatomy, Keep(), out_bias=plan.out_bias)  # may refuse: said now, not after scoring
+        if any(layer.skipped for layer in anatomy.shape.layers):
+            raise UserError("uniform: some layers of this model lack a sub-layer, so they cannot be alike; drop --uniform")
+        alike = anatomy.with_shape(anatomy.shape.with_layers(anatomy.shape.layers[:1] * anatomy.shape.num_hidden_layers))
+        probe = target_for(config, alike, Keep(), out_bias=plan.out_bias)  # may refuse: said now, not after scoring
         notes = probe.notes
         if not probe.is_stock:
             raise UserError(
@@ -251,12 +267,17 @@ def _width(plan: Plan, config: Any) -> Plan:
         raise UserError("minitron-width: a model with removed sub-layers has no single FFN width; use flap instead")
     widest = min(layer.intermediate_size for layer in shape.layers)
     if plan.request.target:
+        _refuse(plan, "multiple_of", why="--target says the sizes themselves")
         sizes = _target_sizes(plan, ("hidden_size", "intermediate_size"))
         hidden, width = sizes.get("hidden_size", shape.hidden_size), sizes.get("intermediate_size", widest)
         _check_size("hidden_size", hidden, shape.hidden_size)
         _check_size("intermediate_size", width, widest)
     else:
         hidden, width = proportional_width(anatomy, _ratio(plan, allow_target=True), plan.multiple_of)
+    if plan.compensator == "gain" and hidden == shape.hidden_size:
+        raise UserError("compensate: gain repairs the norms of a cut stem, but this plan leaves the stem whole; drop it")
+    if hidden == shape.hidden_size and all(layer.intermediate_size == width for layer in shape.layers):
+        raise UserError("target: these are the source's own sizes, so nothing would be cut; give smaller ones")
     counts = {f"layers.{i}.intermediate": width for i in range(shape.num_hidden_layers)} | {"hidden": hidden}
     keep = Keep({name: tuple(range(n)) for name, n in counts.items() if n < anatomy.axes[name].size})
     target = target_for(config, anatomy, keep, fold=False)
@@ -314,6 +335,9 @@ def _depth(plan: Plan, config: Any) -> Plan:
             raise UserError(f"ratio: {ratio} of {count} layers is less than one layer; ask for at least {1 / count:.4f}")
         if run >= count:
             raise UserError(f"ratio: {ratio} would remove all {count} layers; ask for at most {(count - 1) / count:.4f}")
+    step = anatomy.unit_params("layers")
+    if len(set(anatomy.shape.layers)) > 1:
+        return replace(plan, run=run, step=step, notes=("layers differ in size, so the counts depend on which of them go",))
     keep = Keep({"layers": tuple(range(count - run))})
     target = target_for(config, anatomy, keep)
     return replace(plan, run=run, target=target, step=anatomy.unit_params("layers"), notes=target.notes)

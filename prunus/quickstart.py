@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import api, checkpoint, measure, record
-from .data.windows import Windows
+from .data.windows import Windows, byte_level_bytes
 from .errors import UserError
 from .evaluation import perplexity
+from .job import Progress
 from .network import offline
-from .oneshot import Progress
 from .source import Source
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def run(out: Path, *, source: str | None, text: str | None, progress: Progress) 
         "out": str(out),
         "source": opened.label,
         "method": f"{METHOD} at {RATIO:.0%} of block parameters",
-        "before": {k: v for k, v in manifest.before.items() if k != "shape"} | before,
-        "after": {k: v for k, v in manifest.after.items() if k != "shape"} | after,
+        "before": manifest.before.model_dump(exclude={"shape"}) | before,
+        "after": manifest.after.model_dump(exclude={"shape"}) | after,
         "ratios": manifest.ratios,
         "text": f"{origin}, windows of {both.seq_len} tokens, {_CALIBRATION.windows} to calibrate, "
         f"the {_EVALUATION.windows} behind them to score",
@@ -96,7 +96,9 @@ def _tail(windows: Windows, count: int, tokenizer: PreTrainedTokenizerBase) -> W
     from dataclasses import replace
 
     ids = windows.ids_NT[-count:]
-    num_bytes = sum(len(str(tokenizer.decode(row[1:])).encode()) for row in ids)
+    num_bytes = byte_level_bytes(tokenizer, ids[:, 1:])
+    if num_bytes is None:
+        num_bytes = sum(len(str(tokenizer.decode(row[1:])).encode()) for row in ids)
     return replace(windows, ids_NT=ids, num_bytes=num_bytes)
 
 

@@ -103,6 +103,8 @@ def manifest(result: dict[str, Any]) -> None:
     folder = result.get("out") or result.get("folder")
     console.print(f"{folder}: {result['method']['name']} on {result['source']['name']} ({result['after']['model_type']})")
     console.print(_before_after(result["before"], result["after"]))
+    if result.get("kept_units"):
+        console.print(_kept(result["kept_units"]))
     ratios = ", ".join(f"{k.replace('_', ' ')} {v:.2%}" for k, v in result["ratios"].items())
     console.print(f"really: {ratios}")
     if result["calibration"]:
@@ -113,6 +115,24 @@ def manifest(result: dict[str, Any]) -> None:
         f"verified in a clean process: logits differ by at most {proof['max_logit_difference']:.2g}, cached generation equal"
     )
     _notes(console, result["notes"])
+
+
+def _kept(units: dict[str, int]) -> Table:
+    """Kept units of every axis that was cut, a row a layer."""
+    whole = {name: count for name, count in units.items() if "." not in name}
+    layers: dict[int, dict[str, int]] = {}
+    for name, count in units.items():
+        if "." in name:
+            _, layer, kind = name.split(".")
+            layers.setdefault(int(layer), {})[kind] = count
+    kinds = sorted({kind for row in layers.values() for kind in row})
+    title = "kept: " + ", ".join(
+        [*(f"{count} of {name}" for name, count in whole.items()), *(["by layer"] if layers else [])]
+    )
+    table = _table("layer", *kinds, title=title)
+    for layer, row in sorted(layers.items()):
+        table.add_row(str(layer), *(str(row.get(kind, "all")) for kind in kinds))
+    return table
 
 
 def evaluation(result: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from . import hf
 from .anatomy import Anatomy
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, StrictDataclassError)
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What llama.cpp calls a pre-tokenizer, where transformers' conversion drops it: these split digits one by one first.
 _SPLITS_DIGITS = ("smollm",)
@@ -65,8 +67,11 @@ class Source:
             return [self.path]
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(_json(index).get("weight_map", {}).values()))
-            if any(Path(n).name != n for n in names):
+            shards = _json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise UserError(f"{index}: weight_map must say for every tensor which file holds it; the index is corrupt")
+            names = sorted(set(shards.values()))
+            if any(Path(name).name != name for name in names):
                 raise UserError(f"{index}: a shard's name leaves the folder; the index is corrupt")
             return [self.path / name for name in names]
         return [self.path / "model.safetensors"]
@@ -89,7 +94,7 @@ class Source:
                     config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
                     return _clean(config)
                 return AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+        except _UNREADABLE as error:
             from .families import family_of
 
             model_type = self.metadata.get("general.architecture")
@@ -154,7 +159,7 @@ class Source:
         try:
             with quiet():
                 model = AutoModelForCausalLM.from_pretrained(path, config=self.config, dtype=DTYPES[dtype], **where)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self.name}: the weights cannot be read: {_first_line(error)}") from error
         if self.kind == "gguf":
             model.config = self.config
@@ -175,12 +180,13 @@ class Source:
         try:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # the tokenizers library raises bare Exceptions
             raise UserError(f"{self.name}: the tokenizer cannot be read: {_first_line(error)}") from error
         if not tokenizer.is_fast:
             raise UserError(f"{self.name}: the tokenizer has no tokenizer.json; save a fast one into the folder")
         if self.kind == "gguf":
             _mend_pretokenizer_(tokenizer, self.metadata.get("tokenizer.ggml.pre"))
+            _drop_endoftext_(tokenizer, self.anatomy.shape.vocab_size)
         highest, vocab = max(tokenizer.get_vocab().values(), default=-1), self.anatomy.shape.vocab_size
         if highest >= vocab:
             raise UserError(
@@ -190,12 +196,13 @@ class Source:
         return tokenizer
 
     @property
-    def pretokenizer_note(self) -> str | None:
-        """What to tell the user about a GGUF's pre-tokenizer that we have not checked."""
+    def all_notes(self) -> list[str]:
+        """What to tell the user about this source."""
         pre = self.metadata.get("tokenizer.ggml.pre")
         if pre in _KNOWN_PRE:
-            return None
-        return f"this GGUF's pre-tokenizer '{pre}' is taken as transformers converts it, which was not checked"
+            return list(self.notes)
+        unsure = f"this GGUF's pre-tokenizer '{pre}' is taken as transformers converts it, which was not checked"
+        return [*self.notes, unsure]
 
 
 def _snapshot(name: str, online: bool) -> Path:
@@ -238,6 +245,16 @@ def _clean(config: PreTrainedConfig) -> PreTrainedConfig:
         config.rms_norm_eps = float(str(np.float32(eps)))
     config._name_or_path = ""
     return config
+
+
+def _drop_endoftext_(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Changes `tokenizer`: transformers' GGUF conversion adds an end-of-text token of its own behind the vocabulary."""
+    from tokenizers import Tokenizer
+
+    if tokenizer.get_vocab().get("<|endoftext|>", -1) >= vocab_size:
+        data = json.loads(tokenizer.backend_tokenizer.to_str())
+        data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != "<|endoftext|>"]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
 
 
 def _mend_pretokenizer_(tokenizer: PreTrainedTokenizerBase, pre: str | None) -> None:

@@ -84,7 +84,10 @@ def _field(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         have = f"it has {', '.join(map(repr, list(row)[:6]))}" if isinstance(row, dict) else f"it is {type(row).__name__}"
         raise UserError(f"{where} has no text under '{field}'; {have} (--field names another)")
-    return row[field]
+    text = row[field]
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where} holds half a surrogate pair, which is no text; mend the file")
+    return text
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:
@@ -99,9 +102,9 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         if field not in file.schema_arrow.names:
             have = ", ".join(file.schema_arrow.names[:6])
             raise UserError(f"{path} has no column '{field}'; it has {have} (--field names another)")
-        for batch in file.iter_batches(columns=[field], batch_size=1024):
-            for number, value in enumerate(batch.column(0).to_pylist()):
-                yield _field({field: value}, field, f"{path}: row {number}")
+        rows = (value for batch in file.iter_batches(columns=[field]) for value in batch.column(0).to_pylist())
+        for number, value in enumerate(rows):
+            yield _field({field: value}, field, f"{path}: row {number}")
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 

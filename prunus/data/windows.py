@@ -93,8 +93,10 @@ def pack(
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(available, generator=generator)[:windows].tolist()
     ids_NT = torch.tensor([ids[i * seq_len : (i + 1) * seq_len] for i in chosen], dtype=torch.int64)
-    spans = ((offsets[i * seq_len + 1][0], offsets[(i + 1) * seq_len - 1][1]) for i in chosen)
-    num_bytes = sum(len(text[start:end].encode()) for start, end in spans)
+    num_bytes = byte_level_bytes(tokenizer, ids_NT[:, 1:])
+    if num_bytes is None:
+        spans = ((offsets[i * seq_len + 1][0], offsets[(i + 1) * seq_len - 1][1]) for i in chosen)
+        num_bytes = sum(len(text[start:end].encode()) for start, end in spans)
     path = None if source.startswith(HUB) else Path(source).expanduser()
     return Windows(
         ids_NT=ids_NT,
@@ -105,6 +107,22 @@ def pack(
         source_sha256=None if path is None else hashlib.sha256(path.read_bytes()).hexdigest(),
         num_bytes=num_bytes,
     )
+
+
+def byte_level_bytes(tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor) -> int | None:
+    """UTF-8 bytes that these tokens stand for; None if the tokenizer is not byte-level.
+
+    A byte-level token is spelt with one character a byte, so the count is exact; offsets into the text are not, since some
+    tokenizers leave leading spaces out of them.
+    """
+    from tokenizers.decoders import ByteLevel
+
+    if not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+        return None
+    added = {token.content: len(token.content.encode()) for token in tokenizer.added_tokens_decoder.values()}
+    ids, counts = ids_NT.unique(return_counts=True)
+    tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
+    return sum(added.get(token, len(token)) * n for token, n in zip(tokens, counts.tolist(), strict=True))
 
 
 def _read(

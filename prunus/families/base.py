@@ -51,7 +51,7 @@ class Family:
     gain: Literal["weight", "one_plus_weight"] = "weight"  # RMSNorm multiplies by w, or by 1 + w (Gemma)
     embedding_scaled: bool = False  # embeddings are multiplied by sqrt(hidden_size) (Gemma)
     hidden_multiple_of_heads: bool = False  # the config refuses hidden_size % num_attention_heads != 0
-    hidden_alternatives: tuple[str, ...] = ()  # stock types that run the same weights without that refusal
+    alternatives: tuple[str, ...] = ()  # stock types that run the same weights where this one refuses sizes or biases
     out_bias_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # sub-layer -> flags of a stock bias
     per_layer_lists: tuple[str, ...] = ("layer_types",)  # config lists with one entry a layer
     blocks: str = "model.layers"

@@ -41,11 +41,11 @@ LLAMA = Family(
     attention=attention(qkv=("attention_bias",), out=("attention_bias",)),
     mlp=mlp(bias=("mlp_bias",)),
     hidden_multiple_of_heads=True,
-    hidden_alternatives=("mistral", "seed_oss"),
+    alternatives=("mistral", "seed_oss"),
     out_bias_flags={"attention": ("attention_bias",), "mlp": ("mlp_bias",)},
     per_layer_lists=(),
 )
-MISTRAL = Family(name="mistral", model_types=("mistral",), attention=attention(), mlp=mlp())
+MISTRAL = Family(name="mistral", model_types=("mistral",), attention=attention(), mlp=mlp(), alternatives=("seed_oss",))
 QWEN2 = Family(name="qwen2", model_types=("qwen2",), attention=attention(qkv=True), mlp=mlp())
 QWEN3 = Family(
     name="qwen3",
@@ -65,7 +65,7 @@ SMOLLM3 = Family(
 SEED_OSS = Family(
     name="seed_oss",
     model_types=("seed_oss",),
-    attention=attention(qkv=("attention_bias",)),
+    attention=attention(qkv=("attention_bias",)),  # its stock flag for o is named attention_out_bias, like ours
     mlp=mlp(bias=("mlp_bias",)),
     out_bias_flags={"attention": ("attention_out_bias",), "mlp": ("mlp_bias",)},
     per_layer_lists=(),

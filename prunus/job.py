@@ -1,0 +1,110 @@
+"""One pruning job on its way: what every kind of method is given, and how a decision becomes a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import hf
+from .criteria import Scores
+from .cut import slice_plan, slice_tensors_
+from .data.windows import Windows
+from .hf import Target, target_for
+from .keep import Keep, WeightMask
+from .planning import Plan
+from .statistics import Statistics, Sweep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Says nothing."""
+
+
+@dataclass
+class Outcome:
+    """A cut model and how it came about."""
+
+    plan: Plan
+    model: PreTrainedModel
+    target: Target
+    keep: Keep | None = None
+    mask: WeightMask | None = None
+    scores: Scores | None = None
+    statistics: Statistics | None = None
+    losses: list[float] | None = None  # loss without layers i.. (minitron-depth), nats a token
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """What was really removed, of all and of block parameters; for sparse results the share of zeros."""
+        before, after = self.plan.anatomy, self.target.anatomy
+        out = {
+            "removed_of_all": 1 - after.num_params / before.num_params,
+            "removed_of_block": 1 - after.block_params / before.block_params,
+        }
+        return out if self.mask is None else out | {"sparsity": self.mask.sparsity}
+
+
+@dataclass
+class Job:
+    """A plan with the model and windows it is carried out on. `tensors` are the model's live weights by name."""
+
+    plan: Plan
+    model: PreTrainedModel
+    tensors: dict[str, Tensor]
+    windows: Windows | None
+    batch_size: int = 4
+    progress: Progress = no_progress
+    statistics: Statistics | None = None  # of an earlier run on the same model and windows
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def sweep(self) -> Sweep:
+        """The calibration windows before the first block."""
+        assert self.windows is not None
+        return Sweep(self.model, self.plan.anatomy, self.windows.ids_NT, self.batch_size)
+
+
+@torch.no_grad()
+def finish_(
+    job: Job, keep: Keep, extra: Mapping[str, Tensor] | None = None, gains: Mapping[str, float] | None = None
+) -> Outcome:
+    """Slice the job's model by `keep` and build the small one; the big one's weights are let go as they are cut.
+
+    `extra` holds output biases by their names in the source; `gains` factors for norm gains (see `cut.slice_plan`).
+    """
+    plan, model = job.plan, job.model
+    with job.timed("cut"):
+        keep = keep.validated(plan.anatomy)
+        cuts_stem = "hidden" in keep.units
+        stock = plan.request.uniform or not plan.out_bias  # else the plan said, and counted, a type of ours
+        target = target_for(model.config, plan.anatomy, keep, fold=not cuts_stem, out_bias=plan.out_bias, stock=stock)
+        generation = model.generation_config
+        recipe = slice_plan(plan.anatomy, keep, fold=not cuts_stem, gains=gains)
+        dtype = model.dtype
+        torch.nn.Module.to(model, device="meta")  # lets go of the weights: the job now holds the only references
+        sliced = slice_tensors_(job.tensors, recipe)
+        for name, bias in (extra or {}).items():
+            new_name = recipe.names.get(name.removesuffix("bias") + "weight", "").removesuffix("weight") + "bias"
+            sliced[new_name] = bias.to(dtype)
+        sliced |= hf.empty_weights(target, sliced)
+        cut = hf.build(target.config, sliced, generation)
+    return Outcome(plan, cut, target, keep=keep, seconds=job.seconds, notes=tuple(job.notes))

@@ -1,0 +1,104 @@
+"""The cuts that every family must survive, by name: uniform ones (`kv_heads`) and ones that differ between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import tiny
+
+from prunus.anatomy import Anatomy
+from prunus.keep import Keep
+
+Sizes = Callable[[str], int]
+
+
+def _every_layer(axis: str, size: Sizes, start: int) -> dict[str, tuple[int, ...]]:
+    return {f"layers.{i}.{axis}": tuple(range(start, size(f"layers.{i}.{axis}"), 2)) for i in range(tiny.LAYERS)}
+
+
+def _heads(axis: str, size: Sizes) -> dict[str, tuple[int, ...]]:
+    """Layer 0 loses its first unit, layer 1 keeps only its last, layer 2 keeps all."""
+    n = size(f"layers.0.{axis}")
+    return {f"layers.0.{axis}": tuple(range(1, n)), f"layers.1.{axis}": (n - 1,)}
+
+
+def _gone(axis: str, layers: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    return {f"layers.{i}.{axis}": () for i in layers}
+
+
+def _everything(size: Sizes) -> dict[str, tuple[int, ...]]:
+    """All axes at once; also inside a layer that goes, and inside a sub-layer that goes."""
+    cut = {"hidden": tuple(range(3, 30)), "layers": (1, 2), "layers.2.mlp": ()}
+    cut |= {"layers.1.intermediate": tuple(range(5, 20)), "layers.2.intermediate": (0, 3)}
+    cut |= {"layers.0.intermediate": (1, 2, 3)}
+    if size("layers.0.kv_heads") > 1:
+        cut |= {"layers.1.kv_heads": tuple(range(1, size("layers.1.kv_heads"))), "layers.2.kv_heads": (0,)}
+    if size("layers.0.q_heads") > 1:
+        cut |= {"layers.1.q_heads": tuple(range(1, size("layers.1.q_heads")))}
+    return cut
+
+
+CUTS: dict[str, Callable[[Sizes], dict[str, tuple[int, ...]]]] = {
+    "layers_middle": lambda size: {"layers": (0, 2)},
+    "layers_first": lambda size: {"layers": (1, 2)},
+    "attention_first": lambda size: _gone("attention", [0]),
+    "attention_rest": lambda size: _gone("attention", [1, 2]),
+    "attention_all": lambda size: _gone("attention", [0, 1, 2]),
+    "mlp_first": lambda size: _gone("mlp", [0]),
+    "mlp_all": lambda size: _gone("mlp", [0, 1, 2]),
+    "sublayers": lambda size: _gone("attention", [0, 2]) | _gone("mlp", [1, 2]),
+    "kv_heads": lambda size: _every_layer("kv_heads", size, 1),
+    "kv_heads_per_layer": lambda size: _heads("kv_heads", size),
+    "q_heads": lambda size: _every_layer("q_heads", size, 1),
+    "q_heads_per_layer": lambda size: _heads("q_heads", size),
+    "intermediate": lambda size: _every_layer("intermediate", size, 1),
+    "intermediate_per_layer": lambda size: {
+        "layers.0.intermediate": (0, 7, 23),
+        "layers.1.intermediate": tuple(range(4, 21)),
+    },
+    "hidden": lambda size: {"hidden": tuple(range(4, 28))},
+    "hidden_odd": lambda size: {"hidden": tuple(range(3, 30))},
+    "everything": _everything,
+}
+# What a stock config can say, where its validator lets it; a config of ours otherwise.
+UNIFORM = {"layers_middle", "layers_first", "kv_heads", "q_heads", "intermediate", "hidden", "hidden_odd"}
+FOLDED_AXES = {"hidden"}  # of every family; olmo2 adds its heads, whose norms span all of them
+
+
+def sizes(case: str) -> Sizes:
+    """Sizes of the axes inside a layer, from the config fields alone."""
+    config = tiny.tiny_config(case)
+    known = {
+        "kv_heads": config.num_key_value_heads,
+        "q_heads": config.num_attention_heads // config.num_key_value_heads,
+        "intermediate": config.intermediate_size,
+    }
+    return lambda name: known[name.rsplit(".", 1)[-1]]
+
+
+def keep_of(case: str, cut: str) -> Keep:
+    """The decision of `cut` for the model `case`."""
+    keep = Keep(CUTS[cut](sizes(case)))
+    return keep.validated(Anatomy.of(tiny.tiny_config(case)))
+
+
+_HEADS = {"kv_heads", "kv_heads_per_layer", "q_heads", "q_heads_per_layer", "everything"}
+_ONLY = {  # variants of a family that is there in full: the cuts that they are there for
+    "llama_tied": {"hidden", "hidden_odd", "layers_middle", "everything"},
+    "llama_mha": _HEADS - {"q_heads", "q_heads_per_layer"},  # one query head a group
+    "llama_gqa4": _HEADS,
+    "llama_mqa": _HEADS - {"kv_heads", "kv_heads_per_layer"},  # one group
+    "gemma_untied": {"hidden", "hidden_odd", "everything"},
+    "seed_oss_bias": {"hidden", "layers_middle", "sublayers", "kv_heads", "everything"},
+}
+
+
+def pairs(cuts: Iterable[str] = CUTS, cases: Iterable[str] = tiny.CASES) -> list[tuple[str, str]]:
+    """(case, cut) for all families and their variants."""
+    return [(case, cut) for case in cases for cut in cuts if cut in _ONLY.get(case, CUTS)]
+
+
+def folds(case: str, cut: str) -> bool:
+    """Whether the cut runs through a norm's gains."""
+    through_norms = FOLDED_AXES | ({"kv_heads", "q_heads"} if case == "olmo2" else set())
+    return cut == "everything" or cut.removesuffix("_per_layer").removesuffix("_odd") in through_norms

@@ -1,0 +1,63 @@
+"""Fixtures shared by the suite: tiny models by name, and a tiny byte-level tokenizer."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: no test may reach the network
+
+import functools
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+CORPUS = [
+    "the cat sat on the mat and the dog sat on the log",
+    "in 12 years 12 cats and 12 dogs met 12 12 12 times",
+    "a cat  12  a dog   12   the mat    12",
+    "one more line so that there are more merges than tokens to spare",
+] * 20
+
+
+@functools.cache
+def _grown(name: str) -> Any:
+    return tiny.grown(tiny.tiny_config(name))
+
+
+@pytest.fixture
+def dense_of():
+    """`dense_of("llama")`: the tiny random model of that case; made once and shared, so never change it."""
+    return _grown
+
+
+@functools.cache
+def _byte_level_tokenizer(vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # SmolLM's
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+@pytest.fixture
+def byte_level_tokenizer():
+    """`byte_level_tokenizer(61)`: a `tokenizers` byte-level BPE trained on `CORPUS`; made once, so never change it."""
+    return _byte_level_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A transformers tokenizer with as many tokens as the tiny models have: 0 pads, 1 begins, 2 ends."""
+    from transformers import PreTrainedTokenizerFast
+
+    pad, bos, eos = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+    backend = _byte_level_tokenizer(tiny.VOCAB)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos)

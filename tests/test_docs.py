@@ -1,0 +1,69 @@
+"""Pages agree with the code and the records: figures, commands, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunus.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_figures_on_pages_are_those_of_the_records():
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "results.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("prunus "):
+                    found.append((page.name, line.partition(" #")[0]))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_on_pages_parse(page, line, capsys):
+    """Every option exists and every argument has its place: a missing model is the only thing left to complain about."""
+    from prunus.cli import run
+
+    words = shlex.split(line)[1:]
+    if words[0] == "quickstart":
+        words += ["--source", "./nowhere"]
+    code = run(words)
+    said = capsys.readouterr()
+    if code:
+        wanted = ("no such file or folder", "already exists", "not a checkpoint that prunus wrote", "No such option")
+        assert any(text in said.err for text in wanted[:3]), said.err
+        assert "No such option" not in said.err
+
+
+def test_links_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)} -> {target}")
+    assert not broken
+
+
+def test_every_method_has_a_page_that_names_its_deviations_and_source():
+    for name, row in METHODS.items():
+        text = " ".join((ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8").split())
+        assert row.citation.split("arXiv ")[-1] in text, name
+        for deviation in row.deviations:
+            assert deviation in text, (name, deviation)
+
+
+def test_pages_say_nothing_of_the_machine_they_were_written_on():
+    for page in [*PAGES, ROOT / "LOG.md"]:
+        assert not re.search(r"(?<![\w.])/(home|root|tmp|work)/", page.read_text(encoding="utf-8")), page.name

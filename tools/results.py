@@ -1,0 +1,186 @@
+"""Write docs/results.md, and the table in README.md, from the records in results/*.jsonl. Nobody types a number.
+
+With --check nothing is written: exit code 1 says that a page differs from its records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from prunus import record
+from prunus.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKERS = ("<!-- results: begin (written by `make results`) -->", "<!-- results: end -->")
+CORPORA = (("wikitext2", "WikiText-2"), ("c4-unseen", "C4, unseen"))
+README_ROWS = ("dense", "flap --ratio 0.2", "flap --ratio 0.2 --uniform", "minitron-depth --ratio 0.2", "wanda --ratio 0.5")
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """All records of all files; of several runs of one recipe the newest."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in record.read(path):
+            newest[(row["kind"], row["recipe_hash"])] = row
+    return list(newest.values())
+
+
+def flags(request: dict[str, Any] | None) -> str:
+    """A request as the command line says it."""
+    if request is None:
+        return "dense"
+    words = [request["method"]]
+    for name, value in request.items():
+        if name == "method":
+            continue
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, dict):
+            words += [f"{option} {k}={v}" for k, v in value.items()]
+        else:
+            words.append(option if value is True else f"{option} {value}")
+    return " ".join(words)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table: first column left, the others right."""
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, align, *rows)]
+
+
+def number(value: float) -> str:
+    """Four significant digits, no exponent below a million."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def quality_row(row: dict[str, Any]) -> list[str]:
+    """One run of the grid."""
+    f = row["figures"]
+    ratios = f.get("ratios", {})
+    cells = [f"`{flags(row['recipe']['request'])}`", f"{f['params']:,}"]
+    if "sparsity" in ratios:
+        cells += ["0", f"{ratios['sparsity']:.2%} zeros"]
+    else:
+        cells += [f"{ratios.get('removed_of_all', 0):.2%}", f"{ratios.get('removed_of_block', 0):.2%}"]
+    for corpus, _ in CORPORA:
+        cells += [number(f[corpus]["perplexity"]), f"{f[corpus]['bits_per_byte']:.3f}"]
+    seed = row["recipe"]["seed"]
+    return [*cells, "first" if seed is None else str(seed), row["commit"] or ""]
+
+
+QUALITY = ["run", "parameters", "removed of all", "removed of block"]
+QUALITY += [cell for _, name in CORPORA for cell in (f"{name} perplexity", "bits/byte")]
+QUALITY += ["calibration windows", "commit"]
+
+
+def protocol(rows: list[dict[str, Any]]) -> list[str]:
+    """What the numbers were measured on, in words and hashes."""
+    recipe = rows[0]["recipe"]
+    out = [f"Source: `{recipe['source']}`, SHA-256 of the weights `{recipe['source_sha256'][:16]}`; {recipe['dtype']}."]
+    for corpus, name in CORPORA:
+        e = recipe["evaluation"][corpus]
+        which = f", documents `{e['documents']}`" if e["documents"] else ""
+        out.append(
+            f"{name}: {e['windows']} windows of {e['seq_len']:,} tokens of `{e['source']}`{which} (file SHA-256 "
+            f"`{e['source_sha256'][:16]}`, ids `{e['sha256'][:16]}`), no BOS, {e['seq_len'] - 1:,} predictions a window, exp of "
+            "the mean."
+        )
+    calibrated = next((r["recipe"]["calibration"] for r in rows if r["recipe"]["calibration"]), None)
+    if calibrated:
+        out.append(
+            f"Calibration: {calibrated['windows']} windows of {calibrated['seq_len']} tokens of `{calibrated['source']}` (ids "
+            f"`{calibrated['sha256'][:16]}`), never scored."
+        )
+    v = rows[0]["versions"]
+    out.append(
+        f"Versions: Python {v['python']}, torch {v['torch']}, transformers {v['transformers']}, prunus {v['prunus']}."
+    )
+    return out
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """docs/results.md."""
+    runs = [r for r in records if r["kind"] == "oneshot"]
+    costs = [r for r in records if r["kind"] == "oneshot-cost"]
+    lines = ["# Measured results", "", "Written by `make results` from `results/*.jsonl`; do not edit.", ""]
+    if runs:
+        lines += ["## Protocol", "", *protocol(runs), ""]
+        by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in runs:
+            request = row["recipe"]["request"]
+            by_method[request["method"] if request else "dense"].append(row)
+        for method in ("dense", *(m for m in METHODS if m in by_method)):
+            rows = sorted(by_method[method], key=lambda r: flags(r["recipe"]["request"]))
+            lines += [f"## {method}", "", *markdown(QUALITY, [quality_row(r) for r in rows]), ""]
+    if costs:
+        lines += ["## Cost", "", *cost_table(costs), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def cost_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The benchmark: ratios to one bare forward of the blocks over the same windows, in one run."""
+    header = ["method", "seconds", "bare forward, s", "ratio", "peak, GiB", "above load and bare forward, GiB", "commit"]
+    cells = [
+        [
+            f["method"],
+            f"{f['method_s']:.2f}",
+            f"{f['bare_s']:.2f}",
+            f"{f['ratio']:.2f}",
+            f"{f['peak_gib']:.2f}",
+            f"{f['peak_above_gib']:.2f}",
+            r["commit"] or "",
+        ]
+        for r in rows
+        for f in [r["figures"]]
+    ]
+    f, m = rows[0]["figures"], rows[0]["machine"]
+    return [
+        f"`make bench`: scoring and cutting on {f['windows']} windows of {f['seq_len']} tokens, batches of {f['batch_size']}, "
+        f"float32, {m['cpu']}, {m['threads']} threads.",
+        "",
+        *markdown(header, cells),
+    ]
+
+
+def readme_table(records: list[dict[str, Any]]) -> str:
+    """The few rows that the front page shows."""
+    runs = {flags(r["recipe"]["request"]): r for r in records if r["kind"] == "oneshot" and r["recipe"]["seed"] is None}
+    header = ["SmolLM2-135M", "parameters", "removed of block", *(f"{name} perplexity" for _, name in CORPORA)]
+    rows = []
+    for name in README_ROWS:
+        if name in runs:
+            full = quality_row(runs[name])
+            rows.append([full[0], full[1], full[3], full[4], full[6]])
+    return "\n".join(markdown(header, rows))
+
+
+def with_table(text: str, table: str) -> str:
+    """`text` with the part between the markers replaced."""
+    before, _, rest = text.partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    return f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    records = load(ROOT / "results")
+    readme = ROOT / "README.md"
+    pages = {ROOT / "docs" / "results.md": page(records)}
+    pages[readme] = with_table(readme.read_text(encoding="utf-8"), readme_table(records))
+    stale = [p for p, text in pages.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if check:
+            print(f"{path.relative_to(ROOT)} differs from its records; run make results", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(pages[path], encoding="utf-8")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
