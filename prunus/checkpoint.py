@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError
 
 from . import modeling_pruned, record
@@ -68,14 +68,26 @@ class Manifest(BaseModel):
     source: dict[str, Any]
     method: dict[str, Any]
     calibration: dict[str, Any] | None
-    before: Side
-    after: Side
+    before: dict[str, Any]
+    after: dict[str, Any]
     ratios: dict[str, float]
     notes: list[str]
     seconds: dict[str, float]
     weights_sha256: str
-    fingerprint: Fingerprint
+    fingerprint: dict[str, Any]
     verified: dict[str, Any]
+
+    @field_validator("before", "after")
+    @classmethod
+    def _check_side(cls, value: dict[str, Any]) -> dict[str, Any]:
+        Side.model_validate(value)
+        return value
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _check_fingerprint(cls, value: dict[str, Any]) -> dict[str, Any]:
+        Fingerprint.model_validate(value)
+        return value
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -264,13 +276,13 @@ def _manifest(
             "request": plan.request.describe(),
         },
         calibration=calibration.provenance() if calibration else None,
-        before=Side(**side(plan.anatomy)),
-        after=Side(**side(outcome.target.anatomy), model_type=outcome.target.config.model_type),
+        before=side(plan.anatomy),
+        after=side(outcome.target.anatomy) | {"model_type": outcome.target.config.model_type},
         ratios=outcome.ratios,
         notes=[*source.all_notes, *(plan.notes if plan.method.is_sparse else outcome.target.notes), *outcome.notes],
         seconds={k: round(v, 3) for k, v in outcome.seconds.items()},
         weights_sha256=weights_sha256,
-        fingerprint=Fingerprint(**fingerprint),
+        fingerprint=fingerprint,
         verified=verified,
     )
 
@@ -349,13 +361,13 @@ def verify(folder: Path) -> dict[str, Any]:
         raise VerificationError(f"{folder.name}: the weight files changed since prunus wrote them (SHA-256 differs)")
     source = Source.open(str(folder))
     counts = check_counts(folder, source.anatomy)
-    if source.anatomy.num_params != manifest.after.params:
+    if source.anatomy.num_params != manifest.after["params"]:
         raise VerificationError(
             f"{folder.name}: {source.anatomy.num_params:,} parameters, but prunus.json says {manifest.after['params']:,}"
         )
     if manifest.ratios.get("sparsity") is not None:
         counts |= _check_mask(folder, source, manifest.ratios["sparsity"])
-    return {"weights_sha256": digest, **counts, **check_fingerprint(folder, manifest.fingerprint.model_dump())}
+    return {"weights_sha256": digest, **counts, **check_fingerprint(folder, manifest.fingerprint)}
 
 
 def _check_mask(folder: Path, source: Source, sparsity: float) -> dict[str, Any]:

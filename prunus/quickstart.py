@@ -79,8 +79,8 @@ def run(out: Path, *, source: str | None, text: str | None, progress: Progress) 
         "out": str(out),
         "source": opened.label,
         "method": f"{METHOD} at {RATIO:.0%} of block parameters",
-        "before": manifest.before.model_dump(exclude={"shape"}) | before,
-        "after": manifest.after.model_dump(exclude={"shape"}) | after,
+        "before": {k: v for k, v in manifest.before.items() if k != "shape"} | before,
+        "after": {k: v for k, v in manifest.after.items() if k != "shape"} | after,
         "ratios": manifest.ratios,
         "text": f"{origin}, windows of {both.seq_len} tokens, {_CALIBRATION.windows} to calibrate, "
         f"the {_EVALUATION.windows} behind them to score",

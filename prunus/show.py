@@ -123,15 +123,15 @@ def _kept(units: dict[str, int]) -> Table:
     layers: dict[int, dict[str, int]] = {}
     for name, count in units.items():
         if "." in name:
-            _, layer, kind = name.split(".")
+            layer, kind = name.split(".")[1:]
             layers.setdefault(int(layer), {})[kind] = count
     kinds = sorted({kind for row in layers.values() for kind in row})
     title = "kept: " + ", ".join(
         [*(f"{count} of {name}" for name, count in whole.items()), *(["by layer"] if layers else [])]
     )
     table = _table("layer", *kinds, title=title)
-    for layer, row in sorted(layers.items()):
-        table.add_row(str(layer), *(str(row.get(kind, "all")) for kind in kinds))
+    for layer_index, row in sorted(layers.items()):
+        table.add_row(str(layer_index), *(str(row.get(kind, "all")) for kind in kinds))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -33,23 +34,21 @@ def strict_json(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def one_sentence(err):
-    """The only line on standard error."""
-    assert err.startswith("prunus: ") and err.endswith("\n") and err.count("\n") == 1, err
-    assert "Traceback" not in err
-    return err.removeprefix("prunus: ").strip()
+def one_sentence(err, progress=False):
+    """The only line on standard error, lines of progress aside."""
+    lines = err.split("\n")
+    if progress:
+        lines = [line for line in lines if not re.match(r"(load|score|verify|eval .*): \d+/\d+, ", line)]
+    assert len(lines) == 2 and lines[0].startswith("prunus: ") and lines[1] == "", err
+    return lines[0].removeprefix("prunus: ")
 
 
 def refused(message, *arguments, code=2):
     """Exit code 2, one matching sentence on stderr and, with --json, the same in one object on stdout."""
     found, out, err = cli(*arguments)
     assert found == code, (out, err)
-    pytest.raises(AssertionError, match=message).match  # noqa: B018  (compiles the pattern)
-    sentence = one_sentence(err)
     assert out == ""
-    import re
-
-    assert re.search(message, sentence), sentence
+    assert re.search(message, one_sentence(err, progress=True)), err
     found, out, err = cli(*arguments, "--json")
     assert found == code and strict_json(out) == {"error": one_sentence(err), "exit_code": code}
 
@@ -67,7 +66,9 @@ def test_methods():
 
 @pytest.mark.parametrize("method", ["flap", "magnitude", "minitron-depth", "minitron-width", "wanda"])
 def test_plan(method):
-    code, out, err = cli("plan", pipeline.folder(), "-m", method, "-r", 0.4, "--json")
+    """A method that reads no text is not asked how long its windows are (the default is longer than this model's 64)."""
+    options = SMALL if METHODS[method].needs_text else ()
+    code, out, err = cli("plan", pipeline.folder(), "-m", method, "-r", 0.4, *options, "--json")
     assert (code, err) == (0, "")
     report = strict_json(out)
     assert report["method"] == method and report["source"] == pipeline.folder().name
@@ -75,14 +76,13 @@ def test_plan(method):
     assert report["before"]["params"] == params and report["after"]["params"] <= params
     assert report["estimate"]["memory_bytes"] >= 4 * params
     assert (report["estimate"]["scoring_flops"] > 0) == METHODS[method].needs_text
-    code, out, err = cli("plan", pipeline.folder(), "-m", method, "-r", 0.4)
+    code, out, err = cli("plan", pipeline.folder(), "-m", method, "-r", 0.4, *options)
     assert (code, err) == (0, "") and method in out and f"{report['before']['shape']['hidden_size']}" in out
 
 
 def test_plan_reads_no_weight(tmp_path):
     """A folder whose weights are all NaN can be planned and not pruned."""
-    folder = damaged(tmp_path)
-    assert cli("plan", folder, "-m", "magnitude", "-r", 0.5)[0] == 0
+    assert cli("plan", damaged(tmp_path), "-m", "wanda", "-r", 0.5, *SMALL)[0] == 0
 
 
 @pytest.mark.parametrize("kind", sorted(pipeline.SAVED))
@@ -195,7 +195,7 @@ def test_eval_of_a_wrecked_model_is_still_json(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] *= 1e4
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    code, out, err = cli("eval", folder, "-t", pipeline.text_file(), "--windows", 2, "--seq-len", 16, "--json")
+    code, out, _ = cli("eval", folder, "-t", pipeline.text_file(), "--windows", 2, "--seq-len", 16, "--json")
     assert code == 0 and strict_json(out)["models"][0]["loss"] > 700
     assert cli("eval", folder, "-t", pipeline.text_file(), "--windows", 2, "--seq-len", 16)[0] == 0
 
@@ -204,7 +204,7 @@ def test_eval_of_a_wrecked_model_is_still_json(tmp_path):
 
 
 def test_nothing_asked():
-    code, out, err = cli()
+    code, out, _ = cli()
     assert code == 2 and "prune" in out and "eval" in out
 
 
@@ -219,7 +219,7 @@ def test_help_is_no_error():
         (("prume",), r"No such command 'prume'"),
         (("plan", "x"), r"Missing option '--method'"),
         (("plan", "x", "-m", "flap", "--ration", "0.2"), r"No such option: --ration"),
-        (("plan", "x", "-m", "flap", "-r", "much"), r"Invalid value for '--ratio'.*much"),
+        (("plan", "x", "-m", "flap", "-r", "much"), r"Invalid value for '--ratio'.*number"),
         (("plan", "x", "-m", "flap", "--target", "hidden_size"), r"--target: 'hidden_size' is not NAME=VALUE"),
         (("plan", "x", "-m", "flap", "--target", "hidden_size=big"), r"--target: hidden_size=big is not a whole number"),
         (("plan", "x", "-m", "flap", "--target", "hidden_size=²"), r"--target: hidden_size=² is not a whole number"),
@@ -437,6 +437,12 @@ def test_mistakes_in_the_request_are_found_before_the_weights_are_read(tmp_path,
         place = tmp_path / what
         place.mkdir()
         test_wrong_inputs_of_prune(what, place)
+
+
+def test_a_ratio_that_no_cut_reaches_is_found_before_the_weights_are_read(tmp_path, monkeypatch):
+    """What the floors cost stands in the config."""
+    monkeypatch.setattr(Source, "load", lambda *a, **k: pytest.fail("no weight may be read"))
+    test_wrong_inputs_of_prune("unreachable", tmp_path)
 
 
 def test_torch_is_left_as_it_was(tmp_path):

