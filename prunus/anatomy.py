@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from .axes import Axis, Span
+from .axes import Axis, Span, kind_of
 from .errors import UserError
 from .families import Family, Param, family_of
 from .shape import LayerShape, Shape
 
-Exactness = Literal["exact", "fold"]
+Exactness = Literal["exact", "fold", "inexact"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tensor_:
     shape: tuple[int, ...]
     param: Param
     layer: int | None = None
-    sublayer: str | None = None
+    sublayer: str | None = None  # None outside the blocks, and for what both sub-layers of a block share
 
     @property
     def numel(self) -> int:
@@ -117,6 +117,7 @@ class Anatomy:
         sizes = {
             "q": layer.num_attention_heads * s.head_dim,
             "kv": layer.num_key_value_heads * s.head_dim,
+            "qkv": 3 * layer.num_attention_heads * s.head_dim,
             "intermediate": layer.intermediate_size,
         }
         return sizes[segment]
@@ -125,7 +126,7 @@ class Anatomy:
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
-        """Every axis by name: ``layers``, ``hidden``, ``vocab``, and per layer ``layers.<i>.<axis>``."""
+        """Every axis by name: ``layers``, ``hidden``, ``vocab``, and per layer ``layers.<i>.<axis>``; none that is refused."""
         spans: dict[str, list[Span]] = defaultdict(list)
         sizes: dict[str, int] = {"layers": self.shape.num_hidden_layers, "hidden": self.shape.hidden_size}
         sizes["vocab"] = self.shape.vocab_size
@@ -134,10 +135,20 @@ class Anatomy:
                 self._add_spans(spans, sizes, name, tensor, dim, segments)
             if tensor.layer is not None:
                 spans["layers"].append(Span(name, 0, block=tensor.shape[0], only=tensor.layer))
+            if tensor.sublayer is not None:
                 sublayer = f"layers.{tensor.layer}.{tensor.sublayer}"
                 spans[sublayer].append(Span(name, 0, block=tensor.shape[0]))
                 sizes[sublayer] = 1
-        return {name: Axis(name, sizes[name], tuple(spans[name])) for name in sizes}
+        refused = self.refused
+        return {n: Axis(n, size, tuple(spans[n])) for n, size in sizes.items() if kind_of(n) not in refused}
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Kinds of axes that this model does not have, because no config could say the cut, and why."""
+        out = dict(self.family.refused)
+        for flag in sorted(self.flags & set(self.family.refused_if)):
+            out |= self.family.refused_if[flag]
+        return out
 
     def _add_spans(
         self,
@@ -167,6 +178,8 @@ class Anatomy:
         per_group = layer.num_attention_heads // groups
         if segment == "kv":
             return [("kv_heads", groups, Span(name, dim, block=head, offset=offset))]
+        if segment == "qkv":
+            return [("kv_heads", groups, Span(name, dim, block=3 * head, offset=offset))]
         strided = Span(name, dim, block=head, offset=offset, repeat=groups, stride=per_group * head)
         return [
             ("kv_heads", groups, Span(name, dim, block=per_group * head, offset=offset)),
@@ -174,7 +187,11 @@ class Anatomy:
         ]
 
     def exactness(self, axis: str) -> Exactness:
-        """How a sliced model relates to a zeroed one: ``exact``, or equal once the norm gains are folded (``fold``)."""
+        """How a sliced model relates to a zeroed one: ``exact``, equal once the norm gains are folded (``fold``), or not
+        equal (``inexact``: LayerNorm subtracts the mean of all channels, so a zeroed one comes out as minus the mean).
+        """
+        if axis == "hidden" and self.family.centred:
+            return "inexact"
         normed = any(self.tensors[s.param].param.norm for s in self.axes[axis].spans)
         whole = axis == "layers" or axis.endswith((".attention", ".mlp"))
         return "fold" if normed and not whole else "exact"
@@ -182,7 +199,8 @@ class Anatomy:
     @property
     def eps_scalable(self) -> bool:
         """Whether every norm runs over the stem, so that scaling the one epsilon makes the stem's fold exact."""
-        return all(t.param.dims == (("hidden",),) for t in self.tensors.values() if t.param.norm)
+        norms = [t for t in self.tensors.values() if t.param.norm]
+        return not self.family.centred and all(t.param.dims == (("hidden",),) for t in norms)
 
     def reader(self, axis: str) -> Span:
         """The span of the matrix that reads an inner axis (o_proj for heads, down_proj for FFN channels)."""

@@ -301,6 +301,8 @@ def check_counts(folder: Path, anatomy: Anatomy) -> dict[str, Any]:
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         found |= safetensors_shapes(file)
+    renamed = {saved: name for name, saved in anatomy.family.saved_as.items()}
+    found = {renamed.get(name, name): shape for name, shape in found.items()}
     declared = {name: tensor.shape for name, tensor in anatomy.tensors.items()}
     if found != declared:
         odd = sorted(set(found.items()) ^ set(declared.items()))[0][0]

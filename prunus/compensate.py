@@ -11,6 +11,7 @@ from torch import Tensor
 from .anatomy import Anatomy
 from .axes import kind_of
 from .keep import Keep
+from .solve import refit
 from .statistics import Statistics, Sweep
 
 _INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
@@ -39,6 +40,21 @@ def output_bias(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Sta
             bias = (bias.double() + weight[:, gone].double() @ mean_C[gone]).float()
         out[bias_name] = bias
     return out
+
+
+def refit_readers_(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, keep: Keep) -> None:
+    """Changes the matrices that read cut heads and channels: least squares on the inputs that stay (see `solve.refit`)."""
+    for name in keep.units:
+        axis = anatomy.axes[name]
+        dropped = keep.dropped(name, axis.size)
+        if not dropped or kind_of(name) not in _INPUT_OF:
+            continue
+        reader = anatomy.reader(name)
+        sublayer, segment = _INPUT_OF[kind_of(name)]
+        weight = tensors[reader.param]
+        rows = reader.rows(keep.units[name]).reshape(-1)
+        gram = statistics[f"layers.{axis.layer}.{sublayer}.{segment}"].sums["gram"]
+        weight[:, rows] = refit(weight, gram, rows).to(weight.dtype)
 
 
 @dataclass

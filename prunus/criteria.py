@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy
+from .axes import Axis
 from .statistics import Moments, Statistics
 
 
@@ -31,12 +32,22 @@ class WeightCriterion:
     wants: frozenset[str] = frozenset()
 
 
+def _no_layer_scores(
+    anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int
+) -> dict[str, Tensor]:
+    raise AssertionError("this criterion scores whole models")
+
+
 @dataclass(frozen=True)
 class UnitCriterion:
-    """Scores units from dense statistics; `wants` names, by input segment, the statistics that it needs."""
+    """Scores units from statistics: of the whole dense model (`score`), or of one layer at a time (`score_layer`).
+
+    `wants` names, by input segment, the statistics that it needs.
+    """
 
     score: Callable[[Anatomy, Mapping[str, Tensor], Statistics], Scores]
     wants: Mapping[str, frozenset[str]]
+    score_layer: Callable[[Anatomy, Mapping[str, Tensor], Statistics, int], dict[str, Tensor]] = _no_layer_scores
 
 
 def magnitude(weight: Tensor, _: Moments | None) -> Tensor:
@@ -74,6 +85,41 @@ def fluctuation(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Sta
     return Scores(values, spread)
 
 
+def _inner_axes(anatomy: Anatomy, layer: int) -> list[tuple[Axis, str, str]]:
+    """The cuttable axes of one layer with the sub-layer and segment that their reader reads."""
+    named = ((f"layers.{layer}.{kind}", *where) for kind, where in _READS.items())
+    return [(anatomy.axes[name], sublayer, segment) for name, sublayer, segment in named if name in anatomy.axes]
+
+
+def wanda_units(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int) -> dict[str, Tensor]:
+    """Wanda-sp: mean over outputs of |W_oc| * ||x_c||, summed over the channels of a KV group."""
+    out = {}
+    for axis, sublayer, segment in _inner_axes(anatomy, layer):
+        reader = anatomy.reader(axis.name)
+        norm_C = statistics[f"layers.{layer}.{sublayer}.{segment}"].norm_C()
+        channel_C = tensors[reader.param].float().abs().mean(0).double() * norm_C
+        out[axis.name] = axis.unit_sums(reader, channel_C).float()
+    return out
+
+
+def magnitude_units(
+    anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int
+) -> dict[str, Tensor]:
+    """Magnitude-sp: the L2 norm of all weights that a unit owns, in every matrix of its axis."""
+    out = {}
+    for axis, _, _ in _inner_axes(anatomy, layer):
+        total = torch.zeros(axis.size, dtype=torch.float64)
+        for span in axis.spans:
+            square = tensors[span.param].double().square()
+            total += axis.unit_sums(span, square.sum(1 - span.dim) if square.dim() == 2 else square)
+        out[axis.name] = total.sqrt().float()
+    return out
+
+
+def _whole_model_is_not_scored(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics) -> Scores:
+    raise AssertionError("this criterion scores one layer at a time")
+
+
 def activation_norm(reduction: str) -> Callable[[Anatomy, Mapping[str, Tensor], Statistics], Scores]:
     """Minitron's width scores: the stem from what q and gate read, summed over all blocks; channels from down's input.
 
@@ -106,10 +152,15 @@ def _activation_norm(reduction: str) -> UnitCriterion:
 WEIGHT_CRITERIA: dict[str, WeightCriterion] = {
     "magnitude": WeightCriterion(magnitude),
     "wanda": WeightCriterion(wanda, frozenset({"sumsq"})),
+    "obs": WeightCriterion(magnitude, frozenset({"gram"})),  # scored inside the update, at the current weights
 }
 _MEAN_VAR = frozenset({"mean", "var"})
 UNIT_CRITERIA: dict[str, UnitCriterion] = {
     "fluctuation": UnitCriterion(fluctuation, {"q": _MEAN_VAR, "intermediate": _MEAN_VAR}),
+    "wanda-units": UnitCriterion(
+        _whole_model_is_not_scored, dict.fromkeys(("q", "intermediate"), frozenset({"sumsq"})), wanda_units
+    ),
+    "magnitude-units": UnitCriterion(_whole_model_is_not_scored, {}, magnitude_units),
     "activation-norm:mean-l2": _activation_norm("mean-l2"),
     "activation-norm:l2": _activation_norm("l2"),
 }

@@ -5,6 +5,7 @@ zero, decoupled decay keeps zero at zero), so a zeroed and a sliced model stay e
 head lives on (its output is the mean of V, so o_proj's columns get gradients), nor a whole sub-layer whose output has a
 bias: there `zero_` the gradients too, before they are clipped. Where an axis runs through RMSNorm gains the sliced norm
 divides by d' where the zeroed one divides by d; multiplying the gains by sqrt(d / d') makes them equal again (the fold).
+LayerNorm knows no such factor: there a cut of the stem is not the zeroed model, and the gains stay as they are.
 """
 
 from __future__ import annotations
@@ -80,11 +81,12 @@ def _scales(
 ) -> dict[str, float]:
     """Factors of the shortened norm gains, and of embeddings that the model scales by sqrt(hidden_size)."""
     scale: dict[str, float] = {}
+    family = anatomy.family
     for name, dims in rows.items():
         tensor = anatomy.tensors[name]
         if tensor.param.norm:
-            scale[name] = math.sqrt(tensor.shape[0] / dims[0].numel()) if fold else gains.get(name, 1.0)
-    family = anatomy.family
+            folded = fold and not family.centred
+            scale[name] = math.sqrt(tensor.shape[0] / dims[0].numel()) if folded else gains.get(name, 1.0)
     embedding = f"{family.embedding}.weight"
     if family.embedding_scaled and 1 in rows.get(embedding, {}):
         # the config's sqrt(hidden_size) shrinks with the stem; a tied head then grows, and the final gain pays it back

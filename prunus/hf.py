@@ -95,7 +95,8 @@ def target_for(
         except StrictDataclassError as error:  # a validator of the family that the table does not know of
             why = f"these sizes ({str(error.__cause__ or error).strip().splitlines()[-1].strip()})"
         notes.append(f"a stock {model_type} config cannot say {why}, so the checkpoint is of type pruned_{model_type}")
-    ours = {f"{sublayer}_out_bias" for sublayer in out_bias} | {f for f in after.flags if f.endswith("_out_bias")}
+    ours = {f"{sublayer}_out_bias" for sublayer in out_bias} & after.family.flags  # no flag where the bias is always there
+    ours |= {f for f in after.flags if f.endswith("_out_bias")}
     pruned = _pruned_config(model_type, fields, after, ours)
     if not after.shape.is_uniform:
         notes.append(
@@ -129,6 +130,8 @@ def _fields(config: PreTrainedConfig, anatomy: Anatomy, keep: Keep, after: Anato
         "vocab_size": shape.vocab_size,
         "num_hidden_layers": shape.num_hidden_layers,
     }
+    for name in anatomy.family.config_lacks:
+        fields.pop(name, None)
     kept_layers = keep.units.get("layers", range(anatomy.shape.num_hidden_layers))
     for name in anatomy.family.per_layer_lists:
         if isinstance(fields.get(name), list):
@@ -208,21 +211,26 @@ def _stock(model_type: str, fields: dict[str, Any], after: Anatomy, flags: froze
 
 
 def uniform_fields(after: Anatomy) -> dict[str, int]:
-    """The three sizes of a uniform shape's blocks."""
-    return {name: getattr(after.shape.layers[0], name) for name in LAYER_SIZES}
+    """The sizes of a uniform shape's blocks, as far as the family's config has fields for them."""
+    sizes = (name for name in LAYER_SIZES if name not in after.family.config_lacks)
+    return {name: getattr(after.shape.layers[0], name) for name in sizes}
 
 
 def _pruned_config(model_type: str, fields: dict[str, Any], after: Anatomy, flags: set[str]) -> PreTrainedConfig:
     per_layer: dict[int, dict[str, Any]] = {}
+    lacks = after.family.config_lacks
     for name in LAYER_SIZES:  # globals bind no layer of ours; the largest is what a reader of the config would expect
-        fields[name] = max(1, *(getattr(layer, name) for layer in after.shape.layers))
+        if name not in lacks:
+            fields[name] = max(1, *(getattr(layer, name) for layer in after.shape.layers))
+    if "head_dim" in lacks:  # then the heads say it, also where no layer has attention left
+        fields["num_attention_heads"] = after.shape.hidden_size // after.shape.head_dim
     for i, layer in enumerate(after.shape.layers):
         own: dict[str, Any] = {"skip": list(layer.skipped)} if layer.skipped else {}
         if layer.num_attention_heads:
             own |= {"num_attention_heads": layer.num_attention_heads, "num_key_value_heads": layer.num_key_value_heads}
         if layer.intermediate_size:
             own["intermediate_size"] = layer.intermediate_size
-        per_layer[i] = own
+        per_layer[i] = {name: value for name, value in own.items() if name not in lacks}
     all_fields: dict[str, Any] = fields | dict.fromkeys(flags, True) | {"per_layer_config": per_layer}
     return _config_class(PRUNED_PREFIX + model_type)(**all_fields)
 
@@ -245,9 +253,14 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], generation: Any 
 
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     dtype = next(iter(tensors.values())).dtype
+    family = family_of(config.model_type)
+    # under the names that stock files have: transformers saves them as it loaded them
+    names = {} if config.model_type.startswith(PRUNED_PREFIX) else family.saved_as
+    state = {names.get(name, name): tensor for name, tensor in tensors.items()}
     with quiet():
-        model, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
-    missing = [k for k in info["missing_keys"] if not (config.tie_word_embeddings and k == "lm_head.weight")]
+        model, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    tied = f"{family.head}.weight" if config.tie_word_embeddings else None
+    missing = [k for k in info["missing_keys"] if k != tied]
     assert not missing and not info["unexpected_keys"] and not info["mismatched_keys"], info
     if generation is not None:
         model.generation_config = generation

@@ -34,6 +34,8 @@ class Keep:
         """Self, or UserError naming the axis and value that does not fit the model."""
         for name, kept in self.units.items():
             axis = anatomy.axes.get(name)
+            if axis is None and kind_of(name) in anatomy.refused:
+                raise UserError(f"keep: '{name}' cannot be cut: {anatomy.refused[kind_of(name)]}")
             if axis is None:
                 raise unknown("axis", name, anatomy.axes)
             if list(kept) != sorted(set(kept)):

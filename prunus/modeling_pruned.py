@@ -33,8 +33,24 @@ BASES = {
     "gemma": ("Gemma", _LLAMA_NORMS),
     "gemma2": ("Gemma2", _SANDWICH_NORMS),
     "gemma3_text": ("Gemma3", _SANDWICH_NORMS),
+    "olmo": ("Olmo", _LLAMA_NORMS),
     "olmo2": ("Olmo2", {"attention": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}),
+    "phi": ("Phi", {"attention": (), "mlp": ()}),  # one norm for both, which stays
+    "gpt_neox": ("GPTNeoX", _LLAMA_NORMS),
 }
+# what the modules are called; the decoder stands in the model, the rest in a layer, output projections in their sub-layer
+_LLAMA_NAMES = {
+    "decoder": "model",
+    "attention": "self_attn",
+    "attention_out": "o_proj",
+    "mlp": "mlp",
+    "mlp_out": "down_proj",
+}
+_OTHER_NAMES = {
+    "phi": {"attention_out": "dense", "mlp_out": "fc2"},
+    "gpt_neox": {"decoder": "gpt_neox", "attention": "attention", "attention_out": "dense", "mlp_out": "dense_4h_to_h"},
+}
+NAMES = {model_type: _LLAMA_NAMES | _OTHER_NAMES.get(model_type, {}) for model_type in BASES}
 
 
 class Skipped(nn.Module):  # no "Attention" in its name: transformers searches the source for such classes
@@ -44,11 +60,12 @@ class Skipped(nn.Module):  # no "Attention" in its name: transformers searches t
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, *args, past_key_values=None, layer_past=None, **kwargs):
         """Zeros of the input's shape. The cache gets one number a token, because its length is read off its layers."""
-        if past_key_values is not None:
+        cache = layer_past if past_key_values is None else past_key_values  # GPT-NeoX's name for it is the second
+        if cache is not None:
             marker = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(marker, marker, self.layer_idx)
+            cache.update(marker, marker, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -78,21 +95,18 @@ def _layer_view(own, config):
     return own
 
 
-def _rebuild_layers_(model, config, norms):
+def _rebuild_layers_(model, config, norms, names):
     """Replace every layer by one of its own sizes. `model` is the decoder, built from the global sizes."""
     layers = model.layers
     for i in range(len(layers)):
         own = config.per_layer_config[i] if config.is_heterogeneous else config
         layer = type(layers[i])(own, i) if config.is_heterogeneous else layers[i]
-        if getattr(config, "attention_out_bias", False):
-            layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
-        if getattr(config, "mlp_out_bias", False):
-            layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
+        for sublayer in ("attention", "mlp"):
+            if getattr(config, f"{sublayer}_out_bias", False):
+                module, out = getattr(layer, names[sublayer]), names[f"{sublayer}_out"]
+                setattr(module, out, _with_bias(getattr(module, out)))
         for sublayer in getattr(own, "skip", None) or ():
-            if sublayer == "attention":
-                layer.self_attn = Skipped(i)
-            else:
-                layer.mlp = NoMLP()
+            setattr(layer, names[sublayer], Skipped(i) if sublayer == "attention" else NoMLP())
             for norm in norms[sublayer]:
                 setattr(layer, norm, nn.Identity())
         for module in layer.modules():
@@ -111,13 +125,12 @@ class _PrunedConfigMixin:
         if not self.is_heterogeneous:
             return
         for i, own in enumerate(self.per_layer_config):
-            if "attention" not in own.skip and own.num_attention_heads % own.num_key_value_heads:
-                raise ValueError(
-                    f"layer {i}: {own.num_attention_heads} query heads cannot share {own.num_key_value_heads} KV heads"
-                )
+            groups = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+            if "attention" not in own.skip and own.num_attention_heads % groups:
+                raise ValueError(f"layer {i}: {own.num_attention_heads} query heads cannot share {groups} KV heads")
 
 
-def _make(model_type, stem, norms):
+def _make(model_type, stem, norms, names):
     config_base = getattr(transformers, f"{stem}TextConfig" if stem == "Gemma3" else f"{stem}Config")
     model_base = getattr(transformers, f"{stem}ForCausalLM")
     name = f"Pruned{stem}"
@@ -137,8 +150,9 @@ def _make(model_type, stem, norms):
             # transformers resolved the attention backend on the copy; without it no causal mask would be applied
             config._attn_implementation = view._attn_implementation
             self.config = config
-            self.model.config = config
-            _rebuild_layers_(self.model, config, norms)
+            decoder = getattr(self, names["decoder"])
+            decoder.config = config
+            _rebuild_layers_(decoder, config, norms, names)
             self.post_init()
 
     PrunedForCausalLM.config_class = config_class
@@ -150,5 +164,5 @@ def _make(model_type, stem, norms):
 
 
 for _model_type, (_stem, _norms) in BASES.items():
-    _config, _model = _make(_model_type, _stem, _norms)
+    _config, _model = _make(_model_type, _stem, _norms, NAMES[_model_type])
     globals()[_config.__name__], globals()[_model.__name__] = _config, _model

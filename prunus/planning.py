@@ -74,6 +74,7 @@ class Plan:
             raise UserError(f"multiple_of: {multiple_of} is no multiple; it must be 1 or more")
         if request.uniform and method.uniform:
             raise UserError(f"uniform: {method.name} always leaves uniform layers; drop the option")
+        notes = _refused_axes(method, anatomy)
         plan = cls(request, method, anatomy, compensator, options, multiple_of)
         build = {
             "per-matrix": _sparse,
@@ -81,8 +82,10 @@ class Plan:
             "global-standardised": _global,
             "target-shape": _width,
             "contiguous": _depth,
+            "uniform": _uniform,
         }[method.allocator]
-        return build(plan, config)
+        made = build(plan, config)
+        return replace(made, notes=(*notes, *made.notes))
 
     @property
     def out_bias(self) -> frozenset[str]:
@@ -116,7 +119,7 @@ class Plan:
             "method": self.method.name,
             "citation": self.method.citation,
             "request": self.request.describe(),
-            "cuts": list(self.method.axes),
+            "cuts": [axis for axis in self.method.axes if axis not in self.anatomy.refused],
             "compensator": self.compensator,
             "before": {"shape": self.anatomy.shape.describe(), **before},
             "notes": list(self.notes),
@@ -144,6 +147,16 @@ def _choice(name: str, value: str | None, allowed: tuple[str, ...], method: Meth
     if value not in allowed:
         raise unknown(f"value for {name} of {method.name}", value, allowed)
     return value
+
+
+def _refused_axes(method: Method, anatomy: Anatomy) -> tuple[str, ...]:
+    """Notes on the kinds of axes that the method cuts and this model does not offer; UserError if it cannot do without."""
+    gone = [axis for axis in method.axes if axis in anatomy.refused]
+    if gone and (method.allocator not in ("global-standardised", "uniform") or len(gone) == len(method.axes)):
+        raise UserError(
+            f"{method.name}: it cuts {gone[0]}, but {anatomy.refused[gone[0]]}; use flap or minitron-depth instead"
+        )
+    return tuple(f"{method.name} leaves {axis} alone: {anatomy.refused[axis]}" for axis in gone)
 
 
 def _refuse(plan: Plan, *fields: str, why: str | None = None) -> None:
@@ -176,6 +189,8 @@ def _sparse(plan: Plan, config: Any) -> Plan:
     anatomy = plan.anatomy
     target = Target(config, anatomy)
     if plan.request.pattern is not None:
+        if plan.options.get("allocation") == "owl":
+            raise UserError("allocation: owl gives layers different sparsities, which n:m does not have; drop one of them")
         n, m = parse_pattern(plan.request.pattern)
         if plan.request.ratio is not None and not math.isclose(plan.request.ratio, 1 - n / m):
             raise UserError(f"ratio: {plan.request.ratio} contradicts pattern {n}:{m}, which is {1 - n / m:g}; drop one")
@@ -208,8 +223,14 @@ def _global(plan: Plan, config: Any) -> Plan:
     if biased.block_params - anatomy.block_params >= ratio * anatomy.block_params or ratio * anatomy.block_params < step:
         least = max(step, biased.block_params - anatomy.block_params) / anatomy.block_params
         raise UserError(f"ratio: {ratio} is below one unit of this model; ask for more than {least:.4f}")
+    fewest = Keep({name: tuple(range(min(plan.multiple_of, anatomy.axes[name].size))) for name in channels})
+    if "kv_heads" in anatomy.refused and budget < (stays := fewest.anatomy_after(biased).block_params):
+        most = 1 - stays / anatomy.block_params
+        raise UserError(f"ratio: {ratio} is more than this model's FFN channels can give; ask for less than {most:.4f}")
     notes: tuple[str, ...] = ()
     if plan.request.uniform:
+        if "kv_heads" in anatomy.refused:
+            raise UserError(f"uniform: it gives up KV groups, but {anatomy.refused['kv_heads']}; drop --uniform")
         if any(layer.skipped for layer in anatomy.shape.layers):
             raise UserError("uniform: some layers of this model lack a sub-layer, so they cannot be alike; drop --uniform")
         alike = anatomy.with_shape(anatomy.shape.with_layers(anatomy.shape.layers[:1] * anatomy.shape.num_hidden_layers))
@@ -259,6 +280,57 @@ def _check_size(name: str, size: int, most: int) -> None:
         raise UserError(f"target: {name}={size} is outside 1 to {most} (the source's size)")
 
 
+def alike_counts(anatomy: Anatomy, budget: int, mean_groups: float, multiple_of: int) -> dict[str, int]:
+    """KV groups and FFN channels of every layer alike: groups near `mean_groups`, channels to fit `budget` block parameters.
+
+    UserError if not even one chunk of channels fits.
+    """
+    layers = range(anatomy.shape.num_hidden_layers)
+    channel = sum(anatomy.unit_params(f"layers.{i}.intermediate") for i in layers)
+    most = min(layer.intermediate_size for layer in anatomy.shape.layers)
+    all_groups = min(layer.num_key_value_heads for layer in anatomy.shape.layers)
+    heads_stay = "kv_heads" in anatomy.refused
+    choices = (all_groups,) if heads_stay else range(1, all_groups + 1)
+    fits: list[tuple[int, int, int]] = []
+    for groups in sorted(choices, key=lambda g: abs(g - mean_groups)):
+        one_channel = {f"layers.{i}.intermediate": (0,) for i in layers}
+        bare = Keep({f"layers.{i}.kv_heads": tuple(range(groups)) for i in layers} | one_channel)
+        rest = bare.anatomy_after(anatomy).block_params - channel
+        room = (budget - rest) // channel // multiple_of * multiple_of
+        if room >= multiple_of:
+            fits.append((rest + min(room, most) * channel, groups, min(room, most)))
+            if room <= most:  # the budget is met within one step; else more groups may fill it
+                break
+    if not fits:
+        raise UserError(
+            f"ratio: {budget:,} block parameters leave no room for one FFN channel a layer; ask for a smaller ratio"
+        )
+    _, groups, width = max(fits)
+    counts = {f"layers.{i}.intermediate": width for i in layers}
+    return counts if heads_stay else {f"layers.{i}.kv_heads": groups for i in layers} | counts
+
+
+def _uniform(plan: Plan, config: Any) -> Plan:
+    _refuse(plan, "target", "pattern")
+    anatomy, ratio = plan.anatomy, _ratio(plan)
+    if len(set(anatomy.shape.layers)) > 1 or anatomy.shape.layers[0].skipped:
+        raise UserError(
+            f"{plan.method.name}: the source's layers differ in size, so no one size fits them; use flap instead"
+        )
+    step = sum(anatomy.unit_params(f"layers.{i}.intermediate") for i in range(anatomy.shape.num_hidden_layers))
+    step *= plan.multiple_of
+    if ratio * anatomy.block_params < step:
+        raise UserError(
+            f"ratio: {ratio} is below one unit of this model; ask for at least {step / anatomy.block_params:.4f}"
+        )
+    budget = math.floor((1 - ratio) * anatomy.block_params)
+    groups = (1 - ratio) * anatomy.shape.layers[0].num_key_value_heads
+    counts = alike_counts(anatomy, budget, groups, plan.multiple_of)
+    keep = Keep({name: tuple(range(n)) for name, n in counts.items() if n < anatomy.axes[name].size})
+    target = target_for(config, anatomy, keep)
+    return replace(plan, counts=counts, target=target, step=step, notes=target.notes)
+
+
 def _width(plan: Plan, config: Any) -> Plan:
     _refuse(plan, "pattern")
     anatomy = plan.anatomy
@@ -274,6 +346,11 @@ def _width(plan: Plan, config: Any) -> Plan:
         _check_size("intermediate_size", width, widest)
     else:
         hidden, width = proportional_width(anatomy, _ratio(plan, allow_target=True), plan.multiple_of)
+    if plan.compensator == "gain" and anatomy.family.centred:
+        raise UserError(
+            f"compensate: gain mends RMSNorms, but the norms of {anatomy.family.name} subtract the mean, so no gain mends "
+            "them; drop it"
+        )
     if plan.compensator == "gain" and hidden == shape.hidden_size:
         raise UserError("compensate: gain repairs the norms of a cut stem, but this plan leaves the stem whole; drop it")
     if hidden == shape.hidden_size and all(layer.intermediate_size == width for layer in shape.layers):
@@ -281,7 +358,8 @@ def _width(plan: Plan, config: Any) -> Plan:
     counts = {f"layers.{i}.intermediate": width for i in range(shape.num_hidden_layers)} | {"hidden": hidden}
     keep = Keep({name: tuple(range(n)) for name, n in counts.items() if n < anatomy.axes[name].size})
     target = target_for(config, anatomy, keep, fold=False)
-    step = 3 * hidden * shape.num_hidden_layers * plan.multiple_of
+    channels = [target.anatomy.unit_params(f"layers.{i}.intermediate") for i in range(shape.num_hidden_layers)]
+    step = sum(channels) * plan.multiple_of
     return replace(plan, counts=counts, target=target, step=step, notes=target.notes)
 
 

@@ -6,6 +6,7 @@ Shapes: W [out, in]; G = X^T X [in, in] over the calibration tokens. The error o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,77 +54,84 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, cross: Tensor | None = Non
     return torch.cholesky_solve(right, small.lower).T
 
 
-def inverse_upper(gram: Tensor, damp: float = DAMP) -> tuple[Tensor, Factor]:
-    """U upper triangular with (G + damping)^-1 = U^T U: one Cholesky of the flipped matrix and one triangular inverse."""
-    flipped = factor(gram.flip(0, 1), damp)
-    upper = flipped.lower.flip(0, 1)  # G = R R^T with R upper triangular, so G^-1 = R^-T R^-1
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype)
-    return torch.linalg.solve_triangular(upper, eye, upper=True), flipped
-
-
 @dataclass(frozen=True)
-class Sparse:
-    """A pruned matrix, its mask, and the damping that the factorisation took."""
+class Inverse:
+    """U upper triangular [in, in] with (G + damping)^-1 = U^T U, the inputs that are always zero, and the damping."""
 
-    weight: Tensor
-    kept: Tensor
+    upper: Tensor
+    dead: Tensor
     damp: float
     escalated: bool
+
+
+def inverse_upper(gram: Tensor, damp: float = DAMP) -> Inverse:
+    """One Cholesky of the flipped matrix and one triangular inverse, float32. Dead inputs get a unit diagonal."""
+    gram = gram.float().clone()
+    dead = gram.diagonal() == 0
+    gram.diagonal()[dead] = 1.0
+    found = factor(gram.flip(0, 1), damp)
+    upper = found.lower.flip(0, 1)  # G = R R^T with R upper triangular, so G^-1 = R^-T R^-1
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype)
+    return Inverse(torch.linalg.solve_triangular(upper, eye, upper=True), dead, found.damp, found.escalated)
 
 
 _BLOCK, _INNER = 128, 16
 
 
 def sparsegpt(
-    weight: Tensor,
-    gram: Tensor,
+    weights: Sequence[Tensor],
+    inverse: Inverse,
     *,
     sparsity: float | None = None,
     pattern: tuple[int, int] | None = None,
-    damp: float = DAMP,
+    masks: Sequence[Tensor] | None = None,
     block: int = _BLOCK,
-    mask: Tensor | None = None,
-) -> Sparse:
-    """SparseGPT (arXiv 2301.00774) on one matrix, float32.
+) -> list[tuple[Tensor, Tensor]]:
+    """SparseGPT (arXiv 2301.00774) on matrices that read one input: (pruned weight, bool mask [out, in]) of each, float32.
 
-    Columns go left to right in blocks of `block`. For a `sparsity` the round(sparsity * out * block) weights of a block with
-    the lowest w^2 / U_jj^2 go; for a `pattern` (n, m) the m - n lowest of every m columns of a row, at the current weights.
-    What a removed weight carried goes to the columns behind it. A given `mask` (True = keep) is used instead of scores. Dead
-    inputs (G_jj = 0) are removed.
+    Columns go left to right in blocks of `block`. For a `sparsity` the round(sparsity * out * block) weights of a matrix's
+    block with the lowest w^2 / U_jj^2 go; for a `pattern` (n, m) the m - n lowest of every m columns of a row, at the current
+    weights; given `masks` (True = keep) are taken as they are. What a removed weight carried goes to the columns behind it.
+    Dead inputs are removed. All rows of all matrices move together; rows never meet.
     """
-    rows, columns = weight.shape
-    diagonal = gram.diagonal()
-    dead = diagonal == 0
-    gram = gram.float().clone()
-    gram.diagonal()[dead] = 1.0
-    upper, found = inverse_upper(gram, damp)
-    w_IO = weight.float().T.clone()  # columns of W as contiguous rows
-    w_IO[dead] = 0
-    kept_IO = torch.ones(columns, rows, dtype=torch.bool) if mask is None else mask.T.clone()
+    upper, sizes = inverse.upper, [w.shape[0] for w in weights]
+    w_IO = torch.cat([w.float() for w in weights]).T.contiguous()  # a column of W is a contiguous row here
+    columns, rows = w_IO.shape
+    w_IO[inverse.dead] = 0
+    kept_IO = torch.ones(columns, rows, dtype=torch.bool) if masks is None else torch.cat(list(masks)).T.contiguous()
     scale = upper.diagonal().square()
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        if mask is None and sparsity is not None:
+        if masks is None and sparsity is not None:
             scores = w_IO[start:end].square() / scale[start:end, None]
-            count = round(sparsity * scores.numel())
-            lowest = torch.topk(scores.reshape(-1), count, largest=False, sorted=False).indices
-            kept_IO[start:end].view(-1)[lowest] = False
+            for part, kept in zip(scores.split(sizes, 1), kept_IO[start:end].split(sizes, 1), strict=True):
+                flat = torch.ones(part.numel(), dtype=torch.bool)
+                count = round(sparsity * part.numel())
+                flat[torch.topk(part.reshape(-1), count, largest=False, sorted=False).indices] = False
+                kept.copy_(flat.view(part.shape))
         errors = torch.zeros(end - start, rows)
         for inner in range(start, end, _INNER):
             stop = min(inner + _INNER, end)
             for j in range(inner, stop):
-                if mask is None and pattern is not None and j % pattern[1] == 0:
-                    n, m = pattern
-                    scores = w_IO[j : j + m].square() / scale[j : j + m, None]
-                    goes = torch.topk(scores, m - n, dim=0, largest=False).indices
-                    kept_IO[j : j + m].scatter_(0, goes, False)
-                error = torch.where(kept_IO[j], 0.0, w_IO[j]) / upper[j, j]
-                if j + 1 < stop:
-                    w_IO[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+                if masks is None and pattern is not None and j % pattern[1] == 0:
+                    _choose_n_of_m(w_IO, kept_IO, scale, j, pattern)
+                error = torch.where(kept_IO[j], 0.0, w_IO[j]).div_(upper[j, j])
+                ahead = end if pattern is not None and masks is None else stop  # n:m looks m columns ahead
+                if j + 1 < ahead:
+                    w_IO[j + 1 : ahead].addr_(upper[j, j + 1 : ahead], error, alpha=-1)
                 errors[j - start] = error
-            if stop < end:
+            if stop < end and (pattern is None or masks is not None):
                 w_IO[stop:end].addmm_(upper[inner:stop, stop:end].T, errors[inner - start : stop - start], alpha=-1)
         if end < columns:
             w_IO[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     w_IO.masked_fill_(~kept_IO, 0)
-    return Sparse(w_IO.T.contiguous().to(weight.dtype), kept_IO.T.contiguous(), found.damp, found.escalated)
+    parts = zip(w_IO.T.split(sizes), kept_IO.T.split(sizes), strict=True)
+    return [(w.contiguous(), kept.contiguous()) for w, kept in parts]
+
+
+def _choose_n_of_m(w_IO: Tensor, kept_IO: Tensor, scale: Tensor, j: int, pattern: tuple[int, int]) -> None:
+    """Changes `kept_IO`: of columns j to j + m - 1 the m - n with the lowest score go, row by row of W."""
+    n, m = pattern
+    scores = w_IO[j : j + m].square() / scale[j : j + m, None]
+    goes = torch.topk(scores, m - n, dim=0, largest=False).indices
+    kept_IO[j : j + m] = kept_IO[j : j + m].scatter(0, goes, False)

@@ -134,6 +134,9 @@ class Source:
         found: dict[str, tuple[int, ...]] = {}
         for file in self.weight_files:
             found |= safetensors_shapes(file)
+        for name, saved in anatomy.family.saved_as.items():
+            if saved in found:
+                found.setdefault(name, found[saved])
         prefix = "" if any(n in found for n in anatomy.tensors) else anatomy.family.blocks.split(".")[0] + "."
         for name, tensor in anatomy.tensors.items():
             shape = found.get(name, found.get(name.removeprefix(prefix)))

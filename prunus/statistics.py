@@ -43,7 +43,8 @@ class Moments:
     @torch.no_grad()
     def update(self, x_BTC: Tensor) -> None:
         """Add a batch of windows without padding. Changes self only."""
-        for x_TC in x_BTC.reshape(-1, *x_BTC.shape[-2:]).float():
+        x_BTC = x_BTC.float()
+        for x_TC in x_BTC.reshape(-1, *x_BTC.shape[-2:]):
             self.count += x_TC.shape[0]
             if self.want & {"mean", "var"}:
                 if self.shift_C is None:

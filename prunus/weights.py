@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from .allocate import kept_in_matrix, kept_in_rows, kept_n_of_m
-from .criteria import WEIGHT_CRITERIA
+from .criteria import WEIGHT_CRITERIA, wanda
 from .cut import zero_weights_
 from .hf import Target
 from .job import Job, Outcome
 from .keep import WeightMask
 from .planning import Plan
-from .statistics import Statistics, layer_moments, reading_points
+from .solve import DAMP, inverse_upper, sparsegpt
+from .statistics import Moments, Statistics, collect, layer_moments, reading_points
+
+_SEGMENTS = ("hidden", "q", "intermediate")
+_OUTLIER, _SPREAD = 5.0, 0.08  # OWL's M and lambda
 
 
 @torch.no_grad()
@@ -20,20 +24,27 @@ def run_(job: Job) -> Outcome:
     """Zero weights of the job's model; a sequential method's block sees the pruned blocks before it."""
     criterion = WEIGHT_CRITERIA[job.plan.method.criterion]
     anatomy, tensors = job.plan.anatomy, job.tensors
-    count, masks = anatomy.shape.num_hidden_layers, {}
+    count = anatomy.shape.num_hidden_layers
+    masks: dict[str, Tensor] = {}
     sweep = job.sweep() if criterion.wants else None
-    wants = dict.fromkeys(("hidden", "q", "intermediate"), criterion.wants)
+    wants = dict.fromkeys(_SEGMENTS, criterion.wants | ({"gram"} if job.plan.compensator == "obs" else set()))
+    levels = outlier_levels(job) if job.plan.options.get("allocation") == "owl" else None
     for layer in range(count):
         named: Statistics = {}
         if sweep is not None:
             with job.timed("score"):
                 named, modules = layer_moments(anatomy, layer, wants)
                 sweep.observe(layer, modules)
+        sparsity = job.plan.sparsity if levels is None else levels[layer]
         with job.timed("cut"):
             for (sublayer, segment), matrices in reading_points(anatomy, layer).items():
                 moments = named.get(f"layers.{layer}.{sublayer}.{segment}")
+                if job.plan.compensator == "obs":
+                    assert moments is not None
+                    masks |= _obs_(job, matrices, moments, sparsity)
+                    continue
                 for name in matrices:
-                    kept = _kept(job.plan, criterion.score(tensors[name], moments))
+                    kept = _kept(job.plan, criterion.score(tensors[name], moments), sparsity)
                     zero_weights_({name: tensors[name]}, WeightMask({name: kept}))
                     masks[name] = kept
         if sweep is not None and layer + 1 < count:
@@ -44,10 +55,49 @@ def run_(job: Job) -> Outcome:
     return Outcome(job.plan, job.model, target, mask=WeightMask(masks), seconds=job.seconds, notes=tuple(job.notes))
 
 
-def _kept(plan: Plan, scores: Tensor) -> Tensor:
+def _kept(plan: Plan, scores: Tensor, sparsity: float | None) -> Tensor:
     if plan.pattern is not None:
         return kept_n_of_m(scores, *plan.pattern)
-    assert plan.sparsity is not None
+    assert sparsity is not None
     if plan.method.allocator == "per-row":
-        return kept_in_rows(scores, plan.sparsity)
-    return kept_in_matrix(scores, plan.sparsity)
+        return kept_in_rows(scores, sparsity)
+    return kept_in_matrix(scores, sparsity)
+
+
+def _obs_(job: Job, matrices: list[str], moments: Moments, sparsity: float | None) -> dict[str, Tensor]:
+    """Changes the named weights: SparseGPT's masks and update on all matrices that read one input. Returns the masks."""
+    inverse = inverse_upper(moments.sums["gram"])
+    if inverse.escalated:
+        job.notes.append(f"{matrices[0]}: its Gram matrix took damping {inverse.damp:g} instead of {DAMP:g}")
+    level = None if job.plan.pattern is not None else sparsity
+    pruned = sparsegpt([job.tensors[n] for n in matrices], inverse, sparsity=level, pattern=job.plan.pattern)
+    for name, (weight, _) in zip(matrices, pruned, strict=True):
+        job.tensors[name].copy_(weight)
+    return {name: kept for name, (_, kept) in zip(matrices, pruned, strict=True)}
+
+
+def outlier_levels(job: Job) -> list[float]:
+    """OWL (arXiv 2310.05175): a sparsity for every layer, lower where more of |W| * ||X|| stands out.
+
+    A layer's share D of entries above M = 5 times the matrix's mean, scaled over the layers to [0, 2 lambda], shifts what
+    it keeps around 1 - s; the mean over layers is s. One dense pass.
+    """
+    plan = job.plan
+    assert plan.sparsity is not None
+    wants: dict[str, frozenset[str]] = dict.fromkeys(_SEGMENTS, frozenset({"sumsq"}))
+    with job.timed("score"):
+        seen = collect(job.sweep(), wants, lambda done, total: job.progress("outliers", done, total))
+    shares = []
+    for layer in range(plan.anatomy.shape.num_hidden_layers):
+        above = total = 0
+        for (sublayer, segment), matrices in reading_points(plan.anatomy, layer).items():
+            for name in matrices:
+                scores = wanda(job.tensors[name], seen[f"layers.{layer}.{sublayer}.{segment}"])
+                above += int((scores > _OUTLIER * scores.mean()).sum())
+                total += scores.numel()
+        shares.append(above / total)
+    share = torch.tensor(shares, dtype=torch.float64)
+    width = min(_SPREAD, plan.sparsity, 1 - plan.sparsity)
+    span = float(share.max() - share.min())
+    scaled = (share - share.min()) / span * 2 * width if span > 0 else torch.zeros_like(share)
+    return (plan.sparsity - (scaled - scaled.mean())).clamp(0, 1).tolist()

@@ -187,6 +187,53 @@ def test_qwen2_5_counts_its_biases_apart():
     assert sum(t.numel for n, t in anatomy.tensors.items() if n.endswith("bias")) == biases
 
 
+# model cards; Pythia's also state the parameters without embeddings, our blocks and the final norm
+PYTHIA = {  # (layers, hidden, heads, FFN, vocabulary): all, non-embedding
+    (6, 512, 8, 2048, 50304): (70_426_624, 18_915_328),
+    (12, 768, 12, 3072, 50304): (162_322_944, 85_056_000),
+    (24, 1024, 16, 4096, 50304): (405_334_016, 302_311_424),
+    (16, 2048, 8, 8192, 50304): (1_011_781_632, 805_736_448),
+}
+
+
+@pytest.mark.parametrize("sizes", PYTHIA)
+def test_pythia(sizes):
+    """From a config as EleutherAI wrote it: other names for RoPE, no KV heads, no size of a head."""
+    count, hidden, heads, ffn, vocab = sizes
+    anatomy = Anatomy.of(
+        transformers.GPTNeoXConfig(
+            num_hidden_layers=count,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            intermediate_size=ffn,
+            vocab_size=vocab,
+            rotary_pct=0.25,
+            rotary_emb_base=10000,
+            use_parallel_residual=True,
+            tie_word_embeddings=False,
+        )
+    )
+    assert (anatomy.num_params, anatomy.block_params + 2 * hidden) == PYTHIA[sizes]
+    assert anatomy.shape.head_dim == hidden // heads
+    assert anatomy.kv_bytes_per_token() == 2 * 2 * hidden * count
+
+
+def test_phi_2_and_olmo():
+    phi = transformers.PhiConfig(
+        vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32
+    )
+    assert Anatomy.of(phi).num_params == 2_779_683_840
+    olmo = transformers.OlmoConfig(  # 1B; its norms have no parameters
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    )
+    assert Anatomy.of(olmo).num_params == 1_176_764_416 == 16 * (4 * 2048**2 + 3 * 2048 * 8192) + 50304 * 2048
+
+
 def test_sizes_come_from_a_config_and_no_weight():
     config = transformers.LlamaConfig(
         vocab_size=128256,

@@ -268,7 +268,7 @@ def test_activation_norm_is_its_formula(case, reduction):
     assert set(scores.values) == {"hidden"} | {f"layers.{i}.intermediate" for i in range(tiny.LAYERS)}
 
 
-@pytest.mark.parametrize("criterion", sorted(UNIT_CRITERIA))
+@pytest.mark.parametrize("criterion", ["fluctuation", "activation-norm:mean-l2", "activation-norm:l2"])
 def test_scores_do_not_depend_on_the_batch(criterion):
     """B1, X23: 1, 2 and 6 windows at a time; what is left is the rounding of batched matmuls in float64."""
     model = pipeline.model("llama")

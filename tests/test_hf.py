@@ -51,7 +51,9 @@ def test_llama_with_biases_becomes_seed_oss(flag):
     assert biases == (attention if wanted else {f"mlp.{m}_proj.bias" for m in ("gate", "up", "down")})
 
 
-@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3", "smollm3", "gemma", "olmo2", "phi3", "seed_oss"])
+@pytest.mark.parametrize(
+    "case", ["mistral", "qwen2", "qwen3", "smollm3", "gemma", "olmo", "olmo2", "phi", "phi3", "seed_oss"]
+)
 def test_most_configs_take_any_hidden_size(case):
     config = tiny.tiny_config(case)
     target = target_of(config, ODD)
@@ -121,10 +123,13 @@ STOCK_BIAS = {  # family: flags that its stock config turns on for {attention, m
     "gemma": ({"attention_bias"}, None),
     "gemma2": ({"attention_bias"}, None),
     "gemma3": ({"attention_bias"}, None),
+    "olmo": ({"attention_bias"}, None),
     "olmo2": ({"attention_bias"}, None),
     "mistral": (None, None),
     "qwen2": (None, None),
     "phi3": (None, None),
+    "phi": (set(), set()),  # the biases are always there
+    "gpt_neox_sequential": ({"attention_bias"}, set()),
 }
 
 
@@ -152,8 +157,12 @@ def test_output_biases_of_uniform_models(case, sublayer, tmp_path):
 
     added = hf.empty_weights(target, tensors)
     assert all(not t.any() and t.dtype == torch.float64 for t in added.values())
+    if flags == set():
+        assert not added
+        return
     projection = "self_attn.o_proj" if sublayer == "attention" else "mlp.down_proj"
-    written = {f"model.layers.{i}.{projection}.bias" for i in range(tiny.LAYERS)}
+    projection = "attention.dense" if "neox" in case else projection
+    written = {f"{anatomy.block_name(i)}{projection}.bias" for i in range(tiny.LAYERS)}
     assert written <= set(added)
     for i, name in enumerate(sorted(written)):
         added[name] = torch.linspace(-1, 1 + i, tiny.HIDDEN, dtype=torch.float64)

@@ -126,7 +126,7 @@ def keeps(draw, anatomy):
 
 @st.composite
 def two_cuts(draw):
-    family = family_of(draw(st.sampled_from(["llama", "gemma2", "qwen2", "olmo2", "phi3"])))
+    family = family_of(draw(st.sampled_from(["llama", "gemma2", "qwen2", "olmo2", "phi3", "olmo", "phi", "gpt_neox"])))
     layers = []
     for _ in range(draw(st.integers(1, 4))):
         groups = draw(st.integers(1, 3))

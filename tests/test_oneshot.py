@@ -541,7 +541,7 @@ def test_statistics_spare_the_pass(method, monkeypatch):
 
 def test_statistics_in_a_file_spare_the_pass(tmp_path, monkeypatch):
     """Through the front door: written by the first run, read by the second, refused for other windows."""
-    file = tmp_path / "deep" / "statistics.safetensors"
+    file = tmp_path / "statistics.safetensors"
     ask = {
         "method": "flap",
         "calibration": str(pipeline.text_file()),

@@ -125,7 +125,7 @@ def test_configs_without_a_type(folder, model_type):
     refused(folder, r"config.json: model_type is (None|3|\['llama'\])")
 
 
-@pytest.mark.parametrize(("model_type", "near"), [("lama", "llama"), ("gpt_neox", None), ("phi", "phi3")])
+@pytest.mark.parametrize(("model_type", "near"), [("lama", "llama"), ("bloom", None), ("mixtral", "mistral")])
 def test_unknown_families(folder, model_type, near):
     checkpoints.edit_json(folder / "config.json", model_type=model_type)
     message = refused(folder, f"unknown model family '{model_type}'")

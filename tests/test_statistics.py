@@ -150,7 +150,12 @@ def test_saved_and_loaded(tmp_path):
 # -- the sweep ----------------------------------------------------------------------------------------------------------
 
 IDS = tiny.tokens(5, 12, vocab=pipeline.VOCAB)
-SWEPT = ["llama", "gemma2", "qwen2", "smollm3", "olmo2", "phi3", "per-layer"]
+SWEPT = ["llama", "gemma2", "qwen2", "smollm3", "olmo", "olmo2", "phi", "phi3", "gpt_neox", "per-layer"]
+READERS = {  # what reads the stream, the heads, the stream again, the channels; Llama's otherwise
+    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    "phi": ("self_attn.q_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"),
+    "gpt_neox": ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+}
 
 
 def swept_model(case):
@@ -181,7 +186,7 @@ def test_a_sweep_is_the_forward_pass(case):
     with torch.no_grad():
         logits = [logits_from(model, anatomy, h, ids) for h, ids in zip(sweep.hidden, sweep.ids, strict=True)]
     torch.testing.assert_close(torch.cat(logits), expected.logits, rtol=1e-10, atol=1e-10)
-    assert len(model.model.layers) == tiny.LAYERS
+    assert len(model.get_decoder().layers) == tiny.LAYERS
 
 
 @pytest.mark.parametrize("case", SWEPT)
@@ -191,12 +196,10 @@ def test_statistics_of_a_sweep_are_those_of_a_plain_pass(case):
     statistics = collect(Sweep(model, anatomy, IDS, 2), DENSE)
     where = {}
     for layer in range(tiny.LAYERS):
-        fused = case == "phi3"
-        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
-        where[f"layers.{layer}.attention.hidden"] = attention + ("qkv_proj" if fused else "q_proj")
-        where[f"layers.{layer}.attention.q"] = attention + "o_proj"
-        where[f"layers.{layer}.mlp.hidden"] = mlp + ("gate_up_proj" if fused else "gate_proj")
-        where[f"layers.{layer}.mlp.intermediate"] = mlp + "down_proj"
+        readers = READERS.get(case, ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"))
+        points = ("attention.hidden", "attention.q", "mlp.hidden", "mlp.intermediate")
+        for point, reader in zip(points, readers, strict=True):
+            where[f"layers.{layer}.{point}"] = anatomy.block_name(layer) + reader
     if case == "per-layer":
         where = {k: v for k, v in where.items() if not k.startswith(("layers.1.attention", "layers.2.mlp"))}
     assert set(statistics) == set(where)

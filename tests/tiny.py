@@ -19,6 +19,8 @@ NO_EPS = 1e-12
 _LLAMA_LIKE = {"head_dim": HEAD_DIM}
 _SEED = _LLAMA_LIKE | {"attention_bias": True, "residual_dropout": 0.0}
 _GEMMA = {"head_dim": HEAD_DIM, "sliding_window": 4, "query_pre_attn_scalar": 8}
+_PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+_SEQUENTIAL = _PARTIAL | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Case:
 
     stem: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()  # fields of `BASE` that the config class does not know
 
 
 BASE: dict[str, Any] = {
@@ -59,17 +62,23 @@ CASES: dict[str, Case] = {
     "gemma_untied": Case("Gemma", _LLAMA_LIKE | {"tie_word_embeddings": False}),
     "gemma2": Case("Gemma2", _GEMMA | {"layer_types": MIXED, "tie_word_embeddings": True}),
     "gemma3": Case("Gemma3Text", _GEMMA | {"layer_types": MIXED, "tie_word_embeddings": True, "rms_norm_eps": NO_EPS}),
+    "olmo": Case("Olmo", _LLAMA_LIKE | {"clip_qkv": 2.0}),
     "olmo2": Case("Olmo2", {"rms_norm_eps": NO_EPS}),
+    "phi": Case("Phi", _LLAMA_LIKE | _PARTIAL),
+    "phi_tied": Case("Phi", _LLAMA_LIKE | _PARTIAL | {"tie_word_embeddings": True}),
+    "phi_qk": Case("Phi", _PARTIAL | {"qk_layernorm": True}),  # takes the size of a head from hidden_size: 4
     "phi3": Case("Phi3"),
     "seed_oss": Case("SeedOss", _SEED | {"attention_out_bias": False, "mlp_bias": False}),  # as released
     "seed_oss_bias": Case("SeedOss", _SEED | {"attention_out_bias": True, "mlp_bias": True}),
+    "gpt_neox": Case("GPTNeoX", _PARTIAL, ("num_key_value_heads",)),
+    "gpt_neox_sequential": Case("GPTNeoX", _SEQUENTIAL, ("num_key_value_heads",)),
 }
 
 
 def tiny_config(name: str, **changes: Any) -> Any:
     """The Hugging Face config of `CASES[name]` with `changes`."""
     case = CASES[name]
-    fields = BASE | dict(case.fields) | changes
+    fields = {name: value for name, value in BASE.items() if name not in case.lacks} | dict(case.fields) | changes
     for listed in ("layer_types", "no_rope_layers"):  # lists have one entry a layer
         if fields.get(listed) is not None:
             fields[listed] = fields[listed][: fields["num_hidden_layers"]]
@@ -96,7 +105,7 @@ def grown(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
                 p.add_(noise * 0.3)
             elif p.dim() == 1:
                 p.copy_(noise * 0.5)
-            elif "embed_tokens" in name:
+            elif "embed_" in name:
                 p.copy_(noise / (config.hidden_size**0.5 if "gemma" in config.model_type else 1.0))
             else:
                 p.copy_(noise * (1.2 / p.shape[1] ** 0.5))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..errors import UserError, nearest
 from .base import AXES, DIMS, Family, Param
 from .gemma import GEMMA, GEMMA2, GEMMA3
+from .gpt_neox import GPT_NEOX
 from .llama import LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS, SMOLLM3
-from .olmo import OLMO2
-from .phi import PHI3
+from .olmo import OLMO, OLMO2
+from .phi import PHI, PHI3
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -18,9 +19,12 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    OLMO,
     OLMO2,
+    PHI,
     PHI3,
     SEED_OSS,
+    GPT_NEOX,
 )
 BY_MODEL_TYPE: dict[str, Family] = {t: family for family in FAMILIES for t in family.model_types}
 PRUNED_PREFIX = "pruned_"  # our registered per-layer types: pruned_llama, ...

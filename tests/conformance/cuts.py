@@ -62,24 +62,33 @@ CUTS: dict[str, Callable[[Sizes], dict[str, tuple[int, ...]]]] = {
 }
 # What a stock config can say, where its validator lets it; a config of ours otherwise.
 UNIFORM = {"layers_middle", "layers_first", "kv_heads", "q_heads", "intermediate", "hidden", "hidden_odd"}
-FOLDED_AXES = {"hidden"}  # of every family; olmo2 adds its heads, whose norms span all of them
+FOLDED_AXES = {"hidden"}  # of every family with RMSNorm; olmo2 adds its heads, whose norms span all of them
+LAYER_NORM = {"olmo", "phi", "phi_tied", "phi_qk", "gpt_neox", "gpt_neox_sequential"}  # cutting the stem is inexact
+_DERIVED_HEADS = {"hidden", "kv_heads", "q_heads"}  # where a config takes the size of a head from hidden_size
+REFUSED = dict.fromkeys(("phi_qk", "gpt_neox", "gpt_neox_sequential"), _DERIVED_HEADS)  # case -> kinds of axes it lacks
 
 
 def sizes(case: str) -> Sizes:
     """Sizes of the axes inside a layer, from the config fields alone."""
     config = tiny.tiny_config(case)
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     known = {
-        "kv_heads": config.num_key_value_heads,
-        "q_heads": config.num_attention_heads // config.num_key_value_heads,
+        "kv_heads": kv_heads,
+        "q_heads": config.num_attention_heads // kv_heads,
         "intermediate": config.intermediate_size,
     }
     return lambda name: known[name.rsplit(".", 1)[-1]]
 
 
+def _units(case: str, cut: str) -> dict[str, tuple[int, ...]]:
+    """The cut, less the axes that the model lacks."""
+    units = CUTS[cut](sizes(case))
+    return {name: kept for name, kept in units.items() if name.rsplit(".", 1)[-1] not in REFUSED.get(case, ())}
+
+
 def keep_of(case: str, cut: str) -> Keep:
     """The decision of `cut` for the model `case`."""
-    keep = Keep(CUTS[cut](sizes(case)))
-    return keep.validated(Anatomy.of(tiny.tiny_config(case)))
+    return Keep(_units(case, cut)).validated(Anatomy.of(tiny.tiny_config(case)))
 
 
 _HEADS = {"kv_heads", "kv_heads_per_layer", "q_heads", "q_heads_per_layer", "everything"}
@@ -90,15 +99,23 @@ _ONLY = {  # variants of a family that is there in full: the cuts that they are 
     "llama_mqa": _HEADS - {"kv_heads", "kv_heads_per_layer"},  # one group
     "gemma_untied": {"hidden", "hidden_odd", "everything"},
     "seed_oss_bias": {"hidden", "layers_middle", "sublayers", "kv_heads", "everything"},
+    "phi_tied": {"hidden", "layers_middle", "everything"},
+    "phi_qk": {"layers_middle", "sublayers", "intermediate", "everything"},
 }
 
 
 def pairs(cuts: Iterable[str] = CUTS, cases: Iterable[str] = tiny.CASES) -> list[tuple[str, str]]:
     """(case, cut) for all families and their variants."""
-    return [(case, cut) for case in cases for cut in cuts if cut in _ONLY.get(case, CUTS)]
+    return [(case, cut) for case in cases for cut in cuts if cut in _ONLY.get(case, CUTS) and _units(case, cut)]
 
 
 def folds(case: str, cut: str) -> bool:
-    """Whether the cut runs through a norm's gains."""
+    """Whether the cut runs through an RMSNorm's gains."""
     through_norms = FOLDED_AXES | ({"kv_heads", "q_heads"} if case == "olmo2" else set())
-    return cut == "everything" or cut.removesuffix("_per_layer").removesuffix("_odd") in through_norms
+    through = cut == "everything" or cut.removesuffix("_per_layer").removesuffix("_odd") in through_norms
+    return through and case not in LAYER_NORM
+
+
+def inexact(case: str, cut: str) -> bool:
+    """Whether the cut runs through a LayerNorm over the stem, so that no sliced model equals the zeroed one."""
+    return case in LAYER_NORM and "hidden" in _units(case, cut)

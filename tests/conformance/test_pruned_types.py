@@ -20,7 +20,8 @@ from prunus.anatomy import Anatomy
 from prunus.families import FAMILIES
 from prunus.keep import Keep
 
-FULL_CASES = [c for c in tiny.CASES if c not in ("llama_mha", "llama_gqa4", "llama_mqa", "gemma_untied", "seed_oss_bias")]
+VARIANTS = ("llama_mha", "llama_gqa4", "llama_mqa", "gemma_untied", "seed_oss_bias", "phi_tied")
+FULL_CASES = [c for c in tiny.CASES if c not in VARIANTS]
 IDS = tiny.tokens(2, 11)
 
 
@@ -67,7 +68,9 @@ def test_a_model_made_from_a_config_alone_sees_no_future_either(case, dense_of):
 
 def test_the_attention_backend_can_be_switched_later(dense_of, tmp_path):
     """In a process of its own: transformers caches its answer on the stock class, where ours would inherit it."""
-    folders = [saved(per_layer_model(dense_of(case), case, "sublayers"), tmp_path / case) for case in ("llama", "phi3")]
+    folders = [
+        saved(per_layer_model(dense_of(case), case, "sublayers"), tmp_path / case) for case in ("llama", "phi3", "gpt_neox")
+    ]
     script = """
 import sys, torch, prunus.modeling_pruned
 from transformers import AutoModelForCausalLM
@@ -76,7 +79,7 @@ for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager", folder
-    attentions = [m for name, m in model.named_modules() if name.endswith("self_attn") and hasattr(m, "config")]
+    attentions = [m for name, m in model.named_modules() if name.endswith(("self_attn", ".attention")) and hasattr(m, "config")]
     assert attentions and all(m.config._attn_implementation == "eager" for m in attentions), folder
 """
     done = subprocess.run([sys.executable, "-c", script, *folders], capture_output=True, text=True, check=False)
@@ -135,11 +138,23 @@ def test_norms_that_go_with_a_sub_layer_are_those_of_the_family_table():
     for model_type, (_, norms) in pruned.BASES.items():
         family = model_types[model_type]
         for sublayer, table in (("attention", family.attention), ("mlp", family.mlp)):
-            over_the_stem = {m for m, ps in table.items() if ps.get("weight") and ps["weight"].norm and "." not in m}
-            assert set(norms[sublayer]) == over_the_stem, (model_type, sublayer)
+            in_the_block = {module for module in table if "." not in module}  # OLMo's have no parameters
+            assert set(norms[sublayer]) == in_the_block, (model_type, sublayer)
 
 
-BIASED = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3", "olmo2", "phi3", "seed_oss"]
+def test_names_of_modules_are_those_of_the_family_table():
+    model_types = {t: family for family in FAMILIES for t in family.model_types}
+    assert set(pruned.NAMES) == set(model_types)
+    for model_type, names in pruned.NAMES.items():
+        family = model_types[model_type]
+        assert family.blocks == f"{names['decoder']}.layers"
+        for sublayer, table in (("attention", family.attention), ("mlp", family.mlp)):
+            outputs = {m for m, ps in table.items() if "weight" in ps and ps["weight"].dims[0] == ("hidden",) and "." in m}
+            assert outputs == {f"{names[sublayer]}.{names[f'{sublayer}_out']}"}, model_type
+
+
+BIASED = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3", "olmo", "olmo2", "phi3", "seed_oss"]
+BIASED += ["gpt_neox_sequential"]  # Phi's matrices have their biases anyway, and so has GPT-NeoX's MLP
 
 
 @pytest.mark.parametrize("case", BIASED)
@@ -154,7 +169,8 @@ def test_output_biases_of_per_layer_models_add_to_their_sub_layer(case, dense_of
     assert target.config.model_type == f"pruned_{dense.config.model_type}"
     tensors = cut.slice_tensors(hf.weights(dense, anatomy), plan)
     added = hf.empty_weights(target, tensors)
-    names = {f"model.layers.{i}.{m}.bias" for i in range(3) for m in ("self_attn.o_proj", "mlp.down_proj")}
+    outputs = ("self_attn.o_proj", "mlp.down_proj") if "neox" not in case else ("attention.dense", "mlp.dense_4h_to_h")
+    names = {f"{anatomy.block_name(i)}{m}.bias" for i in range(3) for m in outputs}
     assert set(added) == names - set(tensors)
     assert not any(t.any() for t in added.values())
     generator = torch.Generator().manual_seed(1)

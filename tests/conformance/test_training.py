@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from cuts import folds, keep_of, pairs
+from cuts import folds, inexact, keep_of, pairs
 
 from prunus import cut, hf
 from prunus.anatomy import Anatomy
@@ -19,10 +19,13 @@ FOLDED = 1e-5
 # A dropped unit whose gradient does not vanish in the zeroed model: training revives it unless it is zeroed again.
 # - a query head alone: its group's values live on, softmax of zero scores averages them, and o_proj's column sees that
 # - a sub-layer whose output projection has a bias: a bias has a gradient whatever its input is
-OUTPUT_BIAS = {"llama_bias", "seed_oss_bias"}
+# - a stem channel in front of a LayerNorm: it comes out as minus the mean, and the mean has a gradient
+OUTPUT_BIAS = {"llama_bias", "seed_oss_bias", "phi", "phi_tied", "phi_qk", "gpt_neox", "gpt_neox_sequential"}
 
 
 def is_fixed_point(case, cut_name):
+    if inexact(case, cut_name):
+        return False
     if cut_name.startswith("q_heads") or (cut_name == "everything" and case != "llama_mha"):
         return False
     whole = cut_name.startswith(("layers", "attention", "mlp", "sublayers"))
@@ -38,7 +41,8 @@ def loss_of(model, step):
 def gradients(model, step=0):
     model.zero_grad()
     loss_of(model, step).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    # none where a block has lost both sub-layers and keeps the norm that they shared
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
 def adamw(model):
@@ -93,7 +97,7 @@ def dead_entries(tensors, anatomy, keep):
 CUTS = ("layers_middle", "sublayers", "kv_heads_per_layer", "q_heads_per_layer", "intermediate_per_layer", "hidden")
 
 
-@pytest.mark.parametrize(("case", "cut_name"), pairs((*CUTS, "everything")))
+@pytest.mark.parametrize(("case", "cut_name"), [p for p in pairs((*CUTS, "everything")) if not inexact(*p)])
 def test_gradients_of_the_sliced_model_are_those_of_the_zeroed_one(case, cut_name, dense_of):
     dense, keep = dense_of(case), keep_of(case, cut_name)
     anatomy = Anatomy.of(dense.config)

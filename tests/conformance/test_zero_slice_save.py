@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from cuts import UNIFORM, folds, keep_of, pairs
+from cuts import UNIFORM, folds, inexact, keep_of, pairs
 from transformers import AutoModelForCausalLM
 
 from prunus import cut, hf
@@ -21,6 +21,8 @@ EXACT = 1e-9
 FOLDED = 1e-5
 # A cut that moved the logits less than this would show nothing.
 AT_STAKE = 0.1
+# Inexact axes: LayerNorm over d' channels is not LayerNorm over d of which some are zero; 0.07 to 0.4 measured.
+OFF = 1e-2
 
 
 def zeroed_model(dense, keep):
@@ -48,8 +50,11 @@ def test_zeroed_sliced_and_saved_models_agree(case, cut_name, dense_of, tmp_path
     assert tiny.relative(wanted, tiny.logits_of(dense, IDS)) > AT_STAKE
 
     got = tiny.logits_of(sliced, IDS)
-    assert tiny.relative(got, wanted) < (FOLDED if folds(case, cut_name) else EXACT)
-    text = tiny.greedy_by_hand(zeroed, IDS, NEW)
+    if inexact(case, cut_name):
+        assert tiny.relative(got, wanted) > OFF
+    else:
+        assert tiny.relative(got, wanted) < (FOLDED if folds(case, cut_name) else EXACT)
+    text = tiny.greedy_by_hand(sliced if inexact(case, cut_name) else zeroed, IDS, NEW)
     assert tiny.greedy_cached(sliced, IDS, NEW).tolist() == text.tolist()
     assert tiny.greedy_stepwise(sliced, IDS, NEW).tolist() == text.tolist()
 
@@ -78,12 +83,14 @@ def test_uniform_cuts_stay_stock_types(case, cut_name, dense_of):
 
 @pytest.mark.parametrize(("case", "cut_name"), [c for c in pairs() if c[1] != "everything"])
 def test_exactness_says_whether_the_fold_is_needed(case, cut_name, dense_of):
-    """Exact axes: with and without the fold it is one model, the one above. Folded axes: without it another."""
+    """Exact axes: with and without the fold it is one model, the one above. Folded axes: without it another. Inexact
+    axes: there is no fold either, and the test above says that it is another model.
+    """
     dense, keep = dense_of(case), keep_of(case, cut_name)
     anatomy = Anatomy.of(dense.config)
     declared = {anatomy.exactness(axis) for axis in keep.units}
-    assert declared == ({"fold"} if folds(case, cut_name) else {"exact"})
-    if declared == {"exact"}:
+    assert declared == {"inexact" if inexact(case, cut_name) else "fold" if folds(case, cut_name) else "exact"}
+    if declared != {"fold"}:
         tensors = hf.weights(dense, anatomy)
         folded, plain = (cut.slice_tensors(tensors, cut.slice_plan(anatomy, keep, fold=f)) for f in (True, False))
         assert folded.keys() == plain.keys()

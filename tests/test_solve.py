@@ -1,0 +1,152 @@
+"""Least squares and SparseGPT against naive float64 formulas.
+
+Tolerances: the library solves in float32 (SparseGPT) on Gram matrices of condition about 1e4 after damping, so weights of
+order 1 agree to a few 1e-6; refits are float64 and agree to 1e-8.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prunus.solve import factor, inverse_upper, refit, sparsegpt
+
+
+def problem(inputs=64, outputs=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g)
+    return torch.randn(outputs, inputs, generator=g), x
+
+
+def error(weight, other, gram):
+    d = (weight - other).double()
+    return float(torch.trace(d @ gram.double() @ d.T))
+
+
+def naive_sparsegpt(weight, gram, *, sparsity=None, pattern=None, block=128):
+    """The paper's loop, column by column, in float64."""
+    w, n = weight.double().clone(), weight.shape[1]
+    h = gram.double()
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(n, dtype=torch.double)
+    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    for a in range(0, n, block):
+        b = min(a + block, n)
+        if sparsity is not None:
+            score = (w[:, a:b] / u.diagonal()[a:b]) ** 2
+            gone = score.reshape(-1).argsort()[: round(sparsity * score.numel())]
+            flat = torch.ones(score.numel(), dtype=torch.bool)
+            flat[gone] = False
+            kept[:, a:b] = flat.view_as(score)
+        for j in range(a, b):
+            if pattern is not None and j % pattern[1] == 0:
+                score = (w[:, j : j + pattern[1]] / u.diagonal()[j : j + pattern[1]]) ** 2
+                kept[:, j : j + pattern[1]].scatter_(1, score.argsort(1)[:, : pattern[1] - pattern[0]], False)
+            q = w[:, j] * kept[:, j]
+            w[:, j:] -= torch.outer((w[:, j] - q) / u[j, j], u[j, j:])
+            w[:, j] = q
+    return w, kept
+
+
+@pytest.mark.parametrize("block", [16, 24, 128])
+@pytest.mark.parametrize("kind", [{"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": (2, 4)}, {"pattern": (4, 8)}])
+def test_sparsegpt_is_the_paper_s_loop(kind, block):
+    weight, x = problem()
+    expected, kept = naive_sparsegpt(weight, x.T @ x, block=block, **kind)
+    [(got, mask)] = sparsegpt([weight], inverse_upper(x.T @ x), block=block, **kind)
+    assert torch.equal(mask, kept)
+    assert (got - expected).abs().max() < 2e-5
+    assert bool((got[~mask] == 0).all())
+
+
+def test_closed_form_case():
+    """H = [[2, 1], [1, 2]], w = [1, 1], column 0 removed: w = [0, 1.5] and the loss rises by w0^2 / [H^-1]_00 = 1.5."""
+    gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    weight = torch.ones(1, 2)
+    [(got, _)] = sparsegpt([weight], inverse_upper(gram, damp=0.0), masks=[torch.tensor([[False, True]])])
+    assert got.tolist() == [[0.0, pytest.approx(1.5, abs=1e-6)]]
+    assert error(weight, got, gram) == pytest.approx(1.5, abs=1e-5)
+
+
+def test_identity_hessian_is_magnitude():
+    weight, _ = problem(inputs=16)
+    [(got, kept)] = sparsegpt([weight], inverse_upper(torch.eye(16)), sparsity=0.5)
+    assert float(weight[kept].abs().min()) >= float(weight[~kept].abs().max())
+    assert torch.equal(got, weight * kept)
+
+
+@pytest.mark.parametrize("kind", [{"sparsity": 0.5}, {"pattern": (2, 4)}])
+def test_the_update_never_worsens_the_layer(kind):
+    weight, x = problem()
+    gram = x.T @ x
+    [(got, kept)] = sparsegpt([weight], inverse_upper(gram), **kind)
+    assert error(weight, got, gram) < error(weight, weight * kept, gram)
+
+
+def test_matrices_of_one_input_are_pruned_as_if_alone():
+    weight, x = problem()
+    inverse = inverse_upper(x.T @ x)
+    together = sparsegpt([weight[:11], weight[11:]], inverse, sparsity=0.5)
+    for part, rows in zip(together, (weight[:11], weight[11:]), strict=True):
+        [(alone, kept)] = sparsegpt([rows], inverse, sparsity=0.5)
+        assert torch.equal(part[1], kept)
+        assert (part[0] - alone).abs().max() < 1e-5
+
+
+def test_ties_lose_exactly_half():
+    [(_, kept)] = sparsegpt([torch.ones(6, 8)], inverse_upper(torch.eye(8)), sparsity=0.5)
+    assert int(kept.sum()) == 24
+    [(_, kept)] = sparsegpt([torch.ones(6, 8)], inverse_upper(torch.eye(8)), pattern=(2, 4))
+    assert bool((kept.view(6, 2, 4).sum(-1) == 2).all())
+
+
+def test_dead_inputs_are_removed():
+    weight, x = problem(inputs=16)
+    x[:, 3] = 0
+    [(got, _)] = sparsegpt([weight], inverse_upper(x.T @ x), sparsity=0.25)
+    assert bool((got[:, 3] == 0).all())
+    assert bool(torch.isfinite(got).all())
+
+
+def test_damping_escalates_and_says_so():
+    singular = torch.ones(6, 6)
+    found = factor(singular, damp=0.0)
+    assert found.escalated
+    assert found.damp > 0
+    assert bool(torch.isfinite(found.lower).all())
+    assert not factor(torch.eye(6)).escalated
+    with pytest.raises(ArithmeticError, match="no Cholesky factor"):
+        factor(torch.full((3, 3), math.nan))
+
+
+def test_refit_is_least_squares():
+    """Against torch.linalg.lstsq on the kept columns; damping 1e-12 is below the comparison."""
+    weight, x = problem(inputs=24)
+    x = x.double()
+    kept = torch.arange(0, 24, 2)
+    expected = torch.linalg.lstsq(x[:, kept], x @ weight.double().T).solution.T
+    got = refit(weight, x.T @ x, kept, damp=1e-12)
+    assert (got - expected).abs().max() < 1e-8
+
+
+def test_refit_to_dense_inputs_uses_the_cross_moment():
+    """With other inputs at run time the best weights map those to what the dense inputs gave."""
+    weight, z = problem(inputs=24)
+    z = z.double()
+    x = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    kept = torch.arange(0, 24, 3)
+    expected = torch.linalg.lstsq(x[:, kept], z @ weight.double().T).solution.T
+    got = refit(weight, x.T @ x, kept, cross=z.T @ x, damp=1e-12)
+    assert (got - expected).abs().max() < 1e-8
+
+
+def test_refit_never_worsens_the_layer():
+    weight, x = problem(inputs=24)
+    gram, kept = x.T @ x, torch.arange(5, 24)
+    plain = torch.zeros_like(weight)
+    plain[:, kept] = weight[:, kept]
+    repaired = torch.zeros_like(weight, dtype=torch.double)
+    repaired[:, kept] = refit(weight, gram, kept)
+    assert error(weight, repaired, gram) < error(weight, plain, gram)

@@ -1,0 +1,146 @@
+"""Methods that cut heads and channels block by block, and SparseGPT and OWL through the whole pipeline."""
+
+from __future__ import annotations
+
+import copy
+
+import pipeline
+import pytest
+import torch
+
+from prunus.oneshot import one_shot_
+
+IDS = pipeline.windows()
+
+
+def cut(case, **request):
+    dense = pipeline.model(case)
+    plan = pipeline.plan_for(dense, **request)
+    return one_shot_(plan, copy.deepcopy(dense), IDS, batch_size=2), dense
+
+
+def naive_wanda_sp(dense, counts):
+    """Whole-model forward passes with hooks, one layer after the other, zeroing as it goes; float64."""
+    model, config = copy.deepcopy(dense), dense.config
+    head, per_group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    kept = {}
+    for i, layer in enumerate(model.model.layers):
+        names = {"kv_heads": f"model.layers.{i}.self_attn.o_proj", "intermediate": f"model.layers.{i}.mlp.down_proj"}
+        inputs = pipeline.inputs_of(model, IDS.ids_NT, names.values())
+        for kind, name in names.items():
+            weight = model.get_submodule(name).weight.detach()
+            x = inputs[name].reshape(-1, weight.shape[1])
+            channel = weight.abs().mean(0) * x.square().sum(0).sqrt()
+            width = per_group * head if kind == "kv_heads" else 1
+            score = channel.view(-1, width).sum(1)
+            key = f"layers.{i}.{kind}"
+            kept[key] = tuple(sorted(score.argsort(descending=True)[: counts[key]].tolist()))
+            gone = [u for u in range(len(score)) if u not in kept[key]]
+            with torch.no_grad():
+                for u in gone:
+                    weight[:, u * width : (u + 1) * width] = 0
+        assert layer is model.model.layers[i]
+    return kept
+
+
+@pytest.mark.parametrize("case", ["llama", "llama_tied", "mistral", "qwen3"])
+def test_wanda_sp_is_the_formula_on_pruned_inputs(case):
+    outcome, dense = cut(case, method="wanda-sp", ratio=0.4)
+    expected = naive_wanda_sp(dense, outcome.plan.counts)
+    for name, units in outcome.keep.units.items():
+        assert units == expected[name], name
+    assert outcome.target.is_stock == (outcome.model.config.model_type in ("llama", "mistral", "qwen3", "seed_oss"))
+
+
+@pytest.mark.parametrize("method", ["wanda-sp", "magnitude-sp"])
+@pytest.mark.parametrize("ratio", [0.2, 0.45, 0.7])
+@pytest.mark.parametrize("multiple_of", [1, 4])
+def test_uniform_methods_meet_the_target(method, ratio, multiple_of):
+    outcome, dense = cut("mistral", method=method, ratio=ratio, multiple_of=multiple_of)
+    before = sum(p.numel() for n, p in dense.named_parameters() if ".layers." in n)
+    after = sum(p.numel() for n, p in outcome.model.named_parameters() if ".layers." in n)
+    budget = (1 - ratio) * before
+    assert budget - outcome.plan.step - 1 < after <= budget
+    assert len(set(outcome.target.anatomy.shape.layers)) == 1
+    assert outcome.model.config.intermediate_size % multiple_of == 0
+
+
+def test_magnitude_sp_is_the_norm_of_all_that_a_unit_owns():
+    outcome, dense = cut("llama", method="magnitude-sp", ratio=0.3)
+    state = {n: p.detach().double() for n, p in dense.named_parameters()}
+    a = "model.layers.1.mlp."
+    channel = (
+        state[a + "gate_proj.weight"].square().sum(1)
+        + state[a + "up_proj.weight"].square().sum(1)
+        + state[a + "down_proj.weight"].square().sum(0)
+    ).sqrt()
+    torch.testing.assert_close(
+        outcome.scores.values["layers.1.intermediate"].double(), channel, rtol=1e-6, atol=0
+    )  # float32
+    b, config = "model.layers.1.self_attn.", dense.config
+    head, groups = config.head_dim, config.num_key_value_heads
+    rows = sum(
+        state[b + p].square().sum(1).view(groups, -1).sum(1) for p in ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    )
+    group = (rows + state[b + "o_proj.weight"].square().sum(0).view(groups, -1).sum(1)).sqrt()
+    assert state[b + "k_proj.weight"].shape[0] == groups * head
+    torch.testing.assert_close(outcome.scores.values["layers.1.kv_heads"].double(), group, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("request_", [{"method": "flap", "ratio": 0.4}, {"method": "wanda-sp", "ratio": 0.4}])
+@torch.no_grad()
+def test_least_squares_brings_the_first_layer_s_output_nearer(request_):
+    """On layer 0 the inputs are the dense ones, so the refit minimises exactly the error that is compared here."""
+    plain, dense = cut("llama", **(request_ | ({"compensate": "none"})))
+    fitted, _ = cut("llama", **(request_ | {"compensate": "least-squares"}))
+    name = "model.layers.0.self_attn.o_proj"
+    wanted = pipeline.inputs_of(dense, IDS.ids_NT, [name])[name] @ dense.get_submodule(name).weight.T
+    errors = []
+    for outcome in (plain, fitted):
+        assert outcome.keep.units["layers.0.kv_heads"] == plain.keep.units["layers.0.kv_heads"]
+        x = pipeline.inputs_of(outcome.model, IDS.ids_NT, [name])[name]
+        errors.append(float((x @ outcome.model.get_submodule(name).weight.T - wanted).square().sum()))
+    assert errors[1] < errors[0]
+
+
+@torch.no_grad()
+def test_least_squares_is_lstsq_on_what_the_cut_model_reads():
+    outcome, dense = cut("llama", method="flap", ratio=0.4, compensate="least-squares")
+    name = "model.layers.0.self_attn.o_proj"
+    x = pipeline.inputs_of(outcome.model, IDS.ids_NT, [name])[name]
+    x = x.reshape(-1, x.shape[-1])
+    weight = dense.get_submodule(name).weight
+    wanted = pipeline.inputs_of(dense, IDS.ids_NT, [name])[name].reshape(-1, weight.shape[1]) @ weight.T
+    expected = torch.linalg.lstsq(x, wanted).solution.T
+    # the refit damps by 1e-4 of the mean diagonal, and its Gram matrix is summed in float32 within a window
+    got = outcome.model.get_submodule(name).weight
+    assert float((x @ got.T - wanted).square().sum()) < 1.001 * float((x @ expected.T - wanted).square().sum()) + 1e-9
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("request_", [{"ratio": 0.5}, {"pattern": "2:4"}, {"pattern": "4:8"}])
+def test_sparsegpt_end_to_end(case, request_):
+    outcome, dense = cut(case, method="sparsegpt", **request_)
+    live = dict(outcome.model.named_parameters())
+    for name, kept in outcome.mask.kept.items():
+        assert bool((live[name][~kept] == 0).all())
+        if "pattern" in request_:
+            n, m = map(int, request_["pattern"].split(":"))
+            assert bool((kept.view(kept.shape[0], -1, m).sum(-1) == n).all())
+    assert outcome.ratios["sparsity"] == pytest.approx(0.5, abs=0.01)
+    changed = [
+        n for n, kept in outcome.mask.kept.items() if not torch.equal(live[n][kept], dict(dense.named_parameters())[n][kept])
+    ]
+    assert changed  # what stays takes over what went
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_owl_gives_layers_different_sparsities_around_the_same_mean(method):
+    outcome, _ = cut("llama", method=method, ratio=0.5, options={"allocation": "owl"})
+    levels = []
+    for i in range(outcome.plan.anatomy.shape.num_hidden_layers):
+        masks = [k for n, k in outcome.mask.kept.items() if f".layers.{i}." in n]
+        levels.append(1 - sum(int(k.sum()) for k in masks) / sum(k.numel() for k in masks))
+    assert max(levels) - min(levels) > 0.05
+    assert max(levels) - min(levels) < 0.16 + 0.05  # 2 lambda, and rows hold whole weights
+    assert sum(levels) / len(levels) == pytest.approx(0.5, abs=0.02)
