@@ -113,7 +113,8 @@ def plan(
     opened = Source.open(source, online=online)
     made = Plan.make(opened.config, opened.anatomy, request)
     width = DTYPES[_dtype(dtype)].itemsize
-    text.checked("calibration", _positions(opened))
+    if made.method.needs_text:
+        text.checked("calibration", _positions(opened))
     report = {"source": opened.label, **made.describe(text.seq_len, width)}
     report["notes"] = [*opened.all_notes, *report["notes"]]
     return report | {"estimate": _estimate(made, text, width)}
@@ -247,6 +248,8 @@ def compare(
     from . import record as records
 
     offline(online)
+    if record is not None:
+        records.check_place(record)
     for source in sources:  # all are checked before any is read
         Source.open(source, online=online).anatomy.checked()
     rows = []

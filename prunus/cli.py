@@ -67,7 +67,7 @@ def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
 def _sizes(items: list[str] | None) -> dict[str, int]:
     out = {}
     for name, value in _pairs(items, "--target").items():
-        if not value.isdigit():
+        if not (value.isascii() and value.isdigit()):
             raise UserError(f"--target: {name}={value} is not a whole number")
         out[name] = int(value)
     return out
@@ -75,7 +75,7 @@ def _sizes(items: list[str] | None) -> dict[str, int]:
 
 def _print(result: dict[str, Any], as_json: bool, show: Any) -> None:
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     else:
         show(result)
 
@@ -270,8 +270,7 @@ def run(arguments: list[str]) -> int:
             _say_error(error.format_message().rstrip("."), 2, "--json" in arguments)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        print("prunus: stopped; nothing was left behind", file=sys.stderr)
-        return 130
+        result = 130
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
@@ -281,6 +280,8 @@ def run(arguments: list[str]) -> int:
             "--json" in arguments,
         )
         return 1
+    if result == 130:  # typer turns Ctrl-C into this code itself
+        print("prunus: stopped; nothing was left behind", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

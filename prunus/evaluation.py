@@ -42,7 +42,7 @@ class Perplexity:
     def to_json(self) -> dict[str, Any]:
         """The figures that go into records."""
         return {
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,  # JSON has no infinity
             "bits_per_byte": self.bits_per_byte,
             "loss": self.nll / self.num_predictions,
             "predictions": self.num_predictions,

@@ -223,10 +223,19 @@ def _global(plan: Plan, config: Any) -> Plan:
     if biased.block_params - anatomy.block_params >= ratio * anatomy.block_params or ratio * anatomy.block_params < step:
         least = max(step, biased.block_params - anatomy.block_params) / anatomy.block_params
         raise UserError(f"ratio: {ratio} is below one unit of this model; ask for more than {least:.4f}")
-    fewest = Keep({name: tuple(range(min(plan.multiple_of, anatomy.axes[name].size))) for name in channels})
-    if "kv_heads" in anatomy.refused and budget < (stays := fewest.anatomy_after(biased).block_params):
+    fewest = Keep(
+        {name: tuple(range(min(plan.multiple_of, anatomy.axes[name].size))) for name in channels}
+        | {name: (0,) for name in anatomy.axes if name.endswith(".kv_heads")}
+    )
+    stays = fewest.anatomy_after(biased).block_params
+    if budget < stays:
         most = 1 - stays / anatomy.block_params
-        raise UserError(f"ratio: {ratio} is more than this model's FFN channels can give; ask for less than {most:.4f}")
+        if "kv_heads" in anatomy.refused:
+            raise UserError(f"ratio: {ratio} is more than this model's FFN channels can give; ask for less than {most:.4f}")
+        raise UserError(
+            f"ratio: the least that can stay (one unit of every axis) takes {stays:,} block parameters, but the target leaves "
+            f"{budget:,}; ask for a smaller ratio (less than {most:.4f})"
+        )
     notes: tuple[str, ...] = ()
     if plan.request.uniform:
         if "kv_heads" in anatomy.refused:

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 _PACKAGES = ("prunus", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -81,8 +83,17 @@ def append(path: Path, kind: str, recipe: dict[str, Any], figures: dict[str, Any
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, sort_keys=True) + "\n")
+        file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
     return record
+
+
+def check_place(path: Path) -> None:
+    """UserError, before any work, if a record cannot be appended there."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if path.is_dir() or not parent.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
+        raise UserError(f"record: {path} cannot be written; give a file in a folder that you may write to")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

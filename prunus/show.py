@@ -143,7 +143,7 @@ def evaluation(result: dict[str, Any]) -> None:
         table.add_row(
             row["model"],
             f"{row['params']:,}",
-            f"{row['perplexity']:.4g}" if row["perplexity"] < 1e5 else f"{row['perplexity']:.3g}",
+            "above e^700" if row["perplexity"] is None else f"{row['perplexity']:.4g}",
             f"{row['bits_per_byte']:.4f}",
             f"{row['predictions']:,}",
         )

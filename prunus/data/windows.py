@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..headers import sha256 as file_sha256
 from .text import HUB, SEPARATOR, documents, select
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def pack(
         documents=docs,
         seed=seed,
         sha256=hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest(),
-        source_sha256=None if path is None else hashlib.sha256(path.read_bytes()).hexdigest(),
+        source_sha256=None if path is None else file_sha256([path]),
         num_bytes=num_bytes,
     )
 
