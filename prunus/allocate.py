@@ -41,9 +41,11 @@ class _Chunk:
 
 def _chunks(name: str, scores: Tensor, unit_cost: int, multiple_of: int) -> list[_Chunk]:
     """Units of an axis, best first, in chunks of `multiple_of`; the last chunk holds the remainder."""
-    order = torch.argsort(scores, descending=True, stable=True).tolist()
-    parts = [order[i : i + multiple_of] for i in range(0, len(order), multiple_of)]
-    return [_Chunk(float(scores[part].double().mean()), name, tuple(part), unit_cost * len(part)) for part in parts]
+    order_U = torch.argsort(scores, descending=True, stable=True)
+    order, ranked = order_U.tolist(), scores[order_U].double().tolist()
+    starts = range(0, len(order), multiple_of)
+    parts = [(order[i : i + multiple_of], ranked[i : i + multiple_of]) for i in starts]
+    return [_Chunk(sum(worth) / len(worth), name, tuple(units), unit_cost * len(units)) for units, worth in parts]
 
 
 def standardised(scores: Scores) -> dict[str, Tensor]:

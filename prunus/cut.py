@@ -106,8 +106,9 @@ def slice_tensors_(tensors: MutableMapping[str, Tensor], plan: SlicePlan) -> dic
     out = {}
     for name in list(tensors):
         tensor = tensors.pop(name)
-        if name in plan.names:
-            out[plan.names[name]] = plan.apply(name, tensor)
+        if name in plan.names:  # what is not cut is handed on as it is
+            whole = name not in plan.rows and name not in plan.scale
+            out[plan.names[name]] = tensor if whole else plan.apply(name, tensor)
     return out
 
 
