@@ -242,9 +242,9 @@ def _write_decision(outcome: Outcome, source: Source, calibration: Windows | Non
             stage / EXTRA / "statistics.safetensors",
             statistics_key(source, calibration, outcome.model.dtype),
         )
-    if outcome.losses is not None:
+    for name, measured in outcome.measured.items():
         (stage / EXTRA).mkdir(exist_ok=True)
-        (stage / EXTRA / "losses.json").write_text(json.dumps({"loss_without_run_at": outcome.losses}, indent=1) + "\n")
+        (stage / EXTRA / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def _manifest(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class Outcome:
     mask: WeightMask | None = None
     scores: Scores | None = None
     statistics: Statistics | None = None
-    losses: list[float] | None = None  # loss without layers i.. (minitron-depth), nats a token
+    losses: list[float] | None = None  # of depth methods, nats a token: without each candidate, or after each removal
+    measured: Mapping[str, Any] = field(default_factory=dict)  # what depth methods save: name of a file -> plain data
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -37,7 +37,7 @@ def one_shot_(
     job = Job(plan, model, hf.weights(model, plan.anatomy), windows, batch_size, progress, statistics)
     if plan.method.is_sparse:
         return weights.run_(job)
-    if plan.method.axes == ("layers",):
+    if set(plan.method.axes) <= {"layers", *hf.SUBLAYERS}:
         return depth.run_(job)
     return units.run_sequential_(job) if plan.method.allocator == "uniform" else units.run_(job)
 

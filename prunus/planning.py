@@ -82,6 +82,9 @@ class Plan:
             "global-standardised": _global,
             "target-shape": _width,
             "contiguous": _depth,
+            "lowest-layers": _depth,
+            "greedy-layers": _depth,
+            "greedy-sublayers": _sublayers,
             "uniform": _uniform,
         }[method.allocator]
         made = build(plan, config)
@@ -101,16 +104,26 @@ class Plan:
             return self.budget
         return None if self.target is None else self.target.anatomy.block_params
 
+    @property
+    def protected(self) -> tuple[int, int]:
+        """How many layers at the front and at the back never go."""
+        first, last = self.options.get("protect", "0,0").split(",")
+        return int(first), int(last)
+
+    @property
+    def free_layers(self) -> range:
+        """Layers that may go."""
+        return range(self.protected[0], self.anatomy.shape.num_hidden_layers - self.protected[1])
+
     def scoring_flops(self, windows: int, seq_len: int) -> int:
         """FLOPs of the passes over the calibration windows."""
         anatomy, count = self.anatomy, self.anatomy.shape.num_hidden_layers
         head = 2 * seq_len * anatomy.shape.vocab_size * anatomy.shape.hidden_size
         blocks = anatomy.flops(seq_len) - head
-        if self.run is None:
+        if self.run is None and self.method.allocator != "greedy-sublayers":
             return round(windows * blocks * (self.method.sweeps + (self.compensator == "gain")))
-        candidates = count - self.run + 1
-        layers = sum(count - self.run - i for i in range(candidates)) + candidates - 1
-        return round(windows * (blocks * layers / count + head * candidates))
+        layers, heads = _depth_passes(self)
+        return round(windows * (blocks * layers / count + head * heads))
 
     def describe(self, seq_len: int, bytes_per_element: int) -> dict[str, Any]:
         """The plan as plain data."""
@@ -422,9 +435,76 @@ def _depth(plan: Plan, config: Any) -> Plan:
             raise UserError(f"ratio: {ratio} of {count} layers is less than one layer; ask for at least {1 / count:.4f}")
         if run >= count:
             raise UserError(f"ratio: {ratio} would remove all {count} layers; ask for at most {(count - 1) / count:.4f}")
+    if run > (free := len(plan.free_layers)):
+        first, last = plan.protected
+        raise UserError(
+            f"protect: {plan.method.name} keeps the first {first} and the last {last} of {count} layers, so at most {free} can "
+            f"go, not {run}; {'ask for fewer, or ' if free else ''}give --option protect=0,0"
+        )
     step = anatomy.unit_params("layers")
     if len(set(anatomy.shape.layers)) > 1:
         return replace(plan, run=run, step=step, notes=("layers differ in size, so the counts depend on which of them go",))
     keep = Keep({"layers": tuple(range(count - run))})
     target = target_for(config, anatomy, keep)
     return replace(plan, run=run, target=target, step=anatomy.unit_params("layers"), notes=target.notes)
+
+
+def sublayer_costs(plan: Plan) -> dict[str, int]:
+    """The sub-layers that may go, by axis name, with the block parameters that each owns."""
+    kinds = hf.SUBLAYERS if plan.options["sublayers"] == "both" else (plan.options["sublayers"],)
+    axes = (f"layers.{i}.{kind}" for i in range(plan.anatomy.shape.num_hidden_layers) for kind in kinds)
+    return {name: plan.anatomy.unit_params(name) for name in axes if name in plan.anatomy.axes}
+
+
+def sublayer_rounds(plan: Plan) -> int:
+    """About how many sub-layers will go: the scores decide which, and so how many the budget takes."""
+    costs = sublayer_costs(plan)
+    assert plan.budget is not None
+    return math.ceil((plan.anatomy.block_params - plan.budget) * len(costs) / sum(costs.values()))
+
+
+def _sublayers(plan: Plan, config: Any) -> Plan:
+    _refuse(plan, "target", "pattern", "multiple_of")
+    _refuse(plan, "uniform", why="the sub-layers that go make layers differ")
+    total, ratio, costs = plan.anatomy.block_params, _ratio(plan), sublayer_costs(plan)
+    what = {"both": "sub-layers", "attention": "attention sub-layers", "mlp": "MLPs"}[plan.options["sublayers"]]
+    if len(costs) < 2:
+        raise UserError(f"sublayers: this model has {len(costs)} {what}, too few to choose from")
+    step, most = min(costs.values()), sum(costs.values()) - max(costs.values())  # one of them stays
+    if ratio * total < step:
+        raise UserError(f"ratio: {ratio} is below one sub-layer of this model; ask for at least {step / total:.4f}")
+    if ratio * total > most:
+        raise UserError(f"ratio: {ratio} is more than this model's {what} can give; ask for at most {most / total:.4f}")
+    ours = f"pruned_{config.model_type.removeprefix('pruned_')}"
+    note = (
+        f"the losses decide which sub-layers go; unless these make up whole layers the checkpoint will be of type {ours}, "
+        "which loads with prunus or trust_remote_code=True"
+    )
+    return replace(plan, budget=math.floor((1 - ratio) * total), step=step, notes=(note,))
+
+
+def _depth_passes(plan: Plan) -> tuple[float, float]:
+    """Passes through one block of mean size, and through the LM head, that scoring takes for each window.
+
+    A candidate costs what lies behind it; the stream in front of the candidates is run once a round.
+    """
+    count = plan.anatomy.shape.num_hidden_layers
+    blocks = heads = 0.0
+    if plan.budget is not None:  # the two sub-layers of a block are two candidates: half of what is left behind each
+        costs = sublayer_costs(plan)
+        for i in range(sublayer_rounds(plan)):
+            left = count * (1 - i * sum(costs.values()) / len(costs) / plan.anatomy.block_params)
+            blocks, heads = blocks + left + (len(costs) - i) * left / 2, heads + len(costs) - i
+        return blocks, heads
+    if plan.method.criterion == "block-influence":
+        return count, 0
+    if plan.options.get("score") == "taylor":  # a pass backwards is two; blocks run a second time before theirs
+        return 4 * count, 2  # forward, and back to the stream: the head's own gradient is not taken
+    assert plan.run is not None
+    gap = plan.run if plan.method.allocator == "contiguous" else 1
+    rounds = plan.run if plan.method.allocator == "greedy-layers" else 1
+    first, last = plan.protected
+    for n in range(count, count - rounds, -1):
+        starts = range(first, n - last - gap + 1)
+        blocks, heads = blocks + sum(n - gap - i for i in starts) + starts[-1], heads + len(starts)
+    return blocks, heads

@@ -175,10 +175,14 @@ class Sweep:
                 for recorder in recorders:
                     recorder.hidden = None
 
+    def keywords(self, layer: int, batch_size: int) -> dict[str, Any]:
+        """What the model calls a block with, besides the stream: mask, positions, rotary angles."""
+        return self._kwargs[batch_size][layer]
+
     @torch.no_grad()
     def forward(self, layer: int, hidden_BTD: Tensor, position: int | None = None) -> Tensor:
         """One batch through one block; `position` is the block whose keywords are used, if not its own."""
-        keywords = self._kwargs[len(hidden_BTD)][layer if position is None else position]
+        keywords = self.keywords(layer if position is None else position, len(hidden_BTD))
         out = self.blocks[layer](hidden_BTD, **keywords)
         return out[0] if isinstance(out, tuple) else out
 
