@@ -39,6 +39,8 @@ class Moments:
     count: int = 0
     shift_C: Tensor | None = None  # the first window's mean: sums of x - shift do not cancel
     sums: dict[str, Tensor] = field(default_factory=dict)
+    # one window's room, used again: fresh memory for every window took longer than the sums
+    scratch: Tensor | None = field(default=None, repr=False, compare=False)
 
     @torch.no_grad()
     def update(self, x_BTC: Tensor) -> None:
@@ -49,7 +51,9 @@ class Moments:
             if self.want & {"mean", "var"}:
                 if self.shift_C is None:
                     self.shift_C = x_TC.mean(0)
-                centred = x_TC - self.shift_C
+                if self.scratch is None or self.scratch.shape != x_TC.shape:
+                    self.scratch = torch.empty_like(x_TC)
+                centred = torch.sub(x_TC, self.shift_C, out=self.scratch)
                 self._add("centred", centred.sum(0))
                 if "var" in self.want:
                     self._add("centred_sq", centred.square_().sum(0))
