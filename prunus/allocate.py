@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,25 +27,6 @@ def to_counts(scores: Scores, counts: Mapping[str, int]) -> Keep:
     return Keep({name: top(scores.values[name], n) for name, n in counts.items() if n < len(scores.values[name])})
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Units of one axis that come or go together."""
-
-    score: float
-    axis: str
-    units: tuple[int, ...]
-    cost: int
-
-
-def _chunks(name: str, scores: Tensor, unit_cost: int, multiple_of: int) -> list[_Chunk]:
-    """Units of an axis, best first, in chunks of `multiple_of`; the last chunk holds the remainder."""
-    order_U = torch.argsort(scores, descending=True, stable=True)
-    order, ranked = order_U.tolist(), scores[order_U].double().tolist()
-    starts = range(0, len(order), multiple_of)
-    parts = [(order[i : i + multiple_of], ranked[i : i + multiple_of]) for i in starts]
-    return [_Chunk(sum(worth) / len(worth), name, tuple(units), unit_cost * len(units)) for units, worth in parts]
-
-
 def standardised(scores: Scores) -> dict[str, Tensor]:
     """(s - mean) / std with the mean and deviation of the channels under each axis (FLAP section 3.2), float64."""
     out = {}
@@ -65,26 +44,44 @@ def global_budget(
     Every axis keeps at least its best chunk. A unit that does not fit is passed over for a cheaper one, so what is kept
     costs at most the budget and falls short of it by less than the cheapest chunk (unless nothing is left to add).
     """
-    queues = {n: _chunks(n, scores, unit_costs[n], multiple_of.get(kind_of(n), 1)) for n, scores in values.items()}
-    kept = {name: list(queue[0].units) for name, queue in queues.items()}
-    left = budget - sum(queue[0].cost for queue in queues.values())
-    if left < 0:
+    names = list(values)
+    chunk = [multiple_of.get(kind_of(name), 1) for name in names]
+    best_first = [torch.argsort(scores, descending=True, stable=True) for scores in values.values()]
+    worth, costs, taken = [], [], []  # of every axis' chunks, best first; chunks taken
+    for name, size, order in zip(names, chunk, best_first, strict=True):
+        starts = np.arange(0, len(order), size)
+        sizes = np.diff(starts, append=len(order))
+        means = np.add.reduceat(values[name][order].double().numpy(), starts) / sizes
+        worth.append(np.minimum.accumulate(means))  # rounding must not let a chunk overtake a better one of its axis
+        costs.append(unit_costs[name] * sizes)
+        taken.append(1)
+    least = sum(int(cost[0]) for cost in costs)
+    if least > budget:
         raise UserError(
-            f"ratio: the least that can stay (one unit of every axis) costs {budget - left:,} parameters, but the target "
+            f"ratio: the least that can stay (one unit of every axis) costs {least:,} parameters, but the target "
             f"leaves {budget:,}; ask for a smaller ratio"
         )
-    # best first; a chunk becomes a candidate once the better ones of its axis are kept, ties go to the earlier axis
-    ready = [(-queue[1].score, i, 1, queue) for i, queue in enumerate(queues.values()) if len(queue) > 1]
-    heapq.heapify(ready)
-    while ready:
-        _, i, position, queue = heapq.heappop(ready)
-        if queue[position].cost > left:
+    axis = np.repeat(np.arange(len(names)), [len(cost) - 1 for cost in costs])
+    cost = np.concatenate([c[1:] for c in costs])
+    ranked = np.argsort(-np.concatenate([w[1:] for w in worth]), kind="stable")  # ties: the earlier axis, the better chunk
+    axis, cost, left = axis[ranked], cost[ranked], budget - least
+    fit = int(np.searchsorted(np.cumsum(cost), left, side="right"))
+    left -= int(cost[:fit].sum())
+    taken_A = np.asarray(taken) + np.bincount(axis[:fit], minlength=len(names))
+    closed: set[int] = set()
+    for i, price in zip(axis[fit:].tolist(), cost[fit:].tolist(), strict=True):
+        if i in closed:
             continue
-        kept[queue[position].axis].extend(queue[position].units)
-        left -= queue[position].cost
-        if position + 1 < len(queue):
-            heapq.heappush(ready, (-queue[position + 1].score, i, position + 1, queue))
-    return Keep({name: tuple(sorted(units)) for name, units in kept.items() if len(units) < len(values[name])})
+        if price > left:
+            closed.add(i)
+        else:
+            left -= price
+            taken_A[i] += 1
+    keep = {}
+    for name, size, order, count in zip(names, chunk, best_first, taken_A.tolist(), strict=True):
+        if count * size < len(order):
+            keep[name] = tuple(sorted(order[: count * size].tolist()))
+    return Keep(keep)
 
 
 def contiguous(losses: list[float], run: int, num_layers: int) -> Keep:

@@ -53,7 +53,7 @@ def refit_readers_(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: 
         sublayer, segment = _INPUT_OF[kind_of(name)]
         weight = tensors[reader.param]
         rows = reader.rows(keep.units[name]).reshape(-1)
-        gram = statistics[f"layers.{axis.layer}.{sublayer}.{segment}"].sums["gram"]
+        gram = statistics[f"layers.{axis.layer}.{sublayer}.{segment}"].gram_CC
         weight[:, rows] = refit(weight, gram, rows).to(weight.dtype)
 
 
@@ -71,6 +71,9 @@ class _RmsRatio:
         ratio = ((square[..., self.kept].mean(-1) + self.eps) / (square.mean(-1) + self.eps)).sqrt()
         self.total += float(ratio.double().sum())
         self.count += ratio.numel()
+
+    def settle(self) -> None:
+        """Nothing to do."""
 
 
 @torch.no_grad()

@@ -83,21 +83,15 @@ def _with_bias(linear):
     return nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
-def _layer_view(own, config):
-    """A layer's own sizes with the whole model's attention backend, so that a later switch reaches the layers."""
-    if own is config:
-        return config
-
-    class LayerView(type(own)):
-        _attn_implementation = property(lambda self: config._attn_implementation)
-
-    own.__class__ = LayerView
-    return own
+def _layer_view_class(base, config):
+    """Configs of single layers with the whole model's attention backend, so that a later switch reaches the layers."""
+    return type("LayerView", (base,), {"_attn_implementation": property(lambda self: config._attn_implementation)})
 
 
 def _rebuild_layers_(model, config, norms, names):
     """Replace every layer by one of its own sizes. `model` is the decoder, built from the global sizes."""
     layers = model.layers
+    view_class = _layer_view_class(type(config), config)
     for i in range(len(layers)):
         own = config.per_layer_config[i] if config.is_heterogeneous else config
         layer = type(layers[i])(own, i) if config.is_heterogeneous else layers[i]
@@ -109,9 +103,11 @@ def _rebuild_layers_(model, config, norms, names):
             setattr(layer, names[sublayer], Skipped(i) if sublayer == "attention" else NoMLP())
             for norm in norms[sublayer]:
                 setattr(layer, norm, nn.Identity())
+        if own is not config:
+            own.__class__ = view_class
         for module in layer.modules():
             if hasattr(module, "config"):
-                module.config = _layer_view(own, config)
+                module.config = own
         layers[i] = layer
 
 

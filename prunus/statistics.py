@@ -1,7 +1,7 @@
 """Streaming statistics of activations, and the sweep that collects them block by block.
 
-Shapes: N windows, T tokens, C channels, B windows in a batch, D hidden size. Sums within one window are float32, sums
-over windows float64, so a result depends on the batch split only through the matmuls' own rounding.
+Shapes: N windows, T tokens, C channels, B windows in a batch, D hidden size. Sums within one window are float32 (of Gram
+matrices within eight), sums over them float64; both are the same whatever the batch, so only float64 rounding differs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_TOGETHER = 8  # windows whose Gram matrix is summed in float32: a float64 sum a window would cost a third of the product
+
+
 class Collector(Protocol):
     """Anything that takes activations [B, T, C]."""
 
     def update(self, x_BTC: Tensor, /) -> None:
         """Add a batch."""
+
+    def settle(self) -> None:
+        """Nothing more is to come."""
 
 
 @dataclass
@@ -39,38 +45,62 @@ class Moments:
     count: int = 0
     shift_C: Tensor | None = None  # the first window's mean: sums of x - shift do not cancel
     sums: dict[str, Tensor] = field(default_factory=dict)
-    # one window's room, used again: fresh memory for every window took longer than the sums
-    scratch: Tensor | None = field(default=None, repr=False, compare=False)
+    pending_CC: Tensor | None = field(default=None, repr=False, compare=False)  # float32 products not yet in the sums
+    pending_windows: int = 0
+    # by shape, one batch's room, used again and shared: fresh memory for every batch took longer than the sums
+    room: dict[torch.Size, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @torch.no_grad()
     def update(self, x_BTC: Tensor) -> None:
         """Add a batch of windows without padding. Changes self only."""
-        x_BTC = x_BTC.float()
-        for x_TC in x_BTC.reshape(-1, *x_BTC.shape[-2:]):
-            self.count += x_TC.shape[0]
-            if self.want & {"mean", "var"}:
-                if self.shift_C is None:
-                    self.shift_C = x_TC.mean(0)
-                if self.scratch is None or self.scratch.shape != x_TC.shape:
-                    self.scratch = torch.empty_like(x_TC)
-                centred = torch.sub(x_TC, self.shift_C, out=self.scratch)
-                self._add("centred", centred.sum(0))
-                if "var" in self.want:
-                    self._add("centred_sq", centred.square_().sum(0))
-            if "sumsq" in self.want:
-                self._add("sumsq", (x_TC * x_TC).sum(0))
-            if self.want & {"abs", "window_abs"}:
-                absolute = x_TC.abs().sum(0)
-                self._add("abs", absolute)
-                self._add("window_abs", (absolute.double() / x_TC.shape[0]).square())
-            if "gram" in self.want:
-                self._add("gram", x_TC.T @ x_TC)
+        x_BTC = x_BTC.float().reshape(-1, *x_BTC.shape[-2:])
+        tokens = x_BTC.shape[1]
+        self.count += len(x_BTC) * tokens
+        if self.want & {"mean", "var"}:
+            if self.shift_C is None:
+                self.shift_C = x_BTC[0].mean(0)
+            if x_BTC.shape not in self.room:
+                self.room[x_BTC.shape] = torch.empty_like(x_BTC)
+            centred = torch.sub(x_BTC, self.shift_C, out=self.room[x_BTC.shape])
+            self._add("centred", centred.sum(1))
+            if "var" in self.want:
+                self._add("centred_sq", centred.square_().sum(1))
+        if "sumsq" in self.want:
+            self._add("sumsq", (x_BTC * x_BTC).sum(1))
+        if self.want & {"abs", "window_abs"}:
+            absolute_BC = x_BTC.abs().sum(1)
+            self._add("abs", absolute_BC)
+            self._add("window_abs", (absolute_BC.double() / tokens).square())
+        if "gram" in self.want:
+            for x_TC in x_BTC:
+                self._add_product(x_TC)
 
-    def _add(self, name: str, value: Tensor) -> None:
-        if name in self.sums:
-            self.sums[name] += value
+    def _add(self, name: str, value_B: Tensor) -> None:
+        """Add what every window of a batch gave."""
+        value = value_B.double().sum(0)
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _add_product(self, x_TC: Tensor) -> None:
+        """One window's X^T X. The product adds to what is there, and every `_TOGETHER` windows that goes to the sum."""
+        if self.pending_CC is None:
+            self.pending_CC, self.pending_windows = x_TC.T @ x_TC, 1
         else:
-            self.sums[name] = value.double()
+            self.pending_CC.addmm_(x_TC.T, x_TC)
+            self.pending_windows += 1
+        if self.pending_windows == _TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Nothing more is to come: let go of what only adding needs."""
+        if self.pending_CC is not None:
+            self._add("gram", self.pending_CC[None])
+            self.pending_CC = None
+
+    @property
+    def gram_CC(self) -> Tensor:
+        """X^T X over all tokens, float64."""
+        self.settle()
+        return self.sums["gram"]
 
     @property
     def mean_C(self) -> Tensor:
@@ -90,6 +120,7 @@ class Moments:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as named tensors, for saving."""
+        self.settle()
         out = dict(self.sums)
         if self.shift_C is not None:
             out["shift"] = self.shift_C
@@ -167,6 +198,7 @@ class Sweep:
         self.blocks = blocks
         self.ids = list(ids_NT.split(batch_size))
         self.hidden: list[Tensor] = []
+        self.room: dict[torch.Size, Tensor] = {}  # for the sums of a batch, see `Moments`
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # batch size -> keywords of every block
         recorders = [_Recorder() for _ in blocks]
         with _layers_replaced(model, anatomy, recorders):
@@ -233,6 +265,8 @@ class Sweep:
             handles.append(module.register_forward_pre_hook(lambda _, args, c=collector: c.update(args[0])))
         try:
             yield
+            for collector in collectors.values():
+                collector.settle()
         finally:
             for handle in handles:
                 handle.remove()
@@ -250,13 +284,13 @@ def reading_points(anatomy: Anatomy, layer: int) -> dict[tuple[str, str], list[s
 Statistics = dict[str, Moments]  # "layers.3.mlp.intermediate" -> what was seen there
 
 
-def layer_moments(anatomy: Anatomy, layer: int, wants: Mapping[str, frozenset[str]]) -> tuple[Statistics, Statistics]:
+def layer_moments(sweep: Sweep, layer: int, wants: Mapping[str, frozenset[str]]) -> tuple[Statistics, Statistics]:
     """Fresh `Moments` for the inputs of one block: by statistics name, and by the module whose input feeds them."""
     named: Statistics = {}
     modules: Statistics = {}
-    for (sublayer, segment), matrices in reading_points(anatomy, layer).items():
+    for (sublayer, segment), matrices in reading_points(sweep.anatomy, layer).items():
         if segment in wants:
-            moments = Moments(wants[segment])
+            moments = Moments(wants[segment], room=sweep.room)
             named[f"layers.{layer}.{sublayer}.{segment}"] = moments
             modules[matrices[0].removesuffix(".weight")] = moments
     return named, modules
@@ -269,9 +303,12 @@ def collect(
     out: Statistics = {}
     count = len(sweep.blocks)
     for layer in range(count):
-        named, modules = layer_moments(sweep.anatomy, layer, wants)
-        with sweep.collecting(modules):
-            sweep.run(layer)
+        named, modules = layer_moments(sweep, layer, wants)
+        if layer + 1 < count:
+            with sweep.collecting(modules):
+                sweep.run(layer)
+        else:
+            sweep.observe(layer, modules)  # nobody reads what the last block gives
         out |= named
         progress(layer + 1, count)
     return out

@@ -120,7 +120,7 @@ def block_by_block_(job: Job, decide: Callable[[int, Statistics], Keep], wants: 
     kept: list[Keep] = []
     for layer in range(count):
         with job.timed("score"):
-            statistics, modules = layer_moments(anatomy, layer, all_wants)
+            statistics, modules = layer_moments(sweep, layer, all_wants)
             sweep.observe(layer, modules)
         with job.timed("cut"):
             keep = decide(layer, statistics)

@@ -33,7 +33,7 @@ def run_(job: Job) -> Outcome:
         named: Statistics = {}
         if sweep is not None:
             with job.timed("score"):
-                named, modules = layer_moments(anatomy, layer, wants)
+                named, modules = layer_moments(sweep, layer, wants)
                 sweep.observe(layer, modules)
         sparsity = job.plan.sparsity if levels is None else levels[layer]
         with job.timed("cut"):
@@ -66,7 +66,7 @@ def _kept(plan: Plan, scores: Tensor, sparsity: float | None) -> Tensor:
 
 def _obs_(job: Job, matrices: list[str], moments: Moments, sparsity: float | None) -> dict[str, Tensor]:
     """Changes the named weights: SparseGPT's masks and update on all matrices that read one input. Returns the masks."""
-    inverse = inverse_upper(moments.sums["gram"])
+    inverse = inverse_upper(moments.gram_CC)
     if inverse.escalated:
         job.notes.append(f"{matrices[0]}: its Gram matrix took damping {inverse.damp:g} instead of {DAMP:g}")
     level = None if job.plan.pattern is not None else sparsity
