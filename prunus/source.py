@@ -129,11 +129,25 @@ class Source:
                     f"only {pickled[0]}, which would have to be unpickled; convert it to safetensors" if pickled else "none"
                 )
                 raise UserError(f"{self.name}: {file.name} is missing, found {why}")
+        self._check_depth()
+
+    @cached_property
+    def _saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for file in self.weight_files for name, shape in safetensors_shapes(file).items()}
+
+    def _check_depth(self) -> None:
+        """UserError for a depth that the files cannot have: transformers and we build a thing a layer before any check."""
+        data = _json(self.path / "config.json")
+        text = data.get("text_config")
+        depth = (text if isinstance(text, dict) else data).get("num_hidden_layers")
+        if isinstance(depth, int) and depth > len(self._saved_shapes):
+            raise UserError(
+                f"{self.name}: config.json asks for {depth:,} layers (num_hidden_layers), but the weight files hold only "
+                f"{len(self._saved_shapes):,} tensors"
+            )
 
     def _check_shapes(self, anatomy: Anatomy) -> None:
-        found: dict[str, tuple[int, ...]] = {}
-        for file in self.weight_files:
-            found |= safetensors_shapes(file)
+        found = dict(self._saved_shapes)
         for name, saved in anatomy.family.saved_as.items():
             if saved in found:
                 found.setdefault(name, found[saved])

@@ -160,6 +160,11 @@ def test_sizes_that_cannot_be(folder, changes):
     refused(folder, "config")
 
 
+def test_a_depth_that_the_files_cannot_have_is_refused_before_anything_is_built(folder):
+    checkpoints.edit_json(folder / "config.json", num_hidden_layers=10**9)
+    refused(folder, r"asks for 1,000,000,000 layers \(num_hidden_layers\), but the weight files hold only \d+ tensors")
+
+
 # -- wrong weight files -----------------------------------------------------------------------------------------------
 
 
