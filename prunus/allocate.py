@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from .axes import kind_of
 from .criteria import Scores
 from .errors import UserError
 from .keep import Keep
+
+_HALVINGS = 60  # of an interval of at most 3: far below what one parameter of a layer is worth
 
 # -- units --------------------------------------------------------------------------------------------------------------
 
@@ -89,6 +91,30 @@ def contiguous(losses: list[float], run: int, num_layers: int) -> Keep:
     assert len(losses) == num_layers - run + 1, (len(losses), run, num_layers)
     start = int(np.argmin(np.nan_to_num(np.asarray(losses), nan=np.inf)))  # a loss that is no number is never the least
     return Keep({"layers": tuple(i for i in range(num_layers) if not start <= i < start + run)})
+
+
+def adaptive_ratios(
+    importance_L: Tensor, size_L: Sequence[int], most_L: Sequence[float], removed: int, amplitude: float
+) -> list[float]:
+    """The share of every layer that goes, S_l = clip(b - A * Ihat_l, 0, most_l); b such that `removed` parameters go in all.
+
+    Ihat is the importance less its mean, over its largest absolute value (Adapt-Pruner); equal layers get equal shares.
+    `size_L` are the layers' parameters. The sum grows with b, so b is found by bisection, clipped layers included.
+    """
+    centred_L = importance_L.double() - importance_L.double().mean()
+    scale = float(centred_L.abs().max())
+    noise = float(importance_L.abs().max()) * torch.finfo(importance_L.dtype).eps  # what rounding makes of equal layers
+    ihat = [0.0] * len(size_L) if scale <= noise else (centred_L / scale).tolist()
+
+    def ratios(b: float) -> list[float]:
+        return [min(max(b - amplitude * i, 0.0), most) for i, most in zip(ihat, most_L, strict=True)]
+
+    low, high = -amplitude, 1.0 + amplitude
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        gone = sum(ratio * size for ratio, size in zip(ratios(middle), size_L, strict=True))
+        low, high = (middle, high) if gone < removed else (low, middle)
+    return ratios(high)
 
 
 # -- weights ------------------------------------------------------------------------------------------------------------

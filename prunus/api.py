@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_WINDOWS, CALIBRATION_SEQ_LEN = 32, 512
 EVALUATION_WINDOWS, EVALUATION_SEQ_LEN = 16, 1024
+_BATCH = 4  # windows at a time, unless --batch-size says otherwise
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ def _estimate(made: Plan, text: TextOptions, width: int) -> dict[str, Any]:
     flops = made.scoring_flops(text.windows, text.seq_len)
     rate = measure.gemm_rate()
     widest = max(layer.intermediate_size for layer in shape.layers)
-    activations = 4 * text.seq_len * (4 * widest + 8 * shape.hidden_size) * 4
-    memory = anatomy.weight_bytes(width) + (tokens * shape.hidden_size * 4 + activations) * made.method.needs_text
+    activations = _BATCH * text.seq_len * (4 * widest + 8 * shape.hidden_size) * 4
+    sweep = (tokens * shape.hidden_size * 4 + activations) * made.method.needs_text
+    memory = anatomy.weight_bytes(width) + (made.gradient_bytes(_BATCH, text.seq_len) or sweep)
     memory += anatomy.matrix_params if made.method.is_sparse else 0  # a bool a weight
     return {
         "scoring_flops": flops,
@@ -154,7 +156,7 @@ def prune(
     text: TextOptions = CALIBRATION,
     statistics: str | Path | None = None,
     dtype: str = "float32",
-    batch_size: int = 4,
+    batch_size: int = _BATCH,
     online: bool = False,
     progress: Progress = no_progress,
 ) -> Result:

@@ -18,7 +18,7 @@ from .statistics import Moments, Statistics
 
 @dataclass(frozen=True)
 class Scores:
-    """Axis name -> one float32 a unit. `spread` holds the mean and deviation of the channel scores under an axis."""
+    """Axis name -> one number a unit, float32 or wider. `spread`: mean and deviation of the channel scores under an axis."""
 
     values: Mapping[str, Tensor]
     spread: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -89,6 +89,34 @@ def _inner_axes(anatomy: Anatomy, layer: int) -> list[tuple[Axis, str, str]]:
     """The cuttable axes of one layer with the sub-layer and segment that their reader reads."""
     named = ((f"layers.{layer}.{kind}", *where) for kind, where in _READS.items())
     return [(anatomy.axes[name], sublayer, segment) for name, sublayer, segment in named if name in anatomy.axes]
+
+
+@dataclass(frozen=True)
+class TaylorRule:
+    """A weight's share in what the loss would change were its unit zero, from the weight w and the loss's gradient g.
+
+    `share` is summed over windows. The absolute value is then taken `of_weights` one by one, for which the sum of every
+    weight is needed, or of a unit's total, for which it is not. `per_window`: g is one window's, because the share is not
+    linear in it.
+    """
+
+    share: Callable[[Tensor, Tensor], Tensor]
+    of_weights: bool
+    per_window: bool
+
+
+TAYLOR_RULES: dict[str, TaylorRule] = {  # F is the mean over windows of g^2, so w^2 F is the mean of (w g)^2
+    "first": TaylorRule(lambda w, g: w * g, of_weights=True, per_window=False),
+    "second": TaylorRule(lambda w, g: (w * g).square(), of_weights=False, per_window=True),
+    "mix": TaylorRule(lambda w, g: w * g - 0.5 * (w * g).square(), of_weights=True, per_window=True),
+    "vector": TaylorRule(lambda w, g: w * g, of_weights=False, per_window=False),
+}
+AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {  # scores of one axis by matrix [M, units] -> [units]
+    "sum": lambda by_matrix: by_matrix.sum(0),
+    "prod": lambda by_matrix: by_matrix.prod(0),
+    "max": lambda by_matrix: by_matrix.amax(0),
+    "first": lambda by_matrix: by_matrix[0],
+}
 
 
 def wanda_units(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ def target_for(
     if not after.shape.is_uniform:
         notes.append(
             f"layers differ in size: the checkpoint is of type pruned_{model_type} and loads with prunus, or with "
-            "trust_remote_code=True; no stock engine can serve it (--uniform makes all layers alike)"
+            "trust_remote_code=True; no stock engine can serve it"
         )
     return Target(pruned, after.with_flags(*ours), tuple(notes))
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from . import hf
 from .anatomy import Anatomy
+from .axes import Axis
+from .criteria import TAYLOR_RULES
 from .errors import UserError, nearest, unknown
 from .hf import Target, target_for
 from .keep import Keep
 from .methods import Method, method_named
 from .shape import LayerShape
+from .sizes import alike_counts
 
 _TARGET_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
 
@@ -80,12 +85,14 @@ class Plan:
             "per-matrix": _sparse,
             "per-row": _sparse,
             "global-standardised": _global,
+            "adaptive": _adaptive,
             "target-shape": _width,
             "contiguous": _depth,
             "lowest-layers": _depth,
             "greedy-layers": _depth,
             "greedy-sublayers": _sublayers,
             "uniform": _uniform,
+            "uniform-free": _uniform,
         }[method.allocator]
         made = build(plan, config)
         return replace(made, notes=(*notes, *made.notes))
@@ -115,14 +122,54 @@ class Plan:
         """Layers that may go."""
         return range(self.protected[0], self.anatomy.shape.num_hidden_layers - self.protected[1])
 
+    @property
+    def scored_axes(self) -> list[Axis]:
+        """The axes inside the free layers that the method cuts and the model has."""
+        names = (f"layers.{i}.{kind}" for i in self.free_layers for kind in self.method.axes)
+        return [self.anatomy.axes[name] for name in names if name in self.anatomy.axes]
+
+    @cached_property
+    def graded_tensors(self) -> frozenset[str]:
+        """Tensors at which the scores need the loss's gradient; none for most methods."""
+        tensors = self.anatomy.tensors
+        if self.options.get("score") == "taylor":
+            return frozenset(name for name, t in tensors.items() if t.layer is not None)
+        if self.method.criterion in ("taylor-units", "cosine-taylor"):
+            spans = (span for axis in self.scored_axes for span in axis.spans)
+            return frozenset(span.param for span in spans if tensors[span.param].is_matrix)
+        return frozenset()
+
+    def gradient_bytes(self, windows: int, seq_len: int) -> int:
+        """Memory that the way back takes beside the model, in float32, for batches of `windows`: 0 for most methods.
+
+        What stays on it: the streams between blocks, and the sums of gradients whose absolute value waits for the last
+        window. What comes and goes: one block's activations and gradients, and before them one window's logits.
+        """
+        if not self.graded_tensors:
+            return 0
+        tensors, shape = self.anatomy.tensors, self.anatomy.shape
+        blocks: dict[int | None, int] = defaultdict(int)
+        for name in self.graded_tensors:
+            blocks[tensors[name].layer] += tensors[name].numel
+        rule = TAYLOR_RULES.get(self.options.get("score", ""), TAYLOR_RULES["first"])
+        sums = sum(blocks.values()) if rule.of_weights else 0
+        tokens, widest = windows * seq_len, max(layer.intermediate_size for layer in shape.layers)
+        streams = tokens * shape.hidden_size * (shape.num_hidden_layers + 1)
+        activations = tokens * (6 * widest + 16 * shape.hidden_size)  # what autograd keeps, and the gradients of it
+        logits = 3 * seq_len * shape.vocab_size  # themselves, their softmax, their gradient
+        return 4 * (sums + streams + max(activations + 3 * max(blocks.values()), logits))
+
     def scoring_flops(self, windows: int, seq_len: int) -> int:
         """FLOPs of the passes over the calibration windows."""
         anatomy, count = self.anatomy, self.anatomy.shape.num_hidden_layers
         head = 2 * seq_len * anatomy.shape.vocab_size * anatomy.shape.hidden_size
         blocks = anatomy.flops(seq_len) - head
-        if self.run is None and self.method.allocator != "greedy-sublayers":
-            return round(windows * blocks * (self.method.sweeps + (self.compensator == "gain")))
-        layers, heads = _depth_passes(self)
+        if self.graded_tensors:
+            layers, heads = _taylor_passes(self)
+        elif self.run is None and self.method.allocator != "greedy-sublayers":
+            layers, heads = count * (self.method.sweeps + (self.compensator == "gain")), 0
+        else:
+            layers, heads = _depth_passes(self)
         return round(windows * (blocks * layers / count + head * heads))
 
     def describe(self, seq_len: int, bytes_per_element: int) -> dict[str, Any]:
@@ -162,10 +209,13 @@ def _choice(name: str, value: str | None, allowed: tuple[str, ...], method: Meth
     return value
 
 
+_PER_LAYER = ("global-standardised", "adaptive", "uniform", "uniform-free")  # these do with channels alone
+
+
 def _refused_axes(method: Method, anatomy: Anatomy) -> tuple[str, ...]:
     """Notes on the kinds of axes that the method cuts and this model does not offer; UserError if it cannot do without."""
     gone = [axis for axis in method.axes if axis in anatomy.refused]
-    if gone and (method.allocator not in ("global-standardised", "uniform") or len(gone) == len(method.axes)):
+    if gone and (method.allocator not in _PER_LAYER or len(gone) == len(method.axes)):
         raise UserError(
             f"{method.name}: it cuts {gone[0]}, but {anatomy.refused[gone[0]]}; use flap or minitron-depth instead"
         )
@@ -229,7 +279,7 @@ def _global(plan: Plan, config: Any) -> Plan:
     budget = math.floor((1 - ratio) * anatomy.block_params)
     channels = [name for name in anatomy.axes if name.endswith(".intermediate")]
     if not channels:
-        raise UserError("flap: no layer of this model has FFN channels left to cut")
+        raise UserError(f"{plan.method.name}: no layer of this model has FFN channels left to cut")
     biased = _with_out_bias(plan, anatomy)
     channel = biased.unit_params(channels[0])
     step = channel * plan.multiple_of * (anatomy.shape.num_hidden_layers if plan.request.uniform else 1)
@@ -266,10 +316,15 @@ def _global(plan: Plan, config: Any) -> Plan:
     else:
         notes = (
             "the scores decide each layer's size; the checkpoint will be of type "
-            f"pruned_{config.model_type.removeprefix('pruned_')}, which loads with prunus or trust_remote_code=True "
-            "(--uniform makes all layers alike)",
+            f"pruned_{config.model_type.removeprefix('pruned_')}, which loads with prunus or trust_remote_code=True"
+            + (" (--uniform makes all layers alike)" if plan.method.allocator == "global-standardised" else ""),
         )
     return replace(plan, budget=budget, step=step, notes=notes)
+
+
+def _adaptive(plan: Plan, config: Any) -> Plan:
+    _refuse(plan, "uniform", why="every layer loses a share of its own")
+    return _global(plan, config)
 
 
 def _with_out_bias(plan: Plan, anatomy: Anatomy) -> Anatomy:
@@ -302,55 +357,30 @@ def _check_size(name: str, size: int, most: int) -> None:
         raise UserError(f"target: {name}={size} is outside 1 to {most} (the source's size)")
 
 
-def alike_counts(anatomy: Anatomy, budget: int, mean_groups: float, multiple_of: int) -> dict[str, int]:
-    """KV groups and FFN channels of every layer alike: groups near `mean_groups`, channels to fit `budget` block parameters.
-
-    UserError if not even one chunk of channels fits.
-    """
-    layers = range(anatomy.shape.num_hidden_layers)
-    channel = sum(anatomy.unit_params(f"layers.{i}.intermediate") for i in layers)
-    most = min(layer.intermediate_size for layer in anatomy.shape.layers)
-    all_groups = min(layer.num_key_value_heads for layer in anatomy.shape.layers)
-    heads_stay = "kv_heads" in anatomy.refused
-    choices = (all_groups,) if heads_stay else range(1, all_groups + 1)
-    fits: list[tuple[int, int, int]] = []
-    for groups in sorted(choices, key=lambda g: abs(g - mean_groups)):
-        one_channel = {f"layers.{i}.intermediate": (0,) for i in layers}
-        bare = Keep({f"layers.{i}.kv_heads": tuple(range(groups)) for i in layers} | one_channel)
-        rest = bare.anatomy_after(anatomy).block_params - channel
-        room = (budget - rest) // channel // multiple_of * multiple_of
-        if room >= multiple_of:
-            fits.append((rest + min(room, most) * channel, groups, min(room, most)))
-            if room <= most:  # the budget is met within one step; else more groups may fill it
-                break
-    if not fits:
-        raise UserError(
-            f"ratio: {budget:,} block parameters leave no room for one FFN channel a layer; ask for a smaller ratio"
-        )
-    _, groups, width = max(fits)
-    counts = {f"layers.{i}.intermediate": width for i in layers}
-    return counts if heads_stay else {f"layers.{i}.kv_heads": groups for i in layers} | counts
-
-
 def _uniform(plan: Plan, config: Any) -> Plan:
     _refuse(plan, "target", "pattern")
-    anatomy, ratio = plan.anatomy, _ratio(plan)
-    if len(set(anatomy.shape.layers)) > 1 or anatomy.shape.layers[0].skipped:
+    _refuse(plan, "uniform", why="protected layers stay whole (--option protect=0,0 makes all alike)")
+    anatomy, ratio, free = plan.anatomy, _ratio(plan), plan.free_layers
+    if not free:
+        raise UserError(f"protect: {_kept_whole(plan)}, so none can be cut; give --option protect=0,0")
+    if len({anatomy.shape.layers[i] for i in free}) > 1 or anatomy.shape.layers[free[0]].skipped:
         raise UserError(
             f"{plan.method.name}: the source's layers differ in size, so no one size fits them; use flap instead"
         )
-    step = sum(anatomy.unit_params(f"layers.{i}.intermediate") for i in range(anatomy.shape.num_hidden_layers))
-    step *= plan.multiple_of
+    step = sum(anatomy.unit_params(f"layers.{i}.intermediate") for i in free) * plan.multiple_of
     if ratio * anatomy.block_params < step:
         raise UserError(
             f"ratio: {ratio} is below one unit of this model; ask for at least {step / anatomy.block_params:.4f}"
         )
     budget = math.floor((1 - ratio) * anatomy.block_params)
-    groups = (1 - ratio) * anatomy.shape.layers[0].num_key_value_heads
-    counts = alike_counts(anatomy, budget, groups, plan.multiple_of)
+    scored = sum(t.numel for t in anatomy.tensors.values() if t.layer is not None and t.layer in free)
+    share = ratio * (anatomy.block_params / scored)  # of the free layers, which bear it all
+    groups = (1 - share) * anatomy.shape.layers[free[0]].num_key_value_heads
+    counts = alike_counts(anatomy, budget, groups, plan.multiple_of, free)
     keep = Keep({name: tuple(range(n)) for name, n in counts.items() if n < anatomy.axes[name].size})
     target = target_for(config, anatomy, keep)
-    return replace(plan, counts=counts, target=target, step=step, notes=target.notes)
+    hint = ("with --option protect=0,0 all layers come out alike",) if any(plan.protected) else ()
+    return replace(plan, counts=counts, target=target, step=step, notes=(*target.notes, *hint))
 
 
 def _width(plan: Plan, config: Any) -> Plan:
@@ -436,10 +466,9 @@ def _depth(plan: Plan, config: Any) -> Plan:
         if run >= count:
             raise UserError(f"ratio: {ratio} would remove all {count} layers; ask for at most {(count - 1) / count:.4f}")
     if run > (free := len(plan.free_layers)):
-        first, last = plan.protected
         raise UserError(
-            f"protect: {plan.method.name} keeps the first {first} and the last {last} of {count} layers, so at most {free} can "
-            f"go, not {run}; {'ask for fewer, or ' if free else ''}give --option protect=0,0"
+            f"protect: {_kept_whole(plan)}, so at most {free} can go, not {run}; {'ask for fewer, or ' if free else ''}give "
+            "--option protect=0,0"
         )
     step = anatomy.unit_params("layers")
     if len(set(anatomy.shape.layers)) > 1:
@@ -447,6 +476,11 @@ def _depth(plan: Plan, config: Any) -> Plan:
     keep = Keep({"layers": tuple(range(count - run))})
     target = target_for(config, anatomy, keep)
     return replace(plan, run=run, target=target, step=anatomy.unit_params("layers"), notes=target.notes)
+
+
+def _kept_whole(plan: Plan) -> str:
+    first, last = plan.protected
+    return f"{plan.method.name} keeps the first {first} and the last {last} of {plan.anatomy.shape.num_hidden_layers} layers"
 
 
 def sublayer_costs(plan: Plan) -> dict[str, int]:
@@ -483,6 +517,14 @@ def _sublayers(plan: Plan, config: Any) -> Plan:
     return replace(plan, budget=math.floor((1 - ratio) * total), step=step, notes=(note,))
 
 
+def _taylor_passes(plan: Plan) -> tuple[float, float]:
+    """As `_depth_passes`. Back through a block is its forward pass again, the stream's gradient, and the weights'."""
+    graded = {plan.anatomy.tensors[name].layer for name in plan.graded_tensors}
+    count = plan.anatomy.shape.num_hidden_layers
+    first = min(layer for layer in graded if layer is not None)
+    return count + sum(2 + (layer in graded) for layer in range(first, count)), 2  # the head's weights need no gradient
+
+
 def _depth_passes(plan: Plan) -> tuple[float, float]:
     """Passes through one block of mean size, and through the LM head, that scoring takes for each window.
 
@@ -498,8 +540,6 @@ def _depth_passes(plan: Plan) -> tuple[float, float]:
         return blocks, heads
     if plan.method.criterion == "block-influence":
         return count, 0
-    if plan.options.get("score") == "taylor":  # a pass backwards is two; blocks run a second time before theirs
-        return 4 * count, 2  # forward, and back to the stream: the head's own gradient is not taken
     assert plan.run is not None
     gap = plan.run if plan.method.allocator == "contiguous" else 1
     rounds = plan.run if plan.method.allocator == "greedy-layers" else 1

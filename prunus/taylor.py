@@ -1,15 +1,19 @@
-"""First-order Taylor scores of layers: what the loss would change, to first order, if a layer's weights were zero.
+"""Taylor scores of layers and units: what the loss would change, to first or second order, if their weights were zero.
 
-Shapes: B windows in a batch, T tokens, D hidden size.
+Shapes: B windows in a batch, T tokens, D hidden size, M matrices that a unit has rows in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .axes import Axis, Span
+from .criteria import AGGREGATES, TAYLOR_RULES, Scores, TaylorRule
+from .errors import UserError
 from .statistics import Sweep, logits_from
 
 if TYPE_CHECKING:
@@ -18,27 +22,20 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .job import Job
 
+Take = Callable[[str, Tensor, float], None]  # parameter, gradient of a batch's mean loss, the batch's share of the windows
+Look = Callable[[int, Tensor, Tensor], None]  # layer, its input, its output [B, T, D]
+_LOSS_SCALE = 2.0**10  # the way back starts with this: float16 would round many gradients of a mean loss to zero
+
 
 @torch.no_grad()
 def layer_taylor(job: Job) -> list[float]:
     """Shortened LLaMA's Taylor score of every layer: sum over its tensors of sum |w * g|, float32 or wider.
 
-    g is the gradient of the mean loss over all windows, summed before the absolute value is taken. Blocks are run a second
-    time on the way back, so memory holds the gradients, one batch's streams, and the activations of one block.
+    g is the gradient of the mean loss over all windows, summed before the absolute value is taken.
     """
-    windows, anatomy = job.windows, job.plan.anatomy
-    assert windows is not None
+    anatomy = job.plan.anatomy
     sums: dict[str, Tensor] = {}
-    batches = windows.ids_NT.split(job.batch_size)
-    for b, ids_BT in enumerate(batches):
-        sweep = Sweep(job.model, anatomy, ids_BT, job.batch_size)
-        streams = [sweep.hidden.pop()]
-        for layer in range(len(sweep.blocks)):
-            streams.append(sweep.forward(layer, streams[-1]))
-        gradient = _at_the_end(job.model, anatomy, streams.pop(), ids_BT)
-        for layer in reversed(range(len(sweep.blocks))):
-            gradient = _through_(sweep, layer, streams.pop(), gradient, sums, len(ids_BT) / windows.num_windows)
-        job.progress("score", b + 1, len(batches))
+    walk_back(job, lambda name, gradient, share: _add(sums, name, gradient * share))
     scores = [0.0] * anatomy.shape.num_hidden_layers
     for name, total in sums.items():
         owner = anatomy.tensors[name].layer
@@ -47,39 +44,133 @@ def layer_taylor(job: Job) -> list[float]:
     return scores
 
 
+@torch.no_grad()
+def unit_taylor(job: Job, look: Look | None = None) -> Scores:
+    """LLM-Pruner's score of every unit that the plan may cut, by the plan's options ``score`` and ``aggregate``."""
+    plan = job.plan
+    rule = TAYLOR_RULES[plan.options.get("score", "first")]
+    sums = UnitSums(plan.scored_axes, job.tensors, rule)
+    walk_back(job, sums.take, per_window=rule.per_window, look=look)
+    scores = sums.scores(plan.options.get("aggregate", "sum"))
+    for name, values in scores.values.items():
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(
+                f"scores: '{name}' has units whose score is no number; try another --dtype or other calibration text"
+            )
+    return scores
+
+
+class UnitSums:
+    """Adds up a Taylor rule's shares over windows, and makes them one score a unit.
+
+    Where the rule takes the absolute value weight by weight, the sums are as large as the matrices; else one number a unit
+    and matrix is kept.
+    """
+
+    def __init__(self, axes: Sequence[Axis], tensors: Mapping[str, Tensor], rule: TaylorRule) -> None:
+        self.axes, self.tensors, self.rule = axes, tensors, rule
+        self.readers: dict[str, list[tuple[Axis, Span]]] = {}
+        for axis in axes:
+            for span in self.matrices(axis):
+                self.readers.setdefault(span.param, []).append((axis, span))
+        self.sums: dict[object, Tensor] = {}  # by parameter, or by (axis name, span)
+
+    def matrices(self, axis: Axis) -> list[Span]:
+        """The spans that count: biases and norms have no part in the published scores."""
+        return [span for span in axis.spans if self.tensors[span.param].dim() == 2]
+
+    def take(self, name: str, gradient: Tensor, share: float) -> None:
+        """Add what one batch gives."""
+        shares = self.rule.share(_wide(self.tensors[name]), gradient) * share
+        if self.rule.of_weights:
+            _add(self.sums, name, shares)
+            return
+        for axis, span in self.readers[name]:
+            _add(self.sums, (axis.name, span), _by_unit(axis, span, shares))
+
+    def scores(self, aggregate: str) -> Scores:
+        """One float64 a unit of every axis."""
+        return Scores({axis.name: AGGREGATES[aggregate](self._by_matrix(axis)) for axis in self.axes})
+
+    def _by_matrix(self, axis: Axis) -> Tensor:
+        """Absolute sums of one axis [M, units], float64."""
+        if self.rule.of_weights:
+            found = [_by_unit(axis, span, self.sums[span.param].abs()) for span in self.matrices(axis)]
+        else:
+            found = [self.sums[axis.name, span].abs() for span in self.matrices(axis)]
+        return torch.stack(found)
+
+
+def _by_unit(axis: Axis, span: Span, matrix: Tensor) -> Tensor:
+    return axis.unit_sums(span, matrix.sum(1 - span.dim, dtype=torch.float64))
+
+
+def _add(sums: dict, key: object, value: Tensor) -> None:
+    if key in sums:
+        sums[key] += value
+    else:
+        sums[key] = value
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+# -- the way back ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def walk_back(job: Job, take: Take, *, per_window: bool = False, look: Look | None = None) -> None:
+    """Hand the loss's gradient at every tensor of `plan.graded_tensors` to `take`, batch by batch, in float32 or wider.
+
+    Blocks are run a second time on the way back, so memory holds one batch's streams and the activations of one block. The
+    way ends at the first block that has such a tensor. `per_window` makes every window a batch of its own.
+    """
+    windows, anatomy, wanted = job.windows, job.plan.anatomy, job.plan.graded_tensors
+    assert windows is not None
+    first = min(layer for name in wanted if (layer := anatomy.tensors[name].layer) is not None)
+    batches = windows.ids_NT.split(1 if per_window else job.batch_size)
+    for b, ids_BT in enumerate(batches):
+        share = len(ids_BT) / windows.num_windows
+        sweep = Sweep(job.model, anatomy, ids_BT, len(ids_BT))
+        hidden, streams = sweep.hidden.pop(), []
+        for layer in range(len(sweep.blocks)):
+            if layer >= first:
+                streams.append(hidden)
+            out = sweep.forward(layer, hidden)
+            if look is not None:
+                look(layer, hidden, out)
+            hidden = out
+        gradient = _at_the_end(job.model, anatomy, hidden, ids_BT)
+        for layer in reversed(range(first, len(sweep.blocks))):
+            gradient, found = _through(sweep, layer, streams.pop(), gradient, wanted)
+            for name, value in found.items():
+                take(name, _wide(value) / _LOSS_SCALE, share)
+        job.progress("score", b + 1, len(batches))
+
+
 @torch.enable_grad()
 def _at_the_end(model: PreTrainedModel, anatomy: Anatomy, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-    """Gradient of the batch's mean loss at the stream that leaves the last block; logits of one window at a time are held."""
+    """Scaled gradient of the batch's mean loss at the stream that leaves the last block; one window's logits are held."""
     out: list[Tensor] = []
     for j, ids_T in enumerate(ids_BT):
         stream = hidden_BTD[j : j + 1].detach().requires_grad_()
         logits_TV = _wide(logits_from(model, anatomy, stream, ids_T[None])[0])
         loss = torch.nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:])
-        out.extend(torch.autograd.grad(loss / len(ids_BT), stream))
+        out.extend(torch.autograd.grad(loss * (_LOSS_SCALE / len(ids_BT)), stream))
     return torch.cat(out)
 
 
 @torch.enable_grad()
-def _through_(
-    sweep: Sweep, layer: int, hidden_BTD: Tensor, gradient_BTD: Tensor, sums: dict[str, Tensor], weight: float
-) -> Tensor:
-    """Back through one block. Adds its weights' gradients to `sums`, and returns the gradient at its input."""
+def _through(
+    sweep: Sweep, layer: int, hidden_BTD: Tensor, gradient_BTD: Tensor, wanted: Collection[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Back through one block: the gradients at its input and, by name, at its wanted weights."""
     block, prefix = sweep.blocks[layer], sweep.anatomy.block_name(layer)
-    leaves = {
-        name: p.detach().requires_grad_() for name, p in block.named_parameters()
-    }  # the model's flags stay as they are
+    leaves = {name: p.detach() for name, p in block.named_parameters()}  # the model's flags stay as they are
+    at = {prefix + name: p.requires_grad_() for name, p in leaves.items() if prefix + name in wanted}
     stream = hidden_BTD.detach().requires_grad_()
     out = torch.func.functional_call(block, leaves, (stream,), sweep.keywords(layer, len(stream)))
     out = out[0] if isinstance(out, tuple) else out
-    found = torch.autograd.grad(out, [stream, *leaves.values()], gradient_BTD, materialize_grads=True)
-    for name, gradient in zip(leaves, found[1:], strict=True):
-        total = _wide(gradient).mul(weight)
-        if prefix + name in sums:
-            sums[prefix + name] += total
-        else:
-            sums[prefix + name] = total
-    return found[0]
+    found = torch.autograd.grad(out, [stream, *at.values()], gradient_BTD, materialize_grads=True)
+    return found[0], dict(zip(at, found[1:], strict=True))

@@ -1,46 +1,76 @@
-"""Methods that remove units (heads, channels, stem) from dense statistics, gathered in one pass."""
+"""Methods that remove units (heads, channels, stem): scored on the dense model, or block by block on the cut one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .allocate import global_budget, standardised, to_counts
+from .allocate import adaptive_ratios, global_budget, standardised, to_counts
 from .anatomy import Anatomy
 from .axes import layer_of
 from .compensate import measured_gains, output_bias, refit_readers_
 from .criteria import UNIT_CRITERIA, Scores
 from .cut import zero_
+from .errors import UserError
 from .job import Job, Outcome, finish_
 from .keep import Keep
-from .planning import Plan, alike_counts, biased_anatomy
-from .statistics import Statistics, collect, layer_moments
+from .planning import Plan, biased_anatomy
+from .sizes import Sizes, adaptive_counts, alike_counts
+from .statistics import BlockCosine, Statistics, collect, layer_moments
+from .taylor import unit_taylor
 
 
 def run_(job: Job) -> Outcome:
-    """Carry out a plan: score, allocate, compensate, slice."""
+    """Carry out a plan whose units are scored on the dense model: score, allocate, compensate, slice."""
     plan = job.plan
-    criterion = UNIT_CRITERIA[_criterion_name(plan)]
-    statistics = job.statistics
-    if statistics is None:
-        with job.timed("score"):
-            statistics = collect(job.sweep(), criterion.wants, lambda done, total: job.progress("score", done, total))
+    with job.timed("score"):
+        scores, statistics = _GATHERED.get(plan.method.criterion, _from_statistics)(job)
     with job.timed("allocate"):
-        scores = criterion.score(plan.anatomy, job.tensors, statistics)
-        keep = _allocate(plan, scores)
+        keep, measured = _allocate(plan, scores)
     if plan.compensator == "least-squares":
         with job.timed("compensate"):
             block_by_block_(job, lambda layer, _: _of_layer(keep, layer), {})
     with job.timed("compensate"):
-        extra = output_bias(plan.anatomy, job.tensors, statistics, keep) if plan.compensator == "bias" else {}
+        extra = output_bias(plan.anatomy, job.tensors, statistics or {}, keep) if plan.compensator == "bias" else {}
         gains = None
         if plan.compensator == "gain" and "hidden" in keep.units:
             gains = measured_gains(job.sweep(), keep, job.model.config.rms_norm_eps)
     outcome = finish_(job, keep, extra, gains)
-    outcome.scores, outcome.statistics = scores, statistics
+    outcome.scores, outcome.statistics, outcome.measured = scores, statistics, measured
     return outcome
+
+
+# -- how scores are gathered ----------------------------------------------------------------------------------------------
+
+
+def _from_statistics(job: Job) -> tuple[Scores, Statistics | None]:
+    """By a criterion of the inputs' statistics, from one sweep or an earlier run."""
+    criterion, statistics = UNIT_CRITERIA[_criterion_name(job.plan)], job.statistics
+    if statistics is None:
+        statistics = collect(job.sweep(), criterion.wants, lambda done, total: job.progress("score", done, total))
+    return criterion.score(job.plan.anatomy, job.tensors, statistics), statistics
+
+
+def _from_gradients(job: Job) -> tuple[Scores, Statistics | None]:
+    """LLM-Pruner: Taylor scores."""
+    return unit_taylor(job), None
+
+
+def _from_gradients_and_cosines(job: Job) -> tuple[Scores, Statistics | None]:
+    """Adapt-Pruner: Taylor scores of units, and for ``layers`` how far each block turns the stream, on the same way."""
+    cosines = [BlockCosine() for _ in job.plan.anatomy.shape.layers]
+    scores = unit_taylor(job, lambda layer, before, after: cosines[layer](before, after))
+    turned = torch.tensor([1.0 - cosine.mean for cosine in cosines], dtype=torch.float64)
+    return Scores({**scores.values, "layers": turned}), None
+
+
+_GATHERED: Mapping[str, Callable[[Job], tuple[Scores, Statistics | None]]] = {
+    "taylor-units": _from_gradients,
+    "cosine-taylor": _from_gradients_and_cosines,
+}
 
 
 def _of_layer(keep: Keep, layer: int) -> Keep:
@@ -57,16 +87,38 @@ def wanted_statistics(plan: Plan) -> Mapping[str, frozenset[str]] | None:
     return None if criterion is None else criterion.wants
 
 
-def _allocate(plan: Plan, scores: Scores) -> Keep:
+# -- where the cut falls --------------------------------------------------------------------------------------------------
+
+
+def _allocate(plan: Plan, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
+    """The decision, and what is saved beside the model of how it came about."""
     if plan.counts:
-        return to_counts(scores, plan.counts)
+        return to_counts(scores, plan.counts), {}
+    if plan.method.allocator == "adaptive":
+        return _adaptive(plan, scores)
     assert plan.budget is not None
     biased = biased_anatomy(plan)
     costs = {name: biased.unit_params(name) for name in scores.values}
     removable = sum(costs[name] * len(values) for name, values in scores.values.items())
     budget = plan.budget - (biased.block_params - removable)
     keep = global_budget(standardised(scores), costs, budget, multiple_of={"intermediate": plan.multiple_of})
-    return _uniform(plan, biased, scores, keep) if plan.request.uniform else keep
+    return (_uniform(plan, biased, scores, keep) if plan.request.uniform else keep), {}
+
+
+def _adaptive(plan: Plan, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
+    """A share of its own for every layer, less where the layer does more, and in each layer the best units."""
+    anatomy, ratio = plan.anatomy, plan.request.ratio
+    assert plan.budget is not None and ratio is not None
+    sizes = [Sizes.of(anatomy, [i], plan.multiple_of) for i in range(anatomy.shape.num_hidden_layers)]
+    whole, least = [s.params(*s.whole) for s in sizes], [s.params(*s.fewest) for s in sizes]
+    most = [1 - few / all_ for few, all_ in zip(least, whole, strict=True)]
+    importance = scores.values["layers"]
+    if not bool(torch.isfinite(importance).all()):
+        raise UserError("scores: some layers' cosines are no numbers; try another --dtype or other calibration text")
+    amplitude = float(plan.options["amplitude"]) * ratio
+    ratios = adaptive_ratios(importance, whole, most, sum(whole) - plan.budget, amplitude)
+    keep = to_counts(scores, adaptive_counts(anatomy, ratios, plan.budget, plan.multiple_of))
+    return keep, {"scores": {"block-influence": importance.tolist(), "share": ratios}}
 
 
 def _uniform(plan: Plan, biased: Anatomy, scores: Scores, keep: Keep) -> Keep:

@@ -30,7 +30,7 @@ def layer_params(hidden=32, groups=4, per_group=2, head_dim=8, channels=24):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"method": "flop", "ratio": 0.2}, r"unknown method 'flop' \(did you mean 'flap'\?\): known are flap, magnitude"),
+        ({"method": "flop", "ratio": 0.2}, r"unknown method 'flop' \(did you mean 'flap'\?\): known are adapt-pruner, flap, "),
         ({"method": "Wanda", "ratio": 0.5}, r"did you mean 'wanda'"),
         ({"method": "flap"}, r"ratio: flap needs to know how much to cut; give --ratio$"),
         ({"method": "wanda"}, r"ratio: wanda needs to know how much to cut; give --ratio$"),

@@ -1,0 +1,124 @@
+"""Sizes that fit a budget of block parameters: how many KV groups and FFN channels a layer keeps, or several layers alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .anatomy import Anatomy
+from .errors import UserError
+
+_ROUNDING = 1e-6  # of sums of shares, in parameters
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The KV groups and FFN channels that layers can have, and what one more in each of them costs in block parameters."""
+
+    fixed: int  # what no unit owns
+    groups: range  # lawful numbers of KV groups
+    group: int
+    channels: int
+    channel: int
+    multiple_of: int
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, layers: Sequence[int], multiple_of: int) -> Sizes:
+        """Of `layers` alike, up to the smallest of them. An axis that the model lacks leaves nothing to choose."""
+        most, cost, owned = {}, {}, 0
+        for kind in ("kv_heads", "intermediate"):
+            axes = [anatomy.axes[name] for i in layers if (name := f"layers.{i}.{kind}") in anatomy.axes]
+            most[kind] = min((axis.size for axis in axes), default=0)
+            cost[kind] = sum(anatomy.unit_params(axis.name) for axis in axes)
+            owned += sum(axis.size * anatomy.unit_params(axis.name) for axis in axes)
+        whole = sum(t.numel for t in anatomy.tensors.values() if t.layer in set(layers))
+        groups = most["kv_heads"]
+        return cls(
+            fixed=whole - owned,
+            groups=range(min(groups, 1), groups + 1),
+            group=cost["kv_heads"],
+            channels=most["intermediate"],
+            channel=cost["intermediate"],
+            multiple_of=multiple_of,
+        )
+
+    def params(self, groups: int, channels: int) -> int:
+        """Block parameters of all the layers together."""
+        return self.fixed + groups * self.group + channels * self.channel
+
+    @property
+    def fewest(self) -> tuple[int, int]:
+        """One KV group and one chunk of channels, where there are any."""
+        return self.groups[0], min(self.multiple_of, self.channels)
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """All of them."""
+        return self.groups[-1], self.channels
+
+    def within(self, budget: int, near: float) -> tuple[int, int] | None:
+        """KV groups, as close to `near` as it goes, and the channels that fill `budget` beside them; None if none fit."""
+        fits: list[tuple[int, int, int]] = []
+        for groups in sorted(self.groups, key=lambda g: abs(g - near)):
+            left = budget - self.params(groups, 0)
+            room = left // self.channel // self.multiple_of * self.multiple_of if self.channel else left
+            width = min(room, self.channels)
+            if left >= 0 and width >= min(self.multiple_of, self.channels):
+                fits.append((self.params(groups, width), groups, width))
+                if room <= self.channels:  # the budget is met within one step; else more groups may fill it
+                    break
+        return max(fits)[1:] if fits else None
+
+
+def named(anatomy: Anatomy, layer: int, groups: int, channels: int) -> dict[str, int]:
+    """Axis name -> units kept, for the axes that this layer has."""
+    counts = {f"layers.{layer}.kv_heads": groups, f"layers.{layer}.intermediate": channels}
+    return {name: count for name, count in counts.items() if name in anatomy.axes}
+
+
+def alike_counts(
+    anatomy: Anatomy, budget: int, near: float, multiple_of: int, layers: Sequence[int] | None = None
+) -> dict[str, int]:
+    """KV groups and FFN channels of `layers` (all, if not said) alike: groups close to `near`, channels to fit the budget.
+
+    `budget` counts all blocks; layers that are not named stay whole. UserError if not even one chunk of channels fits.
+    """
+    layers = range(anatomy.shape.num_hidden_layers) if layers is None else layers
+    sizes = Sizes.of(anatomy, layers, multiple_of)
+    others = sum(t.numel for t in anatomy.tensors.values() if t.layer is not None and t.layer not in set(layers))
+    found = sizes.within(budget - others, near)
+    if found is None:
+        raise UserError(
+            f"ratio: {budget:,} block parameters leave no room for one FFN channel in each of {len(layers)} layers; ask for a "
+            "smaller ratio"
+        )
+    return {name: count for i in layers for name, count in named(anatomy, i, *found).items()}
+
+
+def adaptive_counts(anatomy: Anatomy, ratios: Sequence[float], budget: int, multiple_of: int) -> dict[str, int]:
+    """KV groups and FFN channels of every layer, of which `ratios[l]` goes; all blocks together fit `budget`.
+
+    Each layer takes its groups to the nearest and rounds its channels down; the chunks this leaves over go to the largest
+    remainders. So what stays is at most the budget, and short of it by less than a chunk of one layer.
+    """
+    sizes = [Sizes.of(anatomy, [layer], multiple_of) for layer in range(len(ratios))]
+    wanted = [(1 - ratio) * s.params(*s.whole) for s, ratio in zip(sizes, ratios, strict=True)]
+    kept = [
+        s.within(math.floor(most + _ROUNDING), (1 - ratio) * s.whole[0]) or s.fewest
+        for s, most, ratio in zip(sizes, wanted, ratios, strict=True)
+    ]
+    left = budget - sum(s.params(*k) for s, k in zip(sizes, kept, strict=True))
+    while True:
+        short = {i: wanted[i] - s.params(*kept[i]) for i, s in enumerate(sizes) if 0 < _chunk(s, kept[i]) <= left}
+        if not short:
+            return {name: n for i, k in enumerate(kept) for name, n in named(anatomy, i, *k).items()}
+        layer = max(short, key=lambda i: short[i])
+        left -= _chunk(sizes[layer], kept[layer])
+        groups, channels = kept[layer]
+        kept[layer] = groups, min(channels + multiple_of, sizes[layer].channels)
+
+
+def _chunk(sizes: Sizes, kept: tuple[int, int]) -> int:
+    """What the next chunk of channels costs; 0 if there is none."""
+    return min(sizes.multiple_of, sizes.channels - kept[1]) * sizes.channel
