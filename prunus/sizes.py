@@ -62,8 +62,8 @@ class Sizes:
         fits: list[tuple[int, int, int]] = []
         for groups in sorted(self.groups, key=lambda g: abs(g - near)):
             left = budget - self.params(groups, 0)
-            room = left // self.channel // self.multiple_of * self.multiple_of if self.channel else left
-            width = min(room, self.channels)
+            room = left // self.channel if self.channel else left
+            width = self.channels if room >= self.channels else room // self.multiple_of * self.multiple_of
             if left >= 0 and width >= min(self.multiple_of, self.channels):
                 fits.append((self.params(groups, width), groups, width))
                 if room <= self.channels:  # the budget is met within one step; else more groups may fill it
@@ -109,6 +109,7 @@ def adaptive_counts(anatomy: Anatomy, ratios: Sequence[float], budget: int, mult
         for s, most, ratio in zip(sizes, wanted, ratios, strict=True)
     ]
     left = budget - sum(s.params(*k) for s, k in zip(sizes, kept, strict=True))
+    assert left >= 0, "the shares take less than the budget allows"
     while True:
         short = {i: wanted[i] - s.params(*kept[i]) for i, s in enumerate(sizes) if 0 < _chunk(s, kept[i]) <= left}
         if not short:

@@ -12,6 +12,7 @@ from hypothesis import strategies as hs
 from pipeline import lowest
 
 from prunus.allocate import (
+    adaptive_ratios,
     contiguous,
     global_budget,
     kept_in_matrix,
@@ -230,3 +231,48 @@ def test_the_cheapest_run_goes(losses, run):
 def test_a_run_whose_loss_is_no_number_is_not_chosen():
     """In float16 a removal can overflow; that is the worst of losses, not the best."""
     assert contiguous([2.0, math.nan, 1.0, math.inf], 1, 4).units == {"layers": (0, 1, 3)}
+
+
+# -- shares of layers -----------------------------------------------------------------------------------------------------
+
+
+def test_adapt_pruner_s_example():
+    """Section 2.15: cosines .9, .95, .99, base .2, A .1; the importance is 1 - cos, as good as -cos."""
+    cosines = torch.tensor([0.9, 0.95, 0.99], dtype=torch.float64)
+    for importance in (-cosines, 1 - cosines):
+        shares = adaptive_ratios(importance, [1000] * 3, [0.9] * 3, 600, 0.1)
+        assert shares == pytest.approx([0.1, 0.2 + 0.1 / 14, 0.2 + 1.3 / 14], abs=1e-9)
+
+
+@pytest.mark.parametrize("importance", [[0.1, 0.5, 0.2], [0.3, 0.3, 0.3], [0.1, 0.1, 0.1], [0.0, 0.0, 0.0]])
+def test_without_amplitude_or_difference_all_layers_lose_alike(importance):
+    """0.1 * 3 is no exact sum: what rounding leaves of a centred constant must not be blown up to 1."""
+    amplitude = 0.0 if len(set(importance)) > 1 else 0.2
+    shares = adaptive_ratios(torch.tensor(importance, dtype=torch.float64), [100, 300, 200], [1.0] * 3, 150, amplitude)
+    assert shares == pytest.approx([0.25] * 3, abs=1e-12)
+
+
+@given(
+    hs.lists(hs.tuples(hs.floats(0, 2), hs.integers(1, 10**6), hs.floats(0.3, 1)), min_size=1, max_size=12),
+    hs.floats(0, 1),
+    hs.floats(0, 1.5),
+)
+def test_shares_take_exactly_what_is_asked(layers, ratio, amplitude):
+    """Whatever is clipped: the sum is met, shares lie in their bounds, and inside them they differ by A * Ihat."""
+    values, sizes, most = (list(column) for column in zip(*layers, strict=True))
+    removed = round(ratio * sum(m * s for m, s in zip(most, sizes, strict=True)))
+    assume(removed <= sum(m * s for m, s in zip(most, sizes, strict=True)))
+    importance = torch.tensor(values, dtype=torch.float64)
+    shares = adaptive_ratios(importance, sizes, most, removed, amplitude)
+    assert sum(x * s for x, s in zip(shares, sizes, strict=True)) == pytest.approx(removed, abs=1e-6)
+    assert all(0 <= x <= m for x, m in zip(shares, most, strict=True))
+    centred = importance - importance.mean()
+    if float(centred.abs().max()) < 1e-9:
+        return
+    free = [i for i, (x, m) in enumerate(zip(shares, most, strict=True)) if 1e-9 < x < m - 1e-9]
+    bases = [shares[i] + amplitude * float(centred[i] / centred.abs().max()) for i in free]
+    assert max(bases, default=0.0) - min(bases, default=0.0) < 1e-9
+    for i, x in enumerate(shares):  # who is clipped would lie beyond its bound
+        for base in bases[:1]:
+            wanted = base - amplitude * float(centred[i] / centred.abs().max())
+            assert x == pytest.approx(min(max(wanted, 0.0), most[i]), abs=1e-9)
