@@ -156,7 +156,7 @@ class Plan:
         tokens, widest = windows * seq_len, max(layer.intermediate_size for layer in shape.layers)
         streams = tokens * shape.hidden_size * (shape.num_hidden_layers + 1)
         activations = tokens * (6 * widest + 16 * shape.hidden_size)  # what autograd keeps, and the gradients of it
-        logits = 3 * seq_len * shape.vocab_size  # themselves, their softmax, their gradient
+        logits = 4 * seq_len * shape.vocab_size  # themselves, their log-softmax, and the gradients of both
         return 4 * (sums + streams + max(activations + 3 * max(blocks.values()), logits))
 
     def scoring_flops(self, windows: int, seq_len: int) -> int:
