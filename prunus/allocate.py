@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -84,6 +86,49 @@ def global_budget(
         if count * size < len(order):
             keep[name] = tuple(sorted(order[: count * size].tolist()))
     return Keep(keep)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one axis costs and loses at every size that it may have: `sizes` ascending, units; `error` in one unit for all."""
+
+    sizes: tuple[int, ...]
+    error: tuple[float, ...]
+    unit_cost: int
+
+
+_MOST_STATES = 200_000  # of the programme: beyond that costs are rounded up to a coarser grain
+
+
+def least_error(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
+    """Units of every axis with the least sum of errors whose costs fit into `budget`: an exact dynamic programme.
+
+    It counts in the largest grain that divides all costs, so it is exact; were that more than `_MOST_STATES` steps, costs are
+    rounded up, and what is kept may fall short of the budget by one grain an axis. UserError if nothing fits.
+    """
+    grain = math.gcd(*(size * curve.unit_cost for curve in curves.values() for size in curve.sizes))
+    grain *= max(1, math.ceil(budget / grain / _MOST_STATES))
+    room = budget // grain
+    best = np.zeros(room + 1)
+    choices = []
+    for curve in curves.values():
+        found, choice = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int32)
+        for i, (size, error) in enumerate(zip(curve.sizes, curve.error, strict=True)):
+            steps = -(-size * curve.unit_cost // grain)
+            if steps <= room:
+                tried = best[: room + 1 - steps] + error
+                better = tried < found[steps:]
+                found[steps:][better] = tried[better]
+                choice[steps:][better] = i
+        best = found
+        choices.append(choice)
+    if not np.isfinite(best[-1]):
+        raise UserError(f"ratio: even the smallest sizes take more than the {budget:,} parameters that the target leaves")
+    sizes, left = {}, room
+    for (name, curve), choice in zip(reversed(curves.items()), reversed(choices), strict=True):
+        sizes[name] = curve.sizes[choice[left]]
+        left -= -(-sizes[name] * curve.unit_cost // grain)
+    return sizes
 
 
 def contiguous(losses: list[float], run: int, num_layers: int) -> Keep:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import depth, hf, units, weights
+from . import depth, hf, surgeon, units, weights
 from .anatomy import Anatomy
 from .axes import kind_of
 from .data.windows import Windows
@@ -37,6 +37,8 @@ def one_shot_(
     job = Job(plan, model, hf.weights(model, plan.anatomy), windows, batch_size, progress, statistics)
     if plan.method.is_sparse:
         return weights.run_(job)
+    if plan.method.criterion == "output-error":
+        return surgeon.run_(job)
     if set(plan.method.axes) <= {"layers", *hf.SUBLAYERS}:
         return depth.run_(job)
     return units.run_sequential_(job) if plan.method.allocator == "uniform" else units.run_(job)

@@ -86,6 +86,7 @@ class Plan:
             "per-row": _sparse,
             "global-standardised": _global,
             "adaptive": _adaptive,
+            "least-error": _global,
             "target-shape": _width,
             "contiguous": _depth,
             "lowest-layers": _depth,
@@ -100,7 +101,7 @@ class Plan:
     @property
     def out_bias(self) -> frozenset[str]:
         """Sub-layers whose output gains a bias."""
-        return frozenset(hf.SUBLAYERS) if self.compensator == "bias" else frozenset()
+        return frozenset(hf.SUBLAYERS) if self.compensator in ("bias", "affine") else frozenset()
 
     @property
     def target_block_params(self) -> int | None:
@@ -139,13 +140,20 @@ class Plan:
             return frozenset(span.param for span in spans if tensors[span.param].is_matrix)
         return frozenset()
 
+    @property
+    def graded_outputs(self) -> frozenset[str]:
+        """Matrices at whose outputs the scores need the loss's gradient; none for most methods."""
+        if self.method.criterion != "output-error":
+            return frozenset()
+        return frozenset(self.anatomy.reader(axis.name).param for axis in self.scored_axes)
+
     def gradient_bytes(self, windows: int, seq_len: int) -> int:
         """Memory that the way back takes beside the model, in float32, for batches of `windows`: 0 for most methods.
 
         What stays on it: the streams between blocks, and the sums of gradients whose absolute value waits for the last
         window. What comes and goes: one block's activations and gradients, and before them one window's logits.
         """
-        if not self.graded_tensors:
+        if not self.graded_tensors | self.graded_outputs:
             return 0
         tensors, shape = self.anatomy.tensors, self.anatomy.shape
         blocks: dict[int | None, int] = defaultdict(int)
@@ -155,16 +163,17 @@ class Plan:
         sums = sum(blocks.values()) if rule.of_weights else 0
         tokens, widest = windows * seq_len, max(layer.intermediate_size for layer in shape.layers)
         streams = tokens * shape.hidden_size * (shape.num_hidden_layers + 1)
+        largest = max(blocks.values(), default=0)
         activations = tokens * (6 * widest + 16 * shape.hidden_size)  # what autograd keeps, and the gradients of it
         logits = 4 * seq_len * shape.vocab_size  # themselves, their log-softmax, and the gradients of both
-        return 4 * (sums + streams + max(activations + 3 * max(blocks.values()), logits))
+        return 4 * (sums + streams + max(activations + 3 * largest, logits))
 
     def scoring_flops(self, windows: int, seq_len: int) -> int:
         """FLOPs of the passes over the calibration windows."""
         anatomy, count = self.anatomy, self.anatomy.shape.num_hidden_layers
         head = 2 * seq_len * anatomy.shape.vocab_size * anatomy.shape.hidden_size
         blocks = anatomy.flops(seq_len) - head
-        if self.graded_tensors:
+        if self.graded_tensors | self.graded_outputs:
             layers, heads = _taylor_passes(self)
         elif self.run is None and self.method.allocator != "greedy-sublayers":
             layers, heads = count * (self.method.sweeps + (self.compensator == "gain")), 0
@@ -209,7 +218,7 @@ def _choice(name: str, value: str | None, allowed: tuple[str, ...], method: Meth
     return value
 
 
-_PER_LAYER = ("global-standardised", "adaptive", "uniform", "uniform-free")  # these do with channels alone
+_PER_LAYER = ("global-standardised", "least-error", "adaptive", "uniform", "uniform-free")  # these do with channels alone
 
 
 def _refused_axes(method: Method, anatomy: Anatomy) -> tuple[str, ...]:
@@ -520,9 +529,12 @@ def _sublayers(plan: Plan, config: Any) -> Plan:
 def _taylor_passes(plan: Plan) -> tuple[float, float]:
     """As `_depth_passes`. Back through a block is its forward pass again, the stream's gradient, and the weights'."""
     graded = {plan.anatomy.tensors[name].layer for name in plan.graded_tensors}
+    outputs = {plan.anatomy.tensors[name].layer for name in plan.graded_outputs}
     count = plan.anatomy.shape.num_hidden_layers
-    first = min(layer for layer in graded if layer is not None)
-    return count + sum(2 + (layer in graded) for layer in range(first, count)), 2  # the head's weights need no gradient
+    first = min(layer for layer in graded | outputs if layer is not None)
+    after = 4 * count if outputs else 0  # once for the error curves, and three times while blocks are cut
+    # the head's weights need no gradient
+    return count + sum(2 + (layer in graded) for layer in range(first, count)) + after, 2
 
 
 def _depth_passes(plan: Plan) -> tuple[float, float]:

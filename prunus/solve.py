@@ -6,6 +6,7 @@ Shapes: W [out, in]; G = X^T X [in, in] over the calibration tokens. The error o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -135,3 +136,57 @@ def _choose_n_of_m(w_IO: Tensor, kept_IO: Tensor, scale: Tensor, j: int, pattern
     scores = w_IO[j : j + m].square() / scale[j : j + m, None]
     goes = torch.topk(scores, m - n, dim=0, largest=False).indices
     kept_IO[j : j + m] = kept_IO[j : j + m].scatter(0, goes, False)
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """Units in the order in which they went, int64 [gone], and what each added to the output error, float64 [gone]."""
+
+    order: Tensor
+    added: Tensor
+
+
+def eliminate(
+    weight: Tensor, gram: Tensor, rows: Tensor, keep: int, *, damp: float = 1e-3, step: float = 0.05
+) -> Elimination:
+    """Remove units of a matrix's input until `keep` stay, the cheapest first, each repaired by least squares (OBS).
+
+    `rows` [U, S] are the S inputs of every unit. A unit's cost is tr(W_u (G^-1)_uu^-1 W_u^T), the error that its removal adds
+    once the inputs that stay have taken over what they can (ZipLM eq. 2; for S = 1 it is |W_j|^2 / [G^-1]_jj). A share `step`
+    of the units that are to go goes between two updates of G^-1; what each adds is exact also inside such a step. Float64.
+    """
+    units, size = rows.shape
+    inputs = rows.reshape(-1)
+    inverse = torch.cholesky_inverse(factor(gram[inputs][:, inputs].double(), damp).lower)
+    matrix = weight[:, inputs].double()
+    alive = torch.arange(units)
+    order, added = [], []
+    at_once = max(1, math.ceil((units - keep) * step))
+    while (count := min(at_once, len(alive) - keep)) > 0:
+        goes = torch.argsort(_unit_costs(matrix, inverse, size), stable=True)[:count]
+        gone = (goes[:, None] * size + torch.arange(size)).reshape(-1)
+        stays = torch.ones(len(alive), dtype=torch.bool)
+        stays[goes] = False
+        rest = stays.repeat_interleave(size).nonzero().squeeze(1)
+        corner = torch.linalg.cholesky(inverse[gone][:, gone])
+        both = torch.cat([matrix[:, gone].T, inverse[gone][:, rest]], 1)
+        of_weight, of_inverse = torch.linalg.solve_triangular(corner, both, upper=False).split(
+            [matrix.shape[0], len(rest)], 1
+        )
+        order.append(alive[goes])
+        added.append(of_weight.square().sum(1).view(-1, size).sum(1))
+        matrix = matrix[:, rest] - of_weight.T @ of_inverse
+        inverse = inverse[rest][:, rest] - of_inverse.T @ of_inverse
+        alive = alive[stays]
+    none = torch.zeros(0)
+    return Elimination(torch.cat([none.long(), *order]), torch.cat([none.double(), *added]))
+
+
+def _unit_costs(matrix: Tensor, inverse: Tensor, size: int) -> Tensor:
+    """tr(W_u (G^-1)_uu^-1 W_u^T) of every unit of `size` neighbouring inputs, float64 [U]."""
+    if size == 1:
+        return matrix.square().sum(0) / inverse.diagonal()
+    units = matrix.shape[1] // size
+    blocks_USS = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    weights_USO = matrix.view(-1, units, size).permute(1, 2, 0)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(blocks_USS), weights_USO, upper=False).square().sum((1, 2))

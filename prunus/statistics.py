@@ -103,6 +103,11 @@ class Moments:
         return self.sums["gram"]
 
     @property
+    def covariance_CC(self) -> Tensor:
+        """Sum over tokens of (x - mean)(x - mean)^T, float64."""
+        return self.gram_CC - self.count * torch.outer(self.mean_C, self.mean_C)
+
+    @property
     def mean_C(self) -> Tensor:
         """Mean over tokens, float64."""
         assert self.shift_C is not None
@@ -233,12 +238,16 @@ class Sweep:
     def observe(self, layer: int, collectors: Mapping[str, Collector]) -> None:
         """Collect what the modules of one block read and leave the windows where they are.
 
-        Nobody reads this pass's output, so the block's last matrices are not multiplied: a quarter of the work saved.
+        Nobody reads this pass's output, so the block's last matrices are not multiplied: a quarter of the work saved. Where
+        nobody asks for what the MLP reads, none of its matrices are.
         """
-        with (
-            self._silenced(reading_points(self.anatomy, layer).get(("mlp", "intermediate"), [])),
-            self.collecting(collectors),
+        points = reading_points(self.anatomy, layer)
+        silent = points.get(("mlp", "intermediate"), [])
+        if not any(
+            f"{module}.weight" in names for (where, _), names in points.items() if where == "mlp" for module in collectors
         ):
+            silent = [name for (where, _), names in points.items() if where == "mlp" for name in names]
+        with self._silenced(silent), self.collecting(collectors):
             for hidden in self.hidden:
                 self.forward(layer, hidden)
 
@@ -249,7 +258,7 @@ class Sweep:
             parent, _, leaf = name.removesuffix(".weight").rpartition(".")
             module = self.model.get_submodule(parent)
             originals.append((module, leaf, getattr(module, leaf)))
-            setattr(module, leaf, _Silent(self.anatomy.shape.hidden_size))
+            setattr(module, leaf, _Silent(self.anatomy.tensors[name].shape[0]))
         try:
             yield
         finally:

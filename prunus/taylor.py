@@ -123,12 +123,13 @@ def _wide(tensor: Tensor) -> Tensor:
 def walk_back(job: Job, take: Take, *, per_window: bool = False, look: Look | None = None) -> None:
     """Hand the loss's gradient at every tensor of `plan.graded_tensors` to `take`, batch by batch, in float32 or wider.
 
+    So too the gradient [B, T, out] at what every matrix of `plan.graded_outputs` gives, under the matrix's name.
     Blocks are run a second time on the way back, so memory holds one batch's streams and the activations of one block. The
     way ends at the first block that has such a tensor. `per_window` makes every window a batch of its own.
     """
-    windows, anatomy, wanted = job.windows, job.plan.anatomy, job.plan.graded_tensors
+    windows, anatomy, wanted, outputs = job.windows, job.plan.anatomy, job.plan.graded_tensors, job.plan.graded_outputs
     assert windows is not None
-    first = min(layer for name in wanted if (layer := anatomy.tensors[name].layer) is not None)
+    first = min(layer for name in wanted | outputs if (layer := anatomy.tensors[name].layer) is not None)
     batches = windows.ids_NT.split(1 if per_window else job.batch_size)
     for b, ids_BT in enumerate(batches):
         share = len(ids_BT) / windows.num_windows
@@ -143,7 +144,7 @@ def walk_back(job: Job, take: Take, *, per_window: bool = False, look: Look | No
             hidden = out
         gradient = _at_the_end(job.model, anatomy, hidden, ids_BT)
         for layer in reversed(range(first, len(sweep.blocks))):
-            gradient, found = _through(sweep, layer, streams.pop(), gradient, wanted)
+            gradient, found = _through(sweep, layer, streams.pop(), gradient, wanted, outputs)
             for name, value in found.items():
                 take(name, _wide(value) / _LOSS_SCALE, share)
         job.progress("score", b + 1, len(batches))
@@ -163,14 +164,28 @@ def _at_the_end(model: PreTrainedModel, anatomy: Anatomy, hidden_BTD: Tensor, id
 
 @torch.enable_grad()
 def _through(
-    sweep: Sweep, layer: int, hidden_BTD: Tensor, gradient_BTD: Tensor, wanted: Collection[str]
+    sweep: Sweep,
+    layer: int,
+    hidden_BTD: Tensor,
+    gradient_BTD: Tensor,
+    wanted: Collection[str],
+    outputs: Collection[str],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Back through one block: the gradients at its input and, by name, at its wanted weights."""
+    """Back through one block: the gradients at its input and, by name, at its wanted weights and matrices' outputs."""
     block, prefix = sweep.blocks[layer], sweep.anatomy.block_name(layer)
     leaves = {name: p.detach() for name, p in block.named_parameters()}  # the model's flags stay as they are
     at = {prefix + name: p.requires_grad_() for name, p in leaves.items() if prefix + name in wanted}
+    handles = []
+    for name in leaves:
+        if prefix + name in outputs:
+            module = block.get_submodule(name.removesuffix(".weight"))
+            handles.append(module.register_forward_hook(lambda _, __, out, n=prefix + name: at.__setitem__(n, out)))
     stream = hidden_BTD.detach().requires_grad_()
-    out = torch.func.functional_call(block, leaves, (stream,), sweep.keywords(layer, len(stream)))
+    try:
+        out = torch.func.functional_call(block, leaves, (stream,), sweep.keywords(layer, len(stream)))
+    finally:
+        for handle in handles:
+            handle.remove()
     out = out[0] if isinstance(out, tuple) else out
     found = torch.autograd.grad(out, [stream, *at.values()], gradient_BTD, materialize_grads=True)
     return found[0], dict(zip(at, found[1:], strict=True))

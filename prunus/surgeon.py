@@ -1,0 +1,256 @@
+"""Our own method: cut what the rest can make up for, where that costs the loss least, and let the rest make up for it.
+
+1. One pass forward and back gives F = E[g g^T] at what every o_proj and down_proj puts out: g is the gradient of a token's
+   loss there, so an output error e costs about e^T F e / 2 nats (the Fisher information as the loss's curvature).
+2. One dense sweep gives for every sub-layer the error, in nats, of all sizes that it could have: units go the cheapest first,
+   and after each the weights that read the rest are solved again (optimal brain surgery on Gram matrices, `solve.eliminate`).
+3. A dynamic programme takes the sizes with the least sum of errors that meet the target (`allocate.least_error`).
+4. Sub-layer by sub-layer, on what the cut sub-layers before give: units go as in step 2, to the size of step 3, and the
+   matrix that reads the rest is refitted by affine least squares.
+
+Shapes: B windows in a batch, T tokens, D hidden size, C channels of a matrix's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .allocate import Curve, least_error
+from .anatomy import Anatomy
+from .axes import Axis, kind_of
+from .cut import zero_
+from .job import Job, Outcome, finish_
+from .keep import Keep
+from .planning import Plan, biased_anatomy
+from .sizes import Sizes, named
+from .solve import Elimination, eliminate, refit
+from .statistics import Moments, Statistics, layer_moments
+from .taylor import walk_back
+
+_INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
+_LEVELS = 48  # sizes of an axis that the programme tells apart
+
+
+@torch.no_grad()
+def run_(job: Job) -> Outcome:
+    """Carry out a plan: curves, sizes, then cut and refit sub-layer by sub-layer."""
+    plan = job.plan
+    with job.timed("score"):
+        curves = error_curves(job, output_fisher(job))
+    with job.timed("allocate"):
+        sizes = _alike(plan, curves) if plan.request.uniform else _each(plan, curves)
+    keep, extra = cut_and_refit_(job, sizes)
+    outcome = finish_(job, keep, extra)
+    outcome.measured = {
+        "curves": {name: {"sizes": list(curve.sizes), "nats": list(curve.error)} for name, curve in curves.items()}
+    }
+    return outcome
+
+
+# -- 1: what an error costs -----------------------------------------------------------------------------------------------
+
+
+def output_fisher(job: Job) -> dict[str, Tensor]:
+    """Matrix name -> E[g g^T] [D, D] over tokens, float64; g is the gradient of the summed loss at the matrix's output."""
+    windows = job.windows
+    assert windows is not None
+    tokens = windows.num_windows * (windows.seq_len - 1)
+    out: dict[str, Tensor] = {}
+
+    def take(name: str, gradient_BTD: Tensor, share: float) -> None:
+        g_ND = gradient_BTD.flatten(0, 1)
+        losses = share * tokens  # the gradient is of the batch's mean loss
+        value = (g_ND.T @ g_ND).double() * (losses * losses / tokens)
+        out[name] = out[name] + value if name in out else value
+
+    walk_back(job, take)
+    return out
+
+
+# -- 2: what each size costs ----------------------------------------------------------------------------------------------
+
+
+def error_curves(job: Job, fisher: Mapping[str, Tensor]) -> dict[str, Curve]:
+    """Axis name -> nats a token that each of its sizes costs, by itself, once the matrix that reads it is refitted."""
+    anatomy, sweep = job.plan.anatomy, job.sweep()
+    costs = biased_anatomy(job.plan)
+    count = len(sweep.blocks)
+    curves: dict[str, Curve] = {}
+    for layer in range(count):
+        statistics, modules = layer_moments(sweep, layer, _WANTS)
+        if layer + 1 < count:
+            with sweep.collecting(modules):
+                sweep.run(layer)
+        else:
+            sweep.observe(layer, modules)
+        for axis in _axes(job.plan, layer):
+            reader = anatomy.reader(axis.name)
+            metric = _root(fisher[reader.param])
+            weight, moments = metric @ job.tensors[reader.param].double(), _moments(statistics, axis)
+            levels = _levels(axis.size, job.plan.multiple_of if kind_of(axis.name) == "intermediate" else 1)
+            found = eliminate(weight, moments.covariance_CC, reader.rows(range(axis.size)), levels[0])
+            error = _error_at(found, axis.size, levels) / (2 * moments.count)
+            curves[axis.name] = Curve(tuple(levels), tuple(error.tolist()), costs.unit_params(axis.name))
+        job.progress("score", layer + 1, count)
+    return curves
+
+
+_WANTS = dict.fromkeys(("q", "intermediate"), frozenset({"mean", "gram"}))
+
+
+def _axes(plan: Plan, layer: int) -> list[Axis]:
+    """The axes of one layer that may be cut, attention before the MLP."""
+    return [axis for axis in plan.scored_axes if axis.layer == layer]
+
+
+def _moments(statistics: Statistics, axis: Axis) -> Moments:
+    sublayer, segment = _INPUT_OF[kind_of(axis.name)]
+    return statistics[f"layers.{axis.layer}.{sublayer}.{segment}"]
+
+
+def _root(fisher_DD: Tensor) -> Tensor:
+    """R with R^T R = F: in R y the squared error is the loss."""
+    values, vectors = torch.linalg.eigh(fisher_DD)
+    return (vectors * values.clamp_min(0).sqrt()).T
+
+
+def _levels(size: int, multiple_of: int) -> list[int]:
+    """Sizes from one chunk to the whole, `_LEVELS` at most, in chunks of `multiple_of`."""
+    chunks = -(-size // multiple_of)
+    step = multiple_of * -(-chunks // _LEVELS)
+    return sorted({min(n, size) for n in range(step, size + step, step)} | {min(multiple_of, size)})
+
+
+def _error_at(found: Elimination, size: int, levels: list[int]) -> Tensor:
+    """Error added once only `levels` units are left, float64, none at the whole size."""
+    total = torch.cat([torch.zeros(1, dtype=torch.float64), found.added.cumsum(0)])
+    return total[torch.tensor([size - level for level in levels])]
+
+
+# -- 3: sizes -------------------------------------------------------------------------------------------------------------
+
+
+def _each(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
+    """Sizes of every axis; what the programme's levels leave of the budget buys chunks where they help most."""
+    assert plan.budget is not None
+    biased = biased_anatomy(plan)
+    sizes = least_error(curves, room := plan.budget - _fixed(biased, curves))
+    left = room - sum(curve.unit_cost * sizes[name] for name, curve in curves.items())
+    while True:
+        gains = {name: gain for name in curves if (gain := _next_gain(plan, curves[name], name, sizes[name], left)) > 0}
+        if not gains:
+            return sizes
+        name = max(gains, key=lambda n: gains[n])
+        more = min(_chunk(plan, name), curves[name].sizes[-1] - sizes[name])
+        sizes[name] += more
+        left -= more * curves[name].unit_cost
+
+
+def _fixed(anatomy: Anatomy, curves: Mapping[str, Curve]) -> int:
+    """Block parameters that no curve's axis owns."""
+    return anatomy.block_params - sum(curve.unit_cost * curve.sizes[-1] for curve in curves.values())
+
+
+def _chunk(plan: Plan, name: str) -> int:
+    return plan.multiple_of if kind_of(name) == "intermediate" else 1
+
+
+def _next_gain(plan: Plan, curve: Curve, name: str, size: int, left: int) -> float:
+    """Error saved per parameter by the next chunk of an axis; 0 if there is none or it costs more than `left`."""
+    more = min(_chunk(plan, name), curve.sizes[-1] - size)
+    if not 0 < more * curve.unit_cost <= left:
+        return 0.0
+    return max(_at(curve, size) - _at(curve, size + more), 1e-30) / (more * curve.unit_cost)
+
+
+def _at(curve: Curve, size: int) -> float:
+    """The curve at a size between its levels, by straight lines."""
+    i = next(i for i, level in enumerate(curve.sizes) if level >= size)
+    if curve.sizes[i] == size or i == 0:
+        return curve.error[i]
+    share = (size - curve.sizes[i - 1]) / (curve.sizes[i] - curve.sizes[i - 1])
+    return curve.error[i - 1] + share * (curve.error[i] - curve.error[i - 1])
+
+
+def _alike(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
+    """The same sizes in every layer: of all pairs that fill the budget the one with the least sum of errors."""
+    biased, layers = biased_anatomy(plan), range(plan.anatomy.shape.num_hidden_layers)
+    assert plan.budget is not None
+    sizes = Sizes.of(biased, layers, plan.multiple_of)
+    best: tuple[float, dict[str, int]] | None = None
+    for groups in sizes.groups:
+        room = (plan.budget - sizes.params(groups, 0)) // sizes.channel // plan.multiple_of * plan.multiple_of
+        channels = min(room, sizes.channels)
+        if channels < min(plan.multiple_of, sizes.channels):
+            continue
+        counts = {name: n for i in layers for name, n in named(plan.anatomy, i, groups, channels).items()}
+        error = sum(_at(curve, counts[name]) for name, curve in curves.items())
+        if best is None or error < best[0]:
+            best = (error, counts)
+    assert best is not None, "the plan has refused what cannot be reached"
+    return best[1]
+
+
+# -- 4: the cut -----------------------------------------------------------------------------------------------------------
+
+
+def cut_and_refit_(job: Job, sizes: Mapping[str, int]) -> tuple[Keep, dict[str, Tensor]]:
+    """Changes the job's weights and model: dropped units become zero, readers are refitted. Returns the decision and biases.
+
+    The MLP's units are scored behind the block's own cut attention, and every block behind the cut blocks before it.
+    """
+    plan, sweep = job.plan, job.sweep()
+    count = len(sweep.blocks)
+    kept: dict[str, tuple[int, ...]] = {}
+    extra: dict[str, Tensor] = {}
+    for layer in range(count):
+        for axis in _axes(plan, layer):
+            with job.timed("score"):
+                sublayer, segment = _INPUT_OF[kind_of(axis.name)]
+                name = f"layers.{layer}.{sublayer}.{segment}"
+                named_, modules = layer_moments(sweep, layer, {segment: _WANTS[segment]})
+                sweep.observe(layer, modules)
+            with job.timed("cut"):
+                kept |= _cut_(job, axis, sizes[axis.name], named_[name], extra)
+        if layer + 1 < count:
+            with job.timed("score"):
+                sweep.run(layer)
+        job.progress("cut", layer + 1, count)
+    return Keep({name: units for name, units in kept.items() if len(units) < plan.anatomy.axes[name].size}), extra
+
+
+def _cut_(job: Job, axis: Axis, size: int, moments: Moments, extra: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Choose the units of one axis, zero the others, and refit what reads them; adds the bias to `extra`."""
+    anatomy, tensors = job.plan.anatomy, job.tensors
+    reader = anatomy.reader(axis.name)
+    weight = tensors[reader.param]
+    affine = job.plan.compensator == "affine"
+    gram = moments.covariance_CC if affine else moments.gram_CC
+    gone = eliminate(weight, gram, reader.rows(range(axis.size)), size).order
+    stays = torch.ones(axis.size, dtype=torch.bool)
+    stays[gone] = False
+    units = tuple(stays.nonzero().squeeze(1).tolist())
+    rows = reader.rows(units).reshape(-1)
+    dense = weight.double()
+    if len(gone):
+        refitted = refit(weight, gram, rows)
+        zero_(tensors, anatomy, Keep({axis.name: units}))
+        weight[:, rows] = refitted.to(weight.dtype)
+    if affine:
+        shift = (dense - weight.double()) @ moments.mean_C
+        _add_bias_(job, reader.param, shift, extra)
+    return {axis.name: units}
+
+
+def _add_bias_(job: Job, param: str, shift: Tensor, extra: dict[str, Tensor]) -> None:
+    """Changes the live module: what it puts out moves by `shift`."""
+    name = param.removesuffix("weight") + "bias"
+    module = job.model.get_submodule(param.removesuffix(".weight"))
+    assert isinstance(module, torch.nn.Linear)
+    if module.bias is not None:
+        shift = shift + module.bias.double()
+    extra[name] = shift.float()
+    module.bias = torch.nn.Parameter(shift.to(module.weight.dtype), requires_grad=False)
