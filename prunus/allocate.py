@@ -125,7 +125,7 @@ def least_error(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
     if not np.isfinite(best[-1]):
         raise UserError(f"ratio: even the smallest sizes take more than the {budget:,} parameters that the target leaves")
     sizes, left = {}, room
-    for (name, curve), choice in zip(reversed(curves.items()), reversed(choices), strict=True):
+    for (name, curve), choice in zip(reversed(list(curves.items())), reversed(choices), strict=True):
         sizes[name] = curve.sizes[choice[left]]
         left -= -(-sizes[name] * curve.unit_cost // grain)
     return sizes
