@@ -41,6 +41,22 @@ class Tensor_:
         return len(self.shape) == 2 and self.layer is not None
 
 
+# beside each sub-layer of a sliced model: what takes the stream from the basis that it reads to the one that it writes
+SHORTCUTS: dict[str, tuple[str | None, Param]] = {
+    f"{sublayer}_shortcut.weight": (sublayer, Param((("hidden",), ("hidden",)))) for sublayer in ("attention", "mlp")
+}
+
+
+def _in_stream(param: Param, *, reads_only: bool = False) -> Param:
+    """The same parameter in a sliced stream: its ``hidden`` dimensions become ``stream``, what it writes unless excepted."""
+    stays = 0 if reads_only and not param.norm else None
+    dims = (segs if i == stays else tuple(_STREAM.get(s, s) for s in segs) for i, segs in enumerate(param.dims))
+    return replace(param, dims=tuple(dims))
+
+
+_STREAM = {"hidden": "stream"}
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """All parameters and axes of one model, from its config alone."""
@@ -86,15 +102,23 @@ class Anatomy:
         """Every parameter by its name in the state dict, tied head excluded."""
         out: dict[str, Tensor_] = {}
         for module, params in self.family.outer.items():
-            for leaf, param in params.items():
-                if self._exists(param):
+            for leaf, declared in params.items():
+                if self._exists(declared):
+                    param = _in_stream(declared) if self.is_sliced and module == self.family.embedding else declared
                     out[f"{module}.{leaf}"] = Tensor_(self._dims(param, None), param)
-        table = self.family.block_params()
+        table = self.family.block_params() | (SHORTCUTS if self.is_sliced else {})
         for i, layer in enumerate(self.shape.layers):
-            for name, (sublayer, param) in table.items():
+            for name, (sublayer, declared) in table.items():
+                ends = i + 1 == self.shape.num_hidden_layers and sublayer == "mlp"  # what leaves the last block is hidden
+                param = _in_stream(declared, reads_only=ends) if self.is_sliced else declared
                 if sublayer not in layer.skipped and self._exists(param):
                     out[self.block_name(i) + name] = Tensor_(self._dims(param, layer), param, i, sublayer)
         return out
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether the blocks hand on a sliced stream, each sub-layer in a basis of its own (SliceGPT)."""
+        return self.shape.stream_size is not None
 
     def block_name(self, layer: int) -> str:
         """Prefix of a block's parameters: ``model.layers.3.``"""
@@ -113,6 +137,9 @@ class Anatomy:
             return s.hidden_size if segment == "hidden" else s.vocab_size
         if segment == "head_dim":
             return s.head_dim
+        if segment == "stream":
+            assert s.stream_size is not None
+            return s.stream_size
         assert layer is not None, segment
         sizes = {
             "q": layer.num_attention_heads * s.head_dim,
@@ -164,7 +191,7 @@ class Anatomy:
         for segment in segments:
             if segment in ("hidden", "vocab"):
                 spans[segment].append(Span(name, dim, offset=offset))
-            elif layer is not None and segment != "head_dim":
+            elif layer is not None and segment not in ("head_dim", "stream"):
                 for axis, size, span in self._inner(segment, layer, name, dim, offset):
                     spans[f"layers.{t.layer}.{axis}"].append(span)
                     sizes[f"layers.{t.layer}.{axis}"] = size

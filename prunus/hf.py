@@ -106,6 +106,19 @@ def target_for(
     return Target(pruned, after.with_flags(*ours), tuple(notes))
 
 
+def sliced_target(config: PreTrainedConfig, anatomy: Anatomy, size: int) -> Target:
+    """The config of the model whose blocks hand on `size` directions of the stream, changed by shortcut matrices."""
+    after = anatomy.with_shape(replace(anatomy.shape, stream_size=size, tie_word_embeddings=False))
+    model_type = config.model_type.removeprefix(PRUNED_PREFIX)
+    fields = _fields(config, anatomy, Keep(), after, fold=False) | {"stream_size": size}
+    ours = {flag for flag in after.flags if flag.endswith("_out_bias")}
+    note = (
+        f"the stream changes its basis at every sub-layer: the checkpoint is of type pruned_{model_type} and loads with prunus, "
+        "or with trust_remote_code=True; no stock engine can serve it (--option rotation=shared gives a stock type)"
+    )
+    return Target(_pruned_config(model_type, fields, after, ours), after, (note,))
+
+
 _NOT_OURS = (
     "model_type architectures transformers_version per_layer_config auto_map _name_or_path _model_name_or_path"
 ).split()
@@ -129,6 +142,7 @@ def _fields(config: PreTrainedConfig, anatomy: Anatomy, keep: Keep, after: Anato
         "head_dim": shape.head_dim,
         "vocab_size": shape.vocab_size,
         "num_hidden_layers": shape.num_hidden_layers,
+        "tie_word_embeddings": shape.tie_word_embeddings,
     }
     for name in anatomy.family.config_lacks:
         fields.pop(name, None)

@@ -91,6 +91,7 @@ class Keep:
             size("vocab", shape.vocab_size),
             shape.tie_word_embeddings,
             tuple(layers),
+            shape.stream_size,
         )
         return anatomy.with_shape(cut)
 

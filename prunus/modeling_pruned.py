@@ -6,6 +6,7 @@ pass ``trust_remote_code=True``) and ``AutoModelForCausalLM.from_pretrained`` lo
 The sizes stand in the config under Hugging Face's own ``per_layer_config`` schema (PR 45333); transformers 5.15 to 5.23
 read that schema but build every layer from the global sizes, so the classes below rebuild each layer from its own entry.
 ``attention_out_bias`` and ``mlp_out_bias`` add a bias to the projection that leaves a sub-layer (FLAP's compensation).
+``stream_size`` says that the blocks hand on a stream of that size, in another basis at every sub-layer (SliceGPT).
 """
 
 import copy
@@ -83,6 +84,33 @@ def _with_bias(linear):
     return nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
+class Shortcuts:
+    """Mixed into a block of a sliced model: what passes a sub-layer by changes its basis in a shortcut matrix."""
+
+    def forward(self, hidden_states, **kwargs):
+        """As any block with a norm in front of each sub-layer. Phi-3's dropout on the stream is left out."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = self.attention_shortcut(hidden_states) + attended
+        return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def _add_shortcuts_(layer, out_size, eps_scale, norms):
+    """Changes a block that was built at the stream's size; what leaves it has `out_size` channels.
+
+    Its norms divide by the stream's size where the whole stem's is meant: their gains say so, and here their epsilons.
+    """
+    old = layer.mlp.down_proj
+    size, like = old.out_features, {"device": old.weight.device, "dtype": old.weight.dtype}
+    layer.__class__ = type(type(layer).__name__, (Shortcuts, type(layer)), {})
+    layer.attention_shortcut = nn.Linear(size, size, bias=False, **like)
+    layer.mlp_shortcut = nn.Linear(size, out_size, bias=False, **like)
+    layer.mlp.down_proj = nn.Linear(old.in_features, out_size, bias=old.bias is not None, **like)
+    for name in (*norms["attention"], *norms["mlp"]):
+        norm = getattr(layer, name)
+        for epsilon in {"variance_epsilon", "eps"} & set(vars(norm)):  # Llama's name for it, and Gemma's
+            setattr(norm, epsilon, getattr(norm, epsilon) * eps_scale)
+
+
 def _layer_view_class(base, config):
     """Configs of single layers with the whole model's attention backend, so that a later switch reaches the layers."""
     return type("LayerView", (base,), {"_attn_implementation": property(lambda self: config._attn_implementation)})
@@ -92,9 +120,19 @@ def _rebuild_layers_(model, config, norms, names):
     """Replace every layer by one of its own sizes. `model` is the decoder, built from the global sizes."""
     layers = model.layers
     view_class = _layer_view_class(type(config), config)
+    stream_size = getattr(config, "stream_size", None)
+    if stream_size is not None:
+        table = model.embed_tokens
+        table.weight, table.embedding_dim = nn.Parameter(table.weight[:, :stream_size].detach().clone()), stream_size
     for i in range(len(layers)):
         own = config.per_layer_config[i] if config.is_heterogeneous else config
+        if stream_size is not None:
+            own = copy.copy(own)
+            own.hidden_size = stream_size
         layer = type(layers[i])(own, i) if config.is_heterogeneous else layers[i]
+        if stream_size is not None:
+            out_size = config.hidden_size if i + 1 == len(layers) else stream_size
+            _add_shortcuts_(layer, out_size, config.hidden_size / stream_size, norms)
         for sublayer in ("attention", "mlp"):
             if getattr(config, f"{sublayer}_out_bias", False):
                 module, out = getattr(layer, names[sublayer]), names[f"{sublayer}_out"]

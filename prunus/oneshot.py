@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import depth, hf, surgeon, units, weights
+from . import depth, hf, rotation, surgeon, units, weights
 from .anatomy import Anatomy
 from .axes import kind_of
 from .data.windows import Windows
@@ -41,6 +41,8 @@ def one_shot_(
         return surgeon.run_(job)
     if set(plan.method.axes) <= {"layers", *hf.SUBLAYERS}:
         return depth.run_(job)
+    if plan.method.allocator == "rotation":
+        return rotation.run_(job)
     return units.run_sequential_(job) if plan.method.allocator == "uniform" else units.run_(job)
 
 

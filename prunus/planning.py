@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from .anatomy import Anatomy
 from .axes import Axis
 from .criteria import TAYLOR_RULES
 from .errors import UserError, nearest, unknown
-from .hf import Target, target_for
+from .hf import Target, sliced_target, target_for
 from .keep import Keep
 from .methods import Method, method_named
 from .shape import LayerShape
@@ -66,6 +67,11 @@ class Plan:
     def make(cls, config: Any, anatomy: Anatomy, request: Request) -> Plan:
         """Check a request against the method and the model; UserError names the field, the value and the mend."""
         method = method_named(request.method)
+        if anatomy.is_sliced:
+            raise UserError(
+                f"{method.name}: this model's stream is sliced already and changes its basis at every sub-layer, which no method "
+                "cuts further; prune the model that it was made from"
+            )
         compensator = _choice("compensate", request.compensate, method.compensators, method)
         for name in request.options:
             if name not in method.options:
@@ -94,6 +100,7 @@ class Plan:
             "greedy-sublayers": _sublayers,
             "uniform": _uniform,
             "uniform-free": _uniform,
+            "rotation": _rotation,
         }[method.allocator]
         made = build(plan, config)
         return replace(made, notes=(*notes, *made.notes))
@@ -176,7 +183,8 @@ class Plan:
         if self.graded_tensors | self.graded_outputs:
             layers, heads = _taylor_passes(self)
         elif self.run is None and self.method.allocator != "greedy-sublayers":
-            layers, heads = count * (self.method.sweeps + (self.compensator == "gain")), 0
+            more = (self.compensator == "gain") - (self.options.get("rotation") == "shared")
+            layers, heads = count * (self.method.sweeps + more), 0
         else:
             layers, heads = _depth_passes(self)
         return round(windows * (blocks * layers / count + head * heads))
@@ -458,6 +466,49 @@ def proportional_width(anatomy: Anatomy, ratio: float, multiple_of: int) -> tupl
             "or give --target"
         )
     return best[1], best[2]
+
+
+def _rotation(plan: Plan, config: Any) -> Plan:
+    _refuse(plan, "pattern")
+    anatomy, shape, multiple = plan.anatomy, plan.anatomy.shape, plan.multiple_of
+    per_block = plan.options["rotation"] == "per-block"
+    if why := anatomy.family.unrotatable:
+        raise UserError(f"slicegpt: it turns the stream, but {why}; use flap or minitron-width instead")
+    if per_block and any(layer.skipped for layer in shape.layers):
+        raise UserError("slicegpt: some layers of this model lack a sub-layer to turn; add --option rotation=shared")
+
+    def params(size: int) -> int:
+        cut = replace(shape, stream_size=size) if per_block else replace(shape, hidden_size=size)
+        return anatomy.with_shape(cut).block_params
+
+    if plan.request.target:
+        _refuse(plan, "multiple_of", why="--target says the sizes themselves")
+        size = _target_sizes(plan, ("hidden_size",))["hidden_size"]
+        _check_size("hidden_size", size, shape.hidden_size)
+        if params(size) >= anatomy.block_params:
+            with_what = " with the shortcut matrices" if per_block else ""
+            raise UserError(
+                f"target: {size} of {shape.hidden_size} directions{with_what} take {params(size):,} block parameters, no fewer "
+                f"than the {anatomy.block_params:,} of the source; give a smaller hidden_size"
+            )
+    else:
+        ratio = _ratio(plan, allow_target=True)
+        sizes = range(multiple, shape.hidden_size + 1, multiple)
+        found = bisect_right(sizes, (1 - ratio) * anatomy.block_params, key=params)
+        if not found:
+            raise UserError(
+                f"ratio: {ratio} leaves no room for {multiple} directions of the stream; ask for a smaller ratio or another "
+                "--multiple-of"
+            )
+        size = sizes[found - 1]
+    keep = Keep({"hidden": tuple(range(size))})
+    untied = anatomy.with_shape(replace(shape, tie_word_embeddings=False))
+    target = sliced_target(config, anatomy, size) if per_block else target_for(config, untied, keep)
+    if shape.tie_word_embeddings:
+        note = f"the embedding and the head need different matrices, so they are untied: {shape.vocab_size:,} rows more are stored"
+        target = replace(target, notes=(*target.notes, note))
+    step = params(size) - params(size - multiple) if size > multiple else params(size)
+    return replace(plan, counts={"hidden": size}, target=target, step=step, notes=target.notes)
 
 
 def _depth(plan: Plan, config: Any) -> Plan:

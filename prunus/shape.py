@@ -32,6 +32,7 @@ class Shape:
     vocab_size: int
     tie_word_embeddings: bool
     layers: tuple[LayerShape, ...]
+    stream_size: int | None = None  # of a sliced stream, whose basis shortcut matrices change at every sub-layer (SliceGPT)
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -44,7 +45,8 @@ class Shape:
         if head_dim is None:
             heads = _size(config.per_layer_config[0] if heterogeneous else config, "num_attention_heads")
             head_dim = hidden // heads
-        return cls(hidden, head_dim, _size(config, "vocab_size"), bool(config.tie_word_embeddings), layers)
+        stream = None if getattr(config, "stream_size", None) is None else _size(config, "stream_size")
+        return cls(hidden, head_dim, _size(config, "vocab_size"), bool(config.tie_word_embeddings), layers, stream)
 
     @classmethod
     def uniform(
@@ -80,6 +82,8 @@ class Shape:
     def describe(self) -> dict[str, Any]:
         """Sizes as plain data; a size that differs between layers is the list of its values."""
         out: dict[str, Any] = {"num_hidden_layers": self.num_hidden_layers, "hidden_size": self.hidden_size}
+        if self.stream_size is not None:
+            out["stream_size"] = self.stream_size
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             values = [getattr(layer, name) for layer in self.layers]
             out[name] = values[0] if len(set(values)) == 1 else values

@@ -19,7 +19,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "errors network axes shape families anatomy keep cut",
     "methods headers modeling_pruned hf source data data.text data.windows",
     "statistics criteria allocate compensate solve sizes",
-    "planning evaluation job units weights taylor surgeon depth oneshot",
+    "planning evaluation job units weights taylor surgeon depth rotation oneshot",
     "reload verification record checkpoint measure",
     "api",
     "show progress quickstart cli",

@@ -54,6 +54,7 @@ class Family:
     shared: Mapping[str, Mapping[str, Param]] = field(default_factory=dict)  # what both sub-layers read: stays with a block
     norm: NormKind = "rms"  # of the norms over the stem; LayerNorm subtracts the mean, so cutting the stem is inexact
     gain: Literal["weight", "one_plus_weight"] = "weight"  # RMSNorm multiplies by w, or by 1 + w (Gemma)
+    norms_behind: tuple[str, ...] = ()  # modules of norms over the stem that read what a sub-layer writes (Gemma 2, OLMo 2)
     embedding_scaled: bool = False  # embeddings are multiplied by sqrt(hidden_size) (Gemma)
     hidden_multiple_of_heads: bool = False  # the config refuses hidden_size % num_attention_heads != 0
     alternatives: tuple[str, ...] = ()  # stock types that run the same weights where this one refuses sizes or biases
@@ -83,6 +84,15 @@ class Family:
     def centred(self) -> bool:
         """Whether the norms over the stem subtract the mean (LayerNorm): then no fold makes a cut of the stem exact."""
         return self.norm != "rms"
+
+    @property
+    def unrotatable(self) -> str | None:
+        """Why the stream cannot be turned into another basis; None if every norm over it is an RMSNorm that reads it."""
+        if self.centred:
+            return f"the norms of {self.name} subtract the mean over the channels, which depends on their basis"
+        if self.norms_behind:
+            return f"{self.norms_behind[0]} of {self.name} multiplies what goes into the stream channel by channel"
+        return None
 
     @property
     def flags(self) -> frozenset[str]:

@@ -7,6 +7,7 @@ from .llama import attention, mlp
 
 _BIAS = ("attention_bias",)
 _SANDWICH_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def _attention(*, sandwich: bool, head_norm: bool = False) -> dict:
@@ -30,6 +31,7 @@ GEMMA2 = Family(
     attention=_attention(sandwich=True),
     mlp=mlp(before=_SANDWICH_MLP),
     gain="one_plus_weight",
+    norms_behind=_BEHIND,
     embedding_scaled=True,
     hidden_multiple_of_heads=True,
     out_bias_flags={"attention": _BIAS},
@@ -40,6 +42,7 @@ GEMMA3 = Family(
     attention=_attention(sandwich=True, head_norm=True),
     mlp=mlp(before=_SANDWICH_MLP),
     gain="one_plus_weight",
+    norms_behind=_BEHIND,
     embedding_scaled=True,
     hidden_multiple_of_heads=True,
     out_bias_flags={"attention": _BIAS},

@@ -31,5 +31,6 @@ OLMO2 = Family(
     model_types=("olmo2",),
     attention=_attention(),
     mlp=mlp(before=("post_feedforward_layernorm",)),
+    norms_behind=("post_attention_layernorm", "post_feedforward_layernorm"),
     out_bias_flags={"attention": _BIAS},
 )
