@@ -209,12 +209,13 @@ _ROWS = (
         sequential=True,
         sweeps=2.0,
         multiple_of=8,
-        options={"rotation": ("per-block", "shared")},
+        options={"rotation": ("per-block", "shared"), "signal": ("stream", "normed")},
         deviations=(
             "the ratio is of block parameters and counts the shortcut matrices (published: of the stream's size)",
             "norms keep a gain, sqrt(d / d') at first, so that a stock RMSNorm divides by the original size",
             "what leaves the last block comes back to the original basis (published: to a random one; the same function)",
             "shared is ours: one rotation for all blocks needs no shortcut matrices, and a stock type can say it",
+            "normed is ours: every token counts alike, as the norm that reads it makes it",
         ),
     ),
     Method(

@@ -47,13 +47,19 @@ def run_(job: Job) -> Outcome:
 
 @dataclass
 class Gram:
-    """X^T X [D, D] over all tokens of a signal, float64: its smallest directions matter here as much as its largest."""
+    """X^T X [D, D] over all tokens of a signal, float64: its smallest directions matter here as much as its largest.
 
+    With an `eps` every token is divided by its root mean square first, as the norm that reads it does.
+    """
+
+    eps: float | None = None
     total_DD: Tensor | None = None
 
     def update(self, x_BTD: Tensor) -> None:
         """Add a batch."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).double()
+        if self.eps is not None:
+            x_ND = x_ND * (x_ND.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         if self.total_DD is None:
             self.total_DD = x_ND.T @ x_ND
         else:
@@ -61,6 +67,10 @@ class Gram:
 
     def settle(self) -> None:
         """Nothing to do."""
+
+
+def _gram(job: Job) -> Gram:
+    return Gram(job.model.config.rms_norm_eps if job.plan.options["signal"] == "normed" else None)
 
 
 def directions(gram_DD: Tensor, size: int) -> Tensor:
@@ -74,7 +84,7 @@ def _shared(job: Job, size: int) -> list[Tensor | None]:
     count = len(sweep.blocks)
     total_DD = torch.zeros(job.plan.anatomy.shape.hidden_size, job.plan.anatomy.shape.hidden_size, dtype=torch.float64)
     for layer in range(count):
-        grams = {norms[place]: Gram() for place in (2 * layer, 2 * layer + 1) if place in norms}
+        grams = {norms[place]: _gram(job) for place in (2 * layer, 2 * layer + 1) if place in norms}
         if layer + 1 < count:
             with sweep.collecting(grams):
                 sweep.run(layer)
@@ -98,7 +108,7 @@ def _per_block(job: Job, size: int) -> list[Tensor | None]:
     count = len(sweep.blocks)
     bases: list[Tensor | None] = []
     for layer in range(count):
-        entry, between = Gram(), Gram()
+        entry, between = _gram(job), _gram(job)
         for hidden_BTD in sweep.hidden:
             entry.update(hidden_BTD)
         assert entry.total_DD is not None

@@ -54,8 +54,8 @@ def exact(model):
     return model
 
 
-def cut(dense, rotation="per-block", batch_size=2, **request):
-    plan = pipeline.plan_for(dense, method="slicegpt", options={"rotation": rotation}, **request)
+def cut(dense, rotation="per-block", batch_size=2, signal="stream", **request):
+    plan = pipeline.plan_for(dense, method="slicegpt", options={"rotation": rotation, "signal": signal}, **request)
     return one_shot_(plan, copy.deepcopy(dense), IDS, batch_size=batch_size)
 
 
@@ -118,6 +118,13 @@ def eigenspace(signal, size):
     return vectors[:, best] @ vectors[:, best].T
 
 
+def seen_as(signal, dense, x):
+    """What the covariance is taken of."""
+    if signal == "stream":
+        return x
+    return x / (x.square().mean(-1, keepdim=True) + dense.config.rms_norm_eps).sqrt()
+
+
 @torch.no_grad()
 def plain(dense, ids, at_place, writes=lambda out: out):
     """Logits of a Llama written out; `at_place(k, x)` gives the stream that goes on from place k, both norm and residual."""
@@ -131,39 +138,41 @@ def plain(dense, ids, at_place, writes=lambda out: out):
     return dense.lm_head(dense.model.norm(x))
 
 
+@pytest.mark.parametrize("signal", ["stream", "normed"])
 @pytest.mark.parametrize("case", ["llama", "llama_bias", "llama_tied", "llama_mqa", "qwen3"])
 @pytest.mark.parametrize("size", [8, 20])
-def test_per_block_is_pca_of_what_comes_through_the_sliced_places(case, size):
+def test_per_block_is_pca_of_what_comes_through_the_sliced_places(case, size, signal):
     dense = exact(pipeline.model(case))
     projections = {}
 
     def learn(place, x):
-        projections[place] = eigenspace(x, size)
+        projections[place] = eigenspace(seen_as(signal, dense, x), size)
         return x @ projections[place]
 
     plain(dense, IDS.ids_NT, learn)
     expected = plain(dense, UNSEEN, lambda place, x: x @ projections[place])
-    outcome = cut(dense, target={"hidden_size": size})
+    outcome = cut(dense, signal=signal, target={"hidden_size": size})
     assert tiny.relative(tiny.logits_of(exact(outcome.model), UNSEEN), expected) < EXACT
     assert tiny.relative(expected, tiny.logits_of(dense, UNSEEN)) > 1e-3
 
 
+@pytest.mark.parametrize("signal", ["stream", "normed"])
 @pytest.mark.parametrize("case", ["llama", "llama_bias", "llama_tied", "llama_mqa", "qwen3"])
 @pytest.mark.parametrize("size", [8, 20])
-def test_shared_is_pca_of_the_trace_normalised_sum(case, size):
+def test_shared_is_pca_of_the_trace_normalised_sum(case, size, signal):
     """Qwen3's norms over heads share the epsilon, so it cannot be scaled with the stem: 1e-12 here, so nothing is seen."""
     dense = exact(pipeline.model(case))
     grams = []
 
     def learn(place, x):
-        x_ND = x.reshape(-1, x.shape[-1])
+        x_ND = seen_as(signal, dense, x).reshape(-1, x.shape[-1])
         grams.append(x_ND.T @ x_ND / x_ND.square().sum())
         return x
 
     plain(dense, IDS.ids_NT, learn)
     vectors = torch.linalg.eigh(sum(grams)).eigenvectors[:, -size:]
     expected = plain(dense, UNSEEN, lambda place, x: x, writes=lambda out: out @ vectors @ vectors.T)
-    outcome = cut(dense, "shared", target={"hidden_size": size})
+    outcome = cut(dense, "shared", signal=signal, target={"hidden_size": size})
     assert outcome.target.is_stock and not outcome.model.config.tie_word_embeddings
     assert tiny.relative(tiny.logits_of(exact(outcome.model), UNSEEN), expected) < EXACT
 
@@ -282,7 +291,7 @@ def test_sizes_are_multiples_of_eight_by_default():
 
 def test_the_default_is_the_published_variant():
     plan = pipeline.plan_for(pipeline.config("llama_tied"), method="slicegpt", ratio=0.3)
-    assert plan.options == {"rotation": "per-block"} and plan.target.config.model_type == "pruned_llama"
+    assert plan.options == {"rotation": "per-block", "signal": "stream"} and plan.target.config.model_type == "pruned_llama"
     assert any("no stock engine" in note for note in plan.notes) and any("untied" in note for note in plan.notes)
     one, two = (
         pipeline.plan_for(pipeline.config("llama"), method="slicegpt", ratio=0.3, options={"rotation": r}) for r in VARIANTS
@@ -343,7 +352,7 @@ def test_saved_verified_and_read_again(rotation, monkeypatch):
     made = json.loads(said)
     assert made["verified"]["generated_equal"] and made["verified"]["params_on_disk"] == made["after"]["params"]
     assert made["after"]["model_type"] == ("pruned_llama" if rotation == "per-block" else "mistral")
-    assert made["method"]["options"] == {"rotation": rotation}
+    assert made["method"]["options"] == {"rotation": rotation, "signal": "stream"}
     config = json.loads((out / "config.json").read_text())
     assert config["tie_word_embeddings"] is False and ("stream_size" in config) == (rotation == "per-block")
     assert Source.open(str(out)).anatomy.num_params == made["after"]["params"]
