@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import checkpoint, measure
+from . import latency as latencies
 from .data.windows import Windows, pack
 from .errors import UserError, unknown
 from .evaluation import Perplexity
@@ -95,30 +97,57 @@ class Result:
         )
 
 
-def _dtype(name: str) -> str:
+def dtype_named(name: str) -> str:
+    """The name, or UserError if it is none of the dtypes we run in."""
     if name not in DTYPES:
         raise unknown("dtype", name, DTYPES)
     return name
 
 
-def _positions(source: Source) -> int | None:
+def positions(source: Source) -> int | None:
+    """How many tokens the model can see at once; None if its config does not say."""
     value = getattr(source.config, "max_position_embeddings", None)
     return value if isinstance(value, int) else None
 
 
 def plan(
-    source: str, request: Request, *, dtype: str = "float32", text: TextOptions = CALIBRATION, online: bool = False
+    source: str,
+    request: Request,
+    *,
+    dtype: str = "float32",
+    text: TextOptions = CALIBRATION,
+    latency: bool = False,
+    online: bool = False,
+    progress: Progress = no_progress,
 ) -> dict:
-    """What a cut would be, from the config alone: sizes, counts, and estimates of memory and time. Reads no weight."""
+    """What a cut would be, from the config alone: sizes, counts, and estimates of memory and time. Reads no weight.
+
+    With `latency` the parts that the latency table of this machine lacks are measured first; see `latency.py`.
+    """
     offline(online)
     opened = Source.open(source, online=online)
     made = Plan.make(opened.config, opened.anatomy, request)
-    width = DTYPES[_dtype(dtype)].itemsize
+    width = DTYPES[dtype_named(dtype)].itemsize
     if made.method.needs_text:
-        text.checked("calibration", _positions(opened))
+        text.checked("calibration", positions(opened))
     report = {"source": opened.label, **made.describe(text.seq_len, width)}
     report["notes"] = [*opened.all_notes, *report["notes"]]
+    report |= _latency(made, opened, dtype, progress if latency else None)
     return report | {"estimate": _estimate(made, text, width)}
+
+
+def _latency(made: Plan, source: Source, dtype: str, progress: Progress | None) -> dict[str, Any]:
+    """Milliseconds before and after, as far as the table has them; what it lacks is measured if there is a `progress`."""
+    table = latencies.Table.open(latencies.key(dtype, latencies.prompt_tokens(positions(source))))
+    sides = {"before": (source.config, source.anatomy)}
+    if made.target is not None:
+        sides["after"] = (made.target.config, made.target.anatomy)
+    if progress is not None:
+        for name, (config, anatomy) in sides.items():
+            table = latencies.filled(table, config, anatomy, progress=partial(progress, f"time {name}"))
+    times = {name: latencies.estimate(anatomy, table.entries) for name, (_, anatomy) in sides.items()}
+    known = {name: vars(timing) for name, timing in times.items() if timing is not None}
+    return {"latency": known | {"key": dict(table.key)}} if known else {}
 
 
 def _estimate(made: Plan, text: TextOptions, width: int) -> dict[str, Any]:
@@ -171,7 +200,7 @@ def prune(
     request = Request(method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
     opened = Source.open(source, online=online)
     made = Plan.make(opened.config, opened.anatomy, request)
-    _dtype(dtype)
+    dtype_named(dtype)
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} windows at a time are too few; give at least 1")
     windows = None
@@ -179,7 +208,7 @@ def prune(
     if made.method.needs_text:
         if calibration is None:
             raise UserError(f"calibration: {method} needs text; give a .txt, .jsonl or .parquet file")
-        text.checked("calibration", _positions(opened))
+        text.checked("calibration", positions(opened))
         windows = text.pack(tokenizer, calibration, online)
         windows.check_fits(opened.anatomy.shape.vocab_size, calibration)
     elif calibration is not None or text != CALIBRATION:
@@ -225,10 +254,10 @@ def evaluate(
     """Perplexity and bits per byte of a model on windows of text."""
     offline(online)
     opened = Source.open(source, online=online)
-    options.checked("evaluation", _positions(opened))
+    options.checked("evaluation", positions(opened))
     windows = options.pack(opened.tokenizer(), text, online)
     windows.check_fits(opened.anatomy.shape.vocab_size, text)
-    model = opened.load(_dtype(dtype))
+    model = opened.load(dtype_named(dtype))
     with torch.no_grad():
         return score_windows(model, windows, progress=lambda d, t: progress(f"eval {opened.label}"[:24], d, t)), windows
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError
 
-from . import modeling_pruned, record
+from . import modeling_pruned, record, saliency
 from .anatomy import Anatomy
 from .data.windows import Windows
 from .errors import UserError, VerificationError
@@ -242,6 +242,8 @@ def _write_decision(outcome: Outcome, source: Source, calibration: Windows | Non
             stage / EXTRA / "statistics.safetensors",
             statistics_key(source, calibration, outcome.model.dtype),
         )
+    if outcome.scores is not None and "scores" not in outcome.measured:
+        saliency.save_scores(outcome.scores, stage / EXTRA)
     for name, measured in outcome.measured.items():
         (stage / EXTRA).mkdir(exist_ok=True)
         (stage / EXTRA / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

@@ -47,6 +47,7 @@ WindowsOpt = Annotated[int, typer.Option("--windows", help="Number of calibratio
 SeqLenOpt = Annotated[int, typer.Option("--seq-len", help="Tokens a window.")]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="Draw the windows at random instead of taking the first.")]
 DocumentsOpt = Annotated[str | None, typer.Option("--documents", help="A slice of the documents, such as :800 or -100:.")]
+BatchOpt = Annotated[int, typer.Option("--batch-size", help="Windows that go through a block together.")]
 FieldOpt = Annotated[str, typer.Option("--field", help="The field of a JSONL or Parquet row that holds the text.")]
 DtypeOpt = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 OnlineOpt = Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")]
@@ -82,12 +83,10 @@ def _print(result: dict[str, Any], as_json: bool, show: Any) -> None:
 
 @app.command()
 def methods(as_json: JsonOpt = False) -> None:
-    """List the pruning methods."""
-    from dataclasses import asdict
+    """List the pruning methods: what they cut, what they cost, and what comes out."""
+    from . import report, show
 
-    from . import show
-
-    _print({"methods": {name: asdict(row) for name, row in METHODS.items()}}, as_json, show.methods)
+    _print({"methods": {name: report.method(row) for name, row in METHODS.items()}}, as_json, show.methods)
 
 
 @app.command()
@@ -104,17 +103,23 @@ def plan(
     windows: WindowsOpt = 32,
     seq_len: SeqLenOpt = 512,
     dtype: DtypeOpt = "float32",
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Measure the milliseconds that this machine's latency table lacks.")
+    ] = False,
     online: OnlineOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Say what a cut would be: shapes, parameters, FLOPs, KV cache, memory, time. Reads no weight."""
     from . import api, show
     from .planning import Request
+    from .progress import Progress
 
     options = _pairs(option, "--option")
     request = Request(method, ratio, pattern, _sizes(target), uniform, multiple_of, compensate, options)
     text = api.TextOptions(windows, seq_len)
-    _print(api.plan(source, request, dtype=dtype, text=text, online=online), as_json, show.plan)
+    with Progress(quiet=as_json) as progress:
+        result = api.plan(source, request, dtype=dtype, text=text, latency=latency, online=online, progress=progress)
+    _print(result, as_json, show.plan)
 
 
 @app.command()
@@ -137,7 +142,7 @@ def prune(
     seed: SeedOpt = None,
     documents: DocumentsOpt = None,
     field: FieldOpt = "text",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows that go through a block together.")] = 4,
+    batch_size: BatchOpt = 4,
     statistics: Annotated[
         Path | None, typer.Option("--statistics", help="Keep (or reuse) a dense method's statistics here.")
     ] = None,
@@ -201,6 +206,75 @@ def evaluate(
     with Progress(quiet=as_json) as progress:
         result = api.compare(sources, text, options=options, dtype=dtype, online=online, progress=progress, record=record)
     _print(result, as_json, show.evaluation)
+
+
+@app.command(name="compare-methods")
+def compare_methods(
+    source: SourceArg,
+    names: Annotated[
+        str,
+        typer.Option(
+            "--methods", "-m", help="Methods, with commas between; NAME+uniform or NAME+OPTION=VALUE sets options."
+        ),
+    ],
+    ratios: Annotated[list[float], typer.Option("--ratio", "-r", help="Ratio of every method; give it again for more.")],
+    text: Annotated[str, typer.Option("--text", "-t", help="Evaluation text.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the comparison; one that is there goes on.")],
+    calibration: Annotated[str | None, typer.Option("--calibration", "-c", help="Calibration text.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Draws of calibration windows; 1 takes the first ones.")] = 1,
+    windows: WindowsOpt = 32,
+    seq_len: SeqLenOpt = 512,
+    documents: DocumentsOpt = None,
+    eval_windows: Annotated[int, typer.Option("--eval-windows", help="Number of evaluation windows.")] = 16,
+    eval_seq_len: Annotated[int, typer.Option("--eval-seq-len", help="Tokens an evaluation window.")] = 1024,
+    eval_documents: Annotated[
+        str | None, typer.Option("--eval-documents", help="A slice of the evaluation documents, such as -100:.")
+    ] = None,
+    field: FieldOpt = "text",
+    batch_size: BatchOpt = 4,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time prefill and decoding of every cut.")] = True,
+    dtype: DtypeOpt = "float32",
+    record: RecordOpt = None,
+    online: OnlineOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Cut one model by several methods, score every cut on the same text, and write one table and one picture."""
+    from . import api, comparison, show
+    from .progress import Progress
+
+    question = comparison.Question(
+        source,
+        comparison.split_methods(names),
+        ratios,
+        text,
+        calibration,
+        seeds,
+        api.TextOptions(windows, seq_len, None, documents, field),
+        api.TextOptions(eval_windows, eval_seq_len, None, eval_documents, field),
+        dtype,
+        batch_size,
+        latency,
+        online,
+    )
+    with Progress(quiet=as_json) as progress:
+        result = comparison.run(question, out, also=record, progress=progress)
+    _print(result, as_json, show.comparison)
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="A folder that prunus wrote.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .png, .svg or .pdf file; default: prunus/plot.png in the folder.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Draw what every unit was worth, and what stayed in every layer."""
+    from . import checkpoint_plots, show
+
+    result = checkpoint_plots.run(folder, out, overwrite=overwrite)
+    _print(result, as_json, show.plotted)
 
 
 @app.command()
@@ -281,7 +355,7 @@ def run(arguments: list[str]) -> int:
         )
         return 1
     if result == 130:  # typer turns Ctrl-C into this code itself
-        print("prunus: stopped; nothing was left behind", file=sys.stderr)
+        print("prunus: stopped; nothing half-written was left behind", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

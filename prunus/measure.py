@@ -32,7 +32,10 @@ def speed(
     repeats: int = 5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Tokens/s of one prefill and of greedy decoding behind it, batch 1: medians of `repeats`, spread = max - min."""
+    """One prefill and greedy decoding behind it, batch 1, as milliseconds (of the prompt, of a new token) and tokens/s.
+
+    Medians of `repeats`, spread = max - min.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator)
 
@@ -55,6 +58,8 @@ def speed(
         decode_s.append(marks[1] - marks[0])
     progress(2, 2)
     return {
+        "prefill_ms": 1000 * st.median(prefill_s),
+        "decode_ms": 1000 * st.median(decode_s) / new_tokens,
         "prefill_tokens_per_s": prompt_tokens / st.median(prefill_s),
         "prefill_spread": prompt_tokens / min(prefill_s) - prompt_tokens / max(prefill_s),
         "decode_tokens_per_s": new_tokens / st.median(decode_s),

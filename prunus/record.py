@@ -87,15 +87,22 @@ def append(path: Path, kind: str, recipe: dict[str, Any], figures: dict[str, Any
     return record
 
 
-def check_place(path: Path) -> None:
-    """UserError, before any work, if a record cannot be appended there."""
+def check_place(path: Path, what: str = "record") -> None:
+    """UserError, before any work, if a record cannot be appended there; `what` is the option that named the place."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if path.is_dir() or not parent.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
-        raise UserError(f"record: {path} cannot be written; give a file in a folder that you may write to")
+        raise UserError(f"{what}: {path} cannot be written; give a file in a folder that you may write to")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a file, oldest first."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """All records of a file, oldest first; UserError names the line that is none."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is not JSON; remove it and run again what it stood for") from error
+    return records

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-_UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
-
-
-def _big(value: float, unit: str = "") -> str:
-    for prefix, size in _UNITS:
-        if abs(value) >= size:
-            return f"{value / size:.4g} {prefix}{unit}"
-    return f"{value:.4g} {unit}".rstrip()
+from .report import comparison_table
+from .tables import big, number
 
 
 def _sizes(value: Any) -> str:
@@ -28,10 +23,10 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def _table(*columns: str, title: str | None = None, left: int = 1) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i < left else "right")
     return table
 
 
@@ -60,41 +55,62 @@ def _before_after(before: dict[str, Any], after: dict[str, Any]) -> Table:
     for key, label, unit in _COUNTS:
         old, new = before[key], after.get(key)
         if new is None:
-            table.add_row(label, _big(old, unit), "", "")
+            table.add_row(label, big(old, unit), "", "")
         else:
             at_most = "at most " if after.get("at_most") else ""
-            table.add_row(label, _big(old, unit), at_most + _big(new, unit), f"{new / old - 1:+.2%}")
+            table.add_row(label, big(old, unit), at_most + big(new, unit), f"{new / old - 1:+.2%}")
     return table
 
 
 def methods(result: dict[str, Any]) -> None:
-    """The method table."""
-    table = _table("method", "cuts", "what it does", "sweeps", "source")
-    for column in table.columns:
-        column.justify = "left"
+    """The method table: what each does, then what it costs and what comes out."""
+    console = _console()
+    what = _table("method", "what it does", left=2)
+    facts = _table("method", "cuts", "sweeps", "comes out", "stock engine", "reference", left=6)
     for name, row in result["methods"].items():
-        table.add_row(name, ", ".join(row["axes"]), row["summary"], f"{row['sweeps']:g}", row["citation"])
-    _console().print(table)
+        what.add_row(name, row["summary"])
+        cost = f"{row['sweeps']:g}" if row["sweeps"] else "no text"
+        facts.add_row(name, ", ".join(row["axes"]), cost, row["comes_out"], row["stock_engine"], row["citation"])
+    for table in (what, facts):
+        table.columns[0].no_wrap = True
+        console.print(table)
+        console.print()
+    console.print(
+        "sweeps: forward passes over the calibration windows (an example where layers are left out one by one; prunus plan "
+        "counts them); stock engine: whether one that knows nothing of prunus can serve what comes out"
+    )
 
 
 def plan(result: dict[str, Any]) -> None:
     """A plan: sizes and counts before and after, and what it will take."""
     console = _console()
     console.print(f"{result['method']} on {result['source']}  ({result['citation']})")
-    console.print(_before_after(result["before"], result.get("after", result["before"])))
+    table = _before_after(result["before"], result.get("after", result["before"]))
+    _add_latency(table, result.get("latency", {}))
+    console.print(table)
     if "sparsity" in result:
         free = result["flops_if_zeros_were_free"]
         console.print(f"zeros in block matrices: {result['sparsity']:.2%}")
         console.print(
-            f"FLOPs if zeros were free: {_big(free['matrices'], 'FLOP')} (or {_big(free['all'], 'FLOP')} in the "
+            f"FLOPs if zeros were free: {big(free['matrices'], 'FLOP')} (or {big(free['all'], 'FLOP')} in the "
             "convention that counts attention and head as sparse too)"
         )
     estimate = result["estimate"]
     console.print(
-        f"estimate: {estimate['scoring_seconds']:.0f} s of scoring, {_big(estimate['memory_bytes'], 'B')} of memory "
+        f"estimate: {estimate['scoring_seconds']:.0f} s of scoring, {big(estimate['memory_bytes'], 'B')} of memory "
         f"({estimate['basis']})"
     )
     _notes(console, result["notes"])
+
+
+def _add_latency(table: Table, latency: dict[str, Any]) -> None:
+    """Rows of estimated milliseconds, where this machine's table has them."""
+    for name, what in (("prefill_ms", "prefill of {prompt_tokens} tokens, ms"), ("decode_ms", "decode of a token, ms")):
+        if latency:
+            old, new = (latency[side][name] if side in latency else None for side in ("before", "after"))
+            change = f"{new / old - 1:+.1%}" if old and new else ""
+            told = ["" if value is None else number(value) for value in (old, new)]
+            table.add_row(what.format(**latency["key"]), *told, change)
 
 
 def manifest(result: dict[str, Any]) -> None:
@@ -154,6 +170,26 @@ def evaluation(result: dict[str, Any]) -> None:
     console.print(f"on {drawn}; no BOS, {text['seq_len'] - 1} predictions a window, {result['dtype']}")
 
 
+def comparison(result: dict[str, Any]) -> None:
+    """Methods side by side, as wide as the table needs: a figure that is cut off is none."""
+    header, rows = comparison_table(result)
+    table = _table(*header, left=2)
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum)
+    console.print(table)
+    _notes(console, result["notes"])
+    console.print(f"{result['ran']} runs now, {len(rows)} rows in all: {result['table']}, {result['picture']}")
+
+
+def plotted(result: dict[str, Any]) -> None:
+    """Where a picture went."""
+    console = _console()
+    console.print(result["picture"])
+    _notes(console, result["notes"])
+
+
 def verified(result: dict[str, Any]) -> None:
     """The outcome of `prunus verify`."""
     _console().print(
@@ -168,7 +204,7 @@ def quickstart(result: dict[str, Any]) -> None:
     before, after = result["before"], result["after"]
     table = _table("", "before", "after", "change", title=f"{result['source']} cut by {result['method']}")
     for key, label, unit in _COUNTS:
-        table.add_row(label, _big(before[key], unit), _big(after[key], unit), f"{after[key] / before[key] - 1:+.1%}")
+        table.add_row(label, big(before[key], unit), big(after[key], unit), f"{after[key] / before[key] - 1:+.1%}")
     for key, label, style in (
         ("perplexity", "perplexity, held out", "{:.2f}"),
         ("bits_per_byte", "bits per byte, held out", "{:.3f}"),

@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: no test may reach the network
 
 import functools
+import tempfile
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import tiny
 import torch
 
 torch.set_num_threads(1)
+_cache = tempfile.TemporaryDirectory(prefix="prunus-cache-")
+os.environ["PRUNUS_CACHE"] = _cache.name  # the user's latency table is none of a test's business
 
 CORPUS = [
     "the cat sat on the mat and the dog sat on the log",

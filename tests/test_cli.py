@@ -117,7 +117,7 @@ def test_prune_takes_every_option_to_its_place(tmp_path, monkeypatch):
         "none", "--option", "reduction=l2", "--windows", 7, "--seq-len", 9, "--seed", 3, "--documents", ":5", "--field",
         "body", "--batch-size", 2, "--statistics", "s", "--dtype", "bfloat16", "--online",
     )  # fmt: skip
-    assert code == 130 and out == "" and err == "prunus: stopped; nothing was left behind\n"
+    assert code == 130 and out == "" and err == "prunus: stopped; nothing half-written was left behind\n"
     del seen["progress"]
     assert seen == {
         "source": "model",
@@ -239,7 +239,7 @@ def test_stopped_by_the_user(tmp_path, monkeypatch, as_json):
 
     monkeypatch.setattr(Source, "load", stop)
     code, out, err = cli("prune", pipeline.folder(), "-m", "magnitude", "-r", 0.5, "-o", tmp_path / "out", *as_json)
-    assert (code, out) == (130, "") and err.endswith("prunus: stopped; nothing was left behind\n")
+    assert (code, out) == (130, "") and err.endswith("prunus: stopped; nothing half-written was left behind\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -16,12 +16,13 @@ import prunus
 
 ROOT = Path(prunus.__file__).parent
 LAYERS = (  # the lowest first; a new module is placed here
-    "errors network axes shape families anatomy keep cut",
+    "errors place tables network axes shape families anatomy keep cut",
     "methods headers modeling_pruned hf source data data.text data.windows",
     "statistics criteria allocate compensate solve sizes",
     "planning evaluation job units weights taylor surgeon depth rotation oneshot",
-    "reload verification record checkpoint measure",
+    "saliency reload verification record checkpoint measure latency",
     "api",
+    "plots report checkpoint_plots comparison",
     "show progress quickstart cli",
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}

@@ -11,8 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from prunus import record
+from prunus import record, tables
 from prunus.methods import METHODS
+from prunus.tables import markdown, number
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = ("<!-- results: begin (written by `make results`) -->", "<!-- results: end -->")
@@ -30,30 +31,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def flags(request: dict[str, Any] | None) -> str:
-    """A request as the command line says it."""
-    if request is None:
-        return "dense"
-    words = [request["method"]]
-    for name, value in request.items():
-        if name == "method":
-            continue
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, dict):
-            words += [f"{option} {k}={v}" for k, v in value.items()]
-        else:
-            words.append(option if value is True else f"{option} {value}")
-    return " ".join(words)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table: first column left, the others right."""
-    align = ["---", *["---:"] * (len(header) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, align, *rows)]
-
-
-def number(value: float) -> str:
-    """Four significant digits, no exponent below a million."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    """A run as the command line says it."""
+    return "dense" if request is None else f"{request['method']} {tables.flags(request)}"
 
 
 def quality_row(row: dict[str, Any]) -> list[str]:

@@ -1,0 +1,27 @@
+"""Files out, all of them or none: written beside their places first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError
+
+
+@contextmanager
+def staged_files(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary names beside `paths`, which take their places when the block ends well, and vanish when it does not."""
+    stages = [path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}") for path in paths]
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield stages
+        for stage, path in zip(stages, paths, strict=True):
+            stage.replace(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or paths[0]}: cannot be written: {error.strerror or error}") from error
+    finally:
+        for stage in stages:
+            stage.unlink(missing_ok=True)

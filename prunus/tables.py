@@ -1,0 +1,41 @@
+"""Cells and tables of text: numbers and requests as pages and the command line say them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def big(value: float, unit: str = "") -> str:
+    """Four significant digits with a prefix: ``134.5 M``, ``19.2 GFLOP``."""
+    for prefix, size in _UNITS:
+        if abs(value) >= size:
+            return f"{value / size:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}".rstrip()
+
+
+def number(value: float) -> str:
+    """Four significant digits, no exponent below a million."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def flags(request: Mapping[str, Any]) -> str:
+    """A request as the command line says it, without its method."""
+    words: list[str] = []
+    for name, value in request.items():
+        option = "--option" if name == "options" else "--" + name.replace("_", "-")
+        if name == "method":
+            continue
+        if isinstance(value, Mapping):
+            words += [f"{option} {k}={v}" for k, v in value.items()]
+        else:
+            words.append(option if value is True else f"{option} {value}")
+    return " ".join(words)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
+    """A table: the first `left` columns left, the others right."""
+    align = ["---"] * left + ["---:"] * (len(header) - left)
+    return ["| " + " | ".join(cells) + " |" for cells in (header, align, *rows)]
