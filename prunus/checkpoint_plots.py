@@ -199,7 +199,7 @@ def _kept_per_layer(axes: Axes, found: Drawn, kind: str) -> None:
     axes.bar(layers, after, width=0.55, color=BLUE, label="after")
     tidy(axes, x=_LAYER, y=_WORDS[kind], title=f"{sum(before):,} {_WORDS[kind]} before, {sum(after):,} after")
     axes.grid(axis="x", visible=False)
-    _whole_numbers(axes)
+    _whole_numbers(axes, "both")
     legend_above(axes)
 
 
@@ -262,10 +262,8 @@ def _layer_losses(axes: Axes, found: Drawn, name: str) -> None:
         _points(axes, x, y, stays, "o", "")
     else:
         x, y, run = list(range(len(data))), data, found.num_layers - len(data) + 1
-        stays, label = (
-            [_stays(found, i) or _stays(found, i + run - 1) for i in x],
-            f"first of the {run} layers that are left out",
-        )
+        stays = [_stays(found, i) or _stays(found, i + run - 1) for i in x]
+        label = f"first of the {run} layers that are left out" if run > 1 else "layer that is left out"
         _points(axes, x, y, stays, "o", "run ")
     tidy(axes, x=label, y="loss without it, nats a token", title="layers: the loss without each")
     _whole_numbers(axes)
@@ -308,10 +306,13 @@ def _layers_left(axes: Axes, found: Drawn) -> None:
     legend_above(axes)
 
 
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _whole_numbers(axes: Axes, which: str = "x") -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if which == "both":
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 # -- single weights -------------------------------------------------------------------------------------------------------

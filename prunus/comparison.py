@@ -55,7 +55,7 @@ class Question:
 
 def split_methods(text: str) -> list[str]:
     """``flap,shortened-llama+protect=0,0`` -> its two methods: a comma separates where a name follows."""
-    return [part.strip() for part in re.split(r",(?=\s*[A-Za-z])", text) if part.strip()]
+    return [name for part in re.split(r",(?=\s*[A-Za-z])", text) if (name := part.strip(" ,"))]
 
 
 def request_of(method: str, ratio: float) -> Request:
@@ -269,7 +269,11 @@ def _figures(setting: _Setting, plan: Plan | None, seed: int | None, progress: P
     figures |= target.counts(setting.held_out.seq_len, DTYPES[question.dtype].itemsize)
     figures |= perplexity(model, setting.held_out, progress=lambda d, t: progress("score text", d, t)).to_json()
     if question.latency:
-        figures["speed"] = measure.speed(model, **setting.speed_options(), progress=lambda d, t: progress("time", d, t))
+        speed = measure.speed(model, **setting.speed_options(), progress=lambda d, t: progress("time", d, t))
+        figures["speed"] = {
+            **speed,
+            "gemm_flops_per_s": measure.gemm_rate(),
+        }  # a yardstick: is the machine as idle as before?
     return figures
 
 

@@ -24,4 +24,5 @@ def staged_files(*paths: Path) -> Iterator[list[Path]]:
         raise UserError(f"{error.filename or paths[0]}: cannot be written: {error.strerror or error}") from error
     finally:
         for stage in stages:
-            stage.unlink(missing_ok=True)
+            if stage.exists():
+                stage.unlink()

@@ -60,8 +60,10 @@ def tidy(axes: Axes, *, x: str, y: str, title: str = "") -> None:
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend beside the panel's title, where it hides nothing."""
-    axes.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=4, columnspacing=1.0)
+    """A legend between the panel and its title, where it hides nothing."""
+    axes.set_title(axes.get_title("left"), loc="left", fontsize="medium", color=INK, pad=20)
+    style: dict[str, Any] = {"frameon": False, "fontsize": "small", "columnspacing": 1.2, "handletextpad": 0.4}
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.0, borderpad=0.2, **style)
 
 
 def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
@@ -73,7 +75,7 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
     axes.set_yscale("log")
     if max(values) < 1e3 * min(values):
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if 1 <= v < 1e6 else f"{v:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if 1 <= v < 1e9 else f"{v:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     return " (log scale)"
 

@@ -69,7 +69,9 @@ def test_a_checkpoint_is_complete(kind):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    expected |= {"prunus/mask.safetensors"} if kind == "sparse" else {"prunus/statistics.safetensors"}
+    expected |= (
+        {"prunus/mask.safetensors"} if kind == "sparse" else {"prunus/statistics.safetensors", "prunus/scores.safetensors"}
+    )
     expected |= {"modeling_pruned.py"} if kind == "per-layer" else set()
     assert set(listing(folder)) == expected
     assert list(folder.glob("*.safetensors")) == [folder / "model.safetensors"]  # engines glob for these
