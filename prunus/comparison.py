@@ -85,7 +85,7 @@ def request_of(method: str, ratio: float) -> Request:
 
 
 @dataclass
-class _Setting:
+class Setting:
     """Everything that all runs share."""
 
     question: Question
@@ -127,7 +127,7 @@ class _Setting:
         return {"prompt_tokens": prompt, "new_tokens": _NEW_TOKENS, "repeats": _REPEATS}
 
 
-def prepare(question: Question) -> _Setting:
+def prepare(question: Question) -> Setting:
     """Check everything that can be wrong, from configs, texts and options; UserError names the method it is about."""
     offline(question.online)
     if not question.methods or not question.ratios:
@@ -169,7 +169,7 @@ def prepare(question: Question) -> _Setting:
         "evaluation": held_out.provenance(),
         "dtype": question.dtype,
     }
-    return _Setting(question, source, plans, held_out, calibrations, about)
+    return Setting(question, source, plans, held_out, calibrations, about)
 
 
 def _planned(source: Source, method: str, ratio: float) -> Plan:
@@ -245,7 +245,7 @@ def _is_done(known: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> b
     return False
 
 
-def _figures(setting: _Setting, plan: Plan | None, seed: int | None, progress: Progress) -> dict[str, Any]:
+def _figures(setting: Setting, plan: Plan | None, seed: int | None, progress: Progress) -> dict[str, Any]:
     """One run: load, cut, score, time."""
     question, target = setting.question, setting.source.anatomy
     progress("load", 0, 1)
@@ -278,7 +278,7 @@ def _figures(setting: _Setting, plan: Plan | None, seed: int | None, progress: P
 
 
 def _cut(
-    setting: _Setting, plan: Plan, seed: int | None, model: PreTrainedModel, progress: Progress
+    setting: Setting, plan: Plan, seed: int | None, model: PreTrainedModel, progress: Progress
 ) -> tuple[Outcome, float]:
     """Cut, with the statistics that an earlier run of the same windows left; and the seconds that these had taken."""
     windows = setting.calibrations[seed] if plan.method.needs_text else None
