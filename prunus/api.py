@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +19,13 @@ from .errors import UserError, unknown
 from .evaluation import Perplexity
 from .evaluation import perplexity as score_windows
 from .job import Outcome, Progress, no_progress
+from .methods import METHODS
 from .network import offline
 from .oneshot import one_shot_, wanted_statistics
 from .planning import Plan, Request
 from .source import DTYPES, Source
 from .statistics import Statistics
+from .streaming import Files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,6 +192,8 @@ def prune(
     batch_size: int = _BATCH,
     online: bool = False,
     progress: Progress = no_progress,
+    stream: bool = False,
+    scratch: str | Path | None = None,
 ) -> Result:
     """Cut a model in one shot.
 
@@ -195,6 +201,9 @@ def prune(
     of block parameters to remove (for sparse methods the sparsity of the block matrices). Every argument is checked before
     a weight is read; UserError says what is wrong. `statistics` names a file where a dense method's statistics are kept,
     so that the next target needs no new pass.
+
+    With `stream` the weights stay in files, and memory holds one block at a time, in `save` too. Changed weights are put
+    aside in a nameless file in the folder `scratch` (the system's temporary one, unless said).
     """
     offline(online)
     request = Request(method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
@@ -203,6 +212,7 @@ def prune(
     dtype_named(dtype)
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} windows at a time are too few; give at least 1")
+    aside = _scratch(made, opened, stream, scratch)
     windows = None
     tokenizer = opened.tokenizer()
     if made.method.needs_text:
@@ -215,15 +225,40 @@ def prune(
         raise UserError(f"calibration: {method} reads no text; drop the calibration options")
     saved = _saved_statistics(made, statistics, opened, windows, dtype)
     progress("load", 0, 1)
-    model = opened.load(dtype)
+    store = None if aside is None else Files(opened, dtype, aside)
+    model = opened.load(dtype) if store is None else store.model
     progress("load", 1, 1)
-    outcome = one_shot_(made, model, windows, statistics=saved, batch_size=batch_size, progress=progress)
+    outcome = one_shot_(made, model, windows, statistics=saved, batch_size=batch_size, progress=progress, store=store)
     del model
     if statistics is not None and saved is None and outcome.statistics is not None and windows is not None:
         checkpoint.save_statistics(
             outcome.statistics, Path(statistics).expanduser(), checkpoint.statistics_key(opened, windows, DTYPES[dtype])
         )
     return Result(outcome, opened, tokenizer, windows)
+
+
+def _scratch(made: Plan, source: Source, stream: bool, scratch: str | Path | None) -> Path | None:
+    """Where changed weights are put aside; None if the model is loaded whole."""
+    if not stream:
+        if scratch is not None:
+            raise UserError(
+                "scratch: only a model that is streamed needs a folder for changed weights; add stream or drop it"
+            )
+        return None
+    if not made.method.streams:
+        raise UserError(
+            f"stream: {made.method.name} runs the whole model for every candidate, or back through it, so its weights must be "
+            f"in memory; drop it or use {', '.join(name for name, row in METHODS.items() if row.streams)}"
+        )
+    if source.kind == "gguf":
+        raise UserError(
+            f"stream: {source.label} is a GGUF file, which is dequantised as a whole; give a Hugging Face folder with "
+            "safetensors"
+        )
+    folder = Path(tempfile.gettempdir() if scratch is None else scratch).expanduser()
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"scratch: {folder} is no folder that can be written to; changed weights are put aside there")
+    return folder
 
 
 def _saved_statistics(

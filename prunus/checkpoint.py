@@ -20,13 +20,14 @@ from .anatomy import Anatomy
 from .data.windows import Windows
 from .errors import UserError, VerificationError
 from .families import PRUNED_PREFIX
-from .headers import safetensors_shapes, sha256
+from .headers import safetensors_entries, safetensors_shapes, sha256
 from .hf import quiet
 from .job import Outcome
 from .keep import Keep, WeightMask
 from .source import Source
 from .statistics import Moments, Statistics
-from .verification import check_fingerprint, check_saved, probe
+from .tensorfiles import read, write
+from .verification import NEW_TOKENS, NEW_TOKENS_STREAMED, check_fingerprint, check_saved, probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,14 +128,20 @@ def check_destination(out: Path, *, overwrite: bool, needed_bytes: int) -> None:
             raise UserError(f"{out}: already exists; give another --out, or --overwrite to replace it")
         if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists()):
             raise UserError(f"{out}: is not a folder that prunus wrote, so --overwrite will not replace it")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = standing(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: no right to write in {parent}")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes * 1.02 + 64e6:
         raise UserError(f"{out}: needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
+
+
+def standing(path: Path) -> Path:
+    """The nearest thing above `path` that exists."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
 
 
 @contextmanager
@@ -191,8 +198,10 @@ def save(
                 file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
         except (OSError, SafetensorError) as error:
             raise UserError(f"{out}: cannot be written: {error}") from error
-        expected = probe(outcome.model)
-        verified = check_saved(stage, expected) | check_counts(stage, outcome.target.anatomy)
+        streams = outcome.store.streams
+        expected = probe(outcome.model, NEW_TOKENS_STREAMED if streams else NEW_TOKENS)
+        verified = check_saved(stage, expected, _on_disk(outcome.target.anatomy) if streams else ())
+        verified |= check_counts(stage, outcome.target.anatomy)
         manifest = _manifest(outcome, source, calibration, expected.to_json(), verified, _weights(stage))
         (stage / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest
@@ -208,7 +217,7 @@ def _write_model(outcome: Outcome, tokenizer: PreTrainedTokenizerBase, stage: Pa
                 "AutoModelForCausalLM": f"modeling_pruned.{stem}ForCausalLM",
             }
             shutil.copyfile(modeling_pruned.__file__, stage / "modeling_pruned.py")
-        model.save_pretrained(stage)
+        outcome.store.save(model, stage)
         tokenizer.save_pretrained(stage)
     path = stage / "tokenizer_config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -226,11 +235,11 @@ def _umask() -> int:
 
 
 def _write_decision(outcome: Outcome, source: Source, calibration: Windows | None, stage: Path) -> None:
-    from safetensors.torch import save_file
-
     if outcome.mask is not None:
         (stage / EXTRA).mkdir(exist_ok=True)
-        save_file(outcome.mask.to_packed(), stage / EXTRA / "mask.safetensors")
+        sizes = {name: -(-outcome.plan.anatomy.tensors[name].numel // 8) for name in outcome.mask.kept}
+        specs = {name: (torch.uint8, (size,)) for name, size in sizes.items()}
+        write(stage / EXTRA / "mask.safetensors", specs, outcome.mask.packed())
         decision: dict[str, Any] = {"format": FORMAT, "mask": f"{EXTRA}/mask.safetensors"}
     else:
         assert outcome.keep is not None
@@ -287,6 +296,12 @@ def _manifest(
         fingerprint=fingerprint,
         verified=verified,
     )
+
+
+def _on_disk(anatomy: Anatomy) -> tuple[str, ...]:
+    """The modules that hold all large weights."""
+    family = anatomy.family
+    return (family.embedding, family.blocks, family.head)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -371,26 +386,29 @@ def verify(folder: Path) -> dict[str, Any]:
         )
     if manifest.ratios.get("sparsity") is not None:
         counts |= _check_mask(folder, source, manifest.ratios["sparsity"])
-    return {"weights_sha256": digest, **counts, **check_fingerprint(folder, manifest.fingerprint)}
+    on_disk = _on_disk(source.anatomy) if manifest.verified.get("streamed") else ()
+    return {"weights_sha256": digest, **counts, **check_fingerprint(folder, manifest.fingerprint, on_disk)}
 
 
 def _check_mask(folder: Path, source: Source, sparsity: float) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
+    """The mask has the recorded sparsity, and what lies outside it is zero; one matrix at a time."""
     path = folder / EXTRA / "mask.safetensors"
     if not path.is_file():
         raise VerificationError(f"{folder.name}: {EXTRA}/{path.name}, the mask that prunus.json speaks of, is missing")
-    safetensors_shapes(path)
-    packed = load_file(path)
-    mask = WeightMask.from_packed(packed, source.anatomy)
-    if abs(mask.sparsity - sparsity) > 1e-9:
-        raise VerificationError(f"{folder.name}: the mask has sparsity {mask.sparsity}, but prunus.json says {sparsity}")
-    for file in weight_files(folder):
-        tensors = load_file(file)
-        for name, kept in mask.kept.items():
-            if name in tensors and bool((tensors[name][~kept] != 0).any()):
-                raise VerificationError(f"{folder.name}: '{name}' has weights outside its mask that are not zero")
-    return {"sparsity": mask.sparsity}
+    weights = {name: entry for file in weight_files(folder) for name, entry in safetensors_entries(file).items()}
+    total = alive = 0
+    alien = ""
+    for name, entry in safetensors_entries(path).items():
+        kept = WeightMask.from_packed({name: read(entry)}, source.anatomy).kept[name]
+        total, alive = total + kept.numel(), alive + int(kept.sum())
+        if not alien and name in weights and bool((read(weights[name])[~kept] != 0).any()):
+            alien = name
+    found = 1.0 - alive / total
+    if abs(found - sparsity) > 1e-9:
+        raise VerificationError(f"{folder.name}: the mask has sparsity {found}, but prunus.json says {sparsity}")
+    if alien:
+        raise VerificationError(f"{folder.name}: '{alien}' has weights outside its mask that are not zero")
+    return {"sparsity": found}
 
 
 def is_per_layer(model_type: str) -> bool:

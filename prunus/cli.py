@@ -147,6 +147,9 @@ def prune(
         Path | None, typer.Option("--statistics", help="Keep (or reuse) a dense method's statistics here.")
     ] = None,
     dtype: DtypeOpt = "float32",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read and write block by block: memory holds one block, not the model.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that prunus wrote.")] = False,
     online: OnlineOpt = False,
     as_json: JsonOpt = False,
@@ -175,6 +178,8 @@ def prune(
             batch_size=batch_size,
             online=online,
             progress=progress,
+            stream=stream,
+            scratch=checkpoint.standing(out) if stream else None,  # where the checkpoint's own disk is
         )
         progress("verify", 0, 1)
         manifest = result.save(out, overwrite=overwrite)

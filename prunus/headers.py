@@ -14,8 +14,24 @@ from .errors import UserError
 _MAX_HEADER = 100_000_000  # bytes; the limit that the safetensors library itself sets
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in a safetensors file: its type as the format writes it, and its first and last byte + 1."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape from a safetensors header; UserError if the file is truncated or its header is broken."""
+    return {name: entry.shape for name, entry in safetensors_entries(path).items()}
+
+
+def safetensors_entries(path: Path) -> dict[str, Entry]:
+    """Tensor name -> `Entry` from a safetensors header; UserError if the file is truncated or its header is broken."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
@@ -23,17 +39,20 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             raise UserError(f"{path}: the file is truncated or not safetensors ({size} bytes); fetch it again")
         try:
             header = json.loads(file.read(length))
-            entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            ends = [int(v["data_offsets"][1]) for v in entries.values()]
-            shapes = {k: tuple(int(n) for n in v["shape"]) for k, v in entries.items()}
+            entries = {}
+            for name, said in header.items():
+                if name != "__metadata__":
+                    shape = tuple(int(n) for n in said["shape"])
+                    start, end = (8 + length + int(n) for n in said["data_offsets"])
+                    entries[name] = Entry(path, str(said.get("dtype")), shape, start, end)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise UserError(f"{path}: the safetensors header is corrupt ({error}); fetch the file again") from error
-    if max(ends, default=0) != size - 8 - length:
+    promised = max((entry.end for entry in entries.values()), default=8 + length)
+    if promised != size:
         raise UserError(
-            f"{path}: {size} bytes, but its header promises {max(ends, default=0) + 8 + length}; the file is truncated or "
-            "corrupt, fetch it again"
+            f"{path}: {size} bytes, but its header promises {promised}; the file is truncated or corrupt, fetch it again"
         )
-    return shapes
+    return entries
 
 
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

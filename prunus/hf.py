@@ -6,6 +6,7 @@ Everything else becomes a `pruned_<type>` (see `modeling_pruned.py`).
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping
@@ -268,8 +269,7 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], generation: Any 
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     dtype = next(iter(tensors.values())).dtype
     family = family_of(config.model_type)
-    # under the names that stock files have: transformers saves them as it loaded them
-    names = {} if config.model_type.startswith(PRUNED_PREFIX) else family.saved_as
+    names = names_in_files(config)
     state = {names.get(name, name): tensor for name, tensor in tensors.items()}
     with quiet():
         model, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
@@ -279,6 +279,25 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], generation: Any 
     if generation is not None:
         model.generation_config = generation
     return model.eval()
+
+
+def unfilled(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of `config` whose parameters are on the meta device; its buffers (rotary angles) are real."""
+    from accelerate import init_empty_weights
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from . import modeling_pruned  # noqa: F401
+
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with quiet(), init_empty_weights(include_buffers=False):
+        model = cls._from_config(copy.deepcopy(config), dtype=dtype)
+    model.tie_weights()  # again: accelerate made two parameters of one
+    return model.eval()
+
+
+def names_in_files(config: PreTrainedConfig) -> Mapping[str, str]:
+    """Declared name -> name in the files of the stock type, where that is another: transformers saves as it loads."""
+    return {} if config.model_type.startswith(PRUNED_PREFIX) else family_of(config.model_type).saved_as
 
 
 def weights(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Tensor]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import hf
 from .criteria import Scores
-from .cut import slice_plan, slice_tensors_
+from .cut import SlicePlan, slice_plan, slice_tensors_
 from .data.windows import Windows
 from .hf import Target, target_for
 from .keep import Keep, WeightMask
@@ -21,13 +22,53 @@ from .planning import Plan
 from .statistics import Statistics, Sweep
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Says nothing."""
+
+
+class Store(Protocol):
+    """Where weights are while a job runs: all in memory (`InMemory`), or in files, a block at a time (`streaming`)."""
+
+    streams: bool
+
+    def room(self) -> MutableMapping[str, Tensor]:
+        """Where a method puts what it makes for every matrix."""
+
+    def slice_(self, tensors: MutableMapping[str, Tensor], recipe: SlicePlan) -> MutableMapping[str, Tensor]:
+        """The cut tensors under their new names; `tensors` are used up."""
+
+    def build(self, config: PreTrainedConfig, tensors: MutableMapping[str, Tensor], generation: Any) -> PreTrainedModel:
+        """The model that holds them."""
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Config, generation config and weights as files."""
+
+
+class InMemory:
+    """All weights are in memory."""
+
+    streams = False
+
+    def room(self) -> MutableMapping[str, Tensor]:
+        """A table."""
+        return {}
+
+    def slice_(self, tensors: MutableMapping[str, Tensor], recipe: SlicePlan) -> MutableMapping[str, Tensor]:
+        """Each tensor is let go as it is cut."""
+        return slice_tensors_(tensors, recipe)
+
+    def build(self, config: PreTrainedConfig, tensors: MutableMapping[str, Tensor], generation: Any) -> PreTrainedModel:
+        """By transformers."""
+        return hf.build(config, dict(tensors), generation)
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """By transformers."""
+        model.save_pretrained(folder)
 
 
 @dataclass
@@ -45,6 +86,7 @@ class Outcome:
     measured: Mapping[str, Any] = field(default_factory=dict)  # what depth methods save: name of a file -> plain data
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    store: Store = field(default_factory=InMemory)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -63,13 +105,14 @@ class Job:
 
     plan: Plan
     model: PreTrainedModel
-    tensors: dict[str, Tensor]
+    tensors: MutableMapping[str, Tensor]
     windows: Windows | None
     batch_size: int = 4
     progress: Progress = no_progress
     statistics: Statistics | None = None  # of an earlier run on the same model and windows
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    store: Store = field(default_factory=InMemory)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -102,10 +145,10 @@ def finish_(
         recipe = slice_plan(plan.anatomy, keep, fold=not cuts_stem, gains=gains)
         dtype = model.dtype
         torch.nn.Module.to(model, device="meta")  # lets go of the weights: the job now holds the only references
-        sliced = slice_tensors_(job.tensors, recipe)
+        sliced = job.store.slice_(job.tensors, recipe)
         for name, bias in (extra or {}).items():
             new_name = recipe.names.get(name.removesuffix("bias") + "weight", "").removesuffix("weight") + "bias"
             sliced[new_name] = bias.to(dtype)
-        sliced |= hf.empty_weights(target, sliced)
-        cut = hf.build(target.config, sliced, generation)
-    return Outcome(plan, cut, target, keep=keep, seconds=job.seconds, notes=tuple(job.notes))
+        sliced.update(hf.empty_weights(target, sliced))
+        cut = job.store.build(target.config, sliced, generation)
+    return Outcome(plan, cut, target, keep=keep, seconds=job.seconds, notes=tuple(job.notes), store=job.store)

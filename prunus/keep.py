@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -137,15 +138,23 @@ class WeightMask:
 
     kept: Mapping[str, Tensor]
 
-    @property
+    @cached_property
     def sparsity(self) -> float:
         """Fraction of zeros over all masked matrices."""
-        total = sum(m.numel() for m in self.kept.values())
-        return 1.0 - sum(int(m.sum()) for m in self.kept.values()) / total
+        total = alive = 0
+        for mask in self.kept.values():
+            total += mask.numel()
+            alive += int(mask.sum())
+        return 1.0 - alive / total
+
+    def packed(self) -> Iterator[tuple[str, Tensor]]:
+        """One uint8 tensor a parameter, eight weights a byte (numpy's big-endian bit order)."""
+        for name, mask in self.kept.items():
+            yield name, torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
     def to_packed(self) -> dict[str, Tensor]:
-        """One uint8 tensor a parameter, eight weights a byte (numpy's big-endian bit order)."""
-        return {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.kept.items()}
+        """All of `packed` at once."""
+        return dict(self.packed())
 
     @classmethod
     def from_packed(cls, packed: Mapping[str, Tensor], anatomy: Anatomy) -> WeightMask:

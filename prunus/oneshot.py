@@ -11,13 +11,15 @@ from . import depth, hf, rotation, surgeon, units, weights
 from .anatomy import Anatomy
 from .axes import kind_of
 from .data.windows import Windows
-from .job import Job, Outcome, Progress, no_progress
+from .job import InMemory, Job, Outcome, Progress, no_progress
 from .keep import Keep
 from .planning import Plan
 from .statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .streaming import Files
 
 
 @torch.no_grad()
@@ -29,12 +31,15 @@ def one_shot_(
     statistics: Statistics | None = None,
     batch_size: int = 4,
     progress: Progress = no_progress,
+    store: Files | None = None,
 ) -> Outcome:
     """Carry out a plan. Consumes `model`: its tensors are cut or zeroed, so that memory never holds two models.
 
     `statistics` of an earlier run on the same model and windows spare the pass of methods whose statistics are dense.
+    `store` is what `streaming.open_` gave with the model, if its weights are in files.
     """
-    job = Job(plan, model, hf.weights(model, plan.anatomy), windows, batch_size, progress, statistics)
+    tensors = hf.weights(model, plan.anatomy) if store is None else store.weights
+    job = Job(plan, model, tensors, windows, batch_size, progress, statistics, store=store or InMemory())
     if plan.method.is_sparse:
         return weights.run_(job)
     if plan.method.criterion == "output-error":

@@ -15,7 +15,7 @@ def main(request_path: str) -> None:
     request = json.loads(Path(request_path).read_text())
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -28,8 +28,13 @@ def main(request_path: str) -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules["modeling_pruned"] = module
         spec.loader.exec_module(module)
+    where = {}
+    if request["on_disk"]:  # these modules are read whenever they run: memory holds one of them, not the model
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        where = {"device_map": dict(places(empty, request["on_disk"])), "offload_folder": request["scratch"]}
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, request["dtype"]), local_files_only=True, output_loading_info=True
+        folder, dtype=getattr(torch, request["dtype"]), local_files_only=True, output_loading_info=True, **where
     )
     model.eval()
     problems = {k: sorted(map(str, v)) for k, v in info.items() if v and k.endswith("_keys")}
@@ -40,6 +45,18 @@ def main(request_path: str) -> None:
     save_file({"logits": logits}, request["logits"])
     out = {"generated": tokens, "problems": problems, "class": type(model).__name__, "ours": "prunus" in sys.modules}
     print(json.dumps(out))
+
+
+def places(module, on_disk, prefix=""):
+    """(name, "disk") of the named modules, and (name, "cpu") of what stands beside them."""
+    for leaf, child in module.named_children():
+        name = prefix + leaf
+        if name in on_disk:
+            yield name, "disk"
+        elif any(other.startswith(name + ".") for other in on_disk):
+            yield from places(child, on_disk, name + ".")
+        else:
+            yield name, "cpu"
 
 
 def greedy(model, ids, count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from . import hf
 from .anatomy import Anatomy
 from .errors import UserError
-from .headers import gguf_metadata, safetensors_shapes, sha256
+from .headers import Entry, gguf_metadata, safetensors_entries, sha256
 from .hf import quiet
+from .tensorfiles import Stored, check_finite, same_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -132,36 +134,66 @@ class Source:
         self._check_depth()
 
     @cached_property
-    def _saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for file in self.weight_files for name, shape in safetensors_shapes(file).items()}
+    def _saved(self) -> dict[str, Entry]:
+        return {name: entry for file in self.weight_files for name, entry in safetensors_entries(file).items()}
 
     def _check_depth(self) -> None:
         """UserError for a depth that the files cannot have: transformers and we build a thing a layer before any check."""
         data = _json(self.path / "config.json")
         text = data.get("text_config")
         depth = (text if isinstance(text, dict) else data).get("num_hidden_layers")
-        if isinstance(depth, int) and depth > len(self._saved_shapes):
+        if isinstance(depth, int) and depth > len(self._saved):
             raise UserError(
                 f"{self.name}: config.json asks for {depth:,} layers (num_hidden_layers), but the weight files hold only "
-                f"{len(self._saved_shapes):,} tensors"
+                f"{len(self._saved):,} tensors"
             )
 
+    def _entries(self, anatomy: Anatomy) -> dict[str, Entry]:
+        """Declared name -> where its tensor lies, under whichever of its names the files have it; without what they lack."""
+        found, aliases = self._saved, anatomy.family.saved_as
+        named = any(name in found or aliases.get(name) in found for name in anatomy.tensors)
+        prefix = "" if named else anatomy.family.blocks.split(".")[0] + "."
+        out = {}
+        for name in anatomy.tensors:
+            for candidate in (name, aliases.get(name, name), name.removeprefix(prefix)):
+                if candidate in found:
+                    out[name] = found[candidate]
+                    break
+        return out
+
     def _check_shapes(self, anatomy: Anatomy) -> None:
-        found = dict(self._saved_shapes)
-        for name, saved in anatomy.family.saved_as.items():
-            if saved in found:
-                found.setdefault(name, found[saved])
-        prefix = "" if any(n in found for n in anatomy.tensors) else anatomy.family.blocks.split(".")[0] + "."
+        entries = self._entries(anatomy)
         for name, tensor in anatomy.tensors.items():
-            shape = found.get(name, found.get(name.removeprefix(prefix)))
-            if shape is None:
+            if name not in entries:
                 raise UserError(
                     f"{self.name}: the weights lack '{name}', which config.json asks for; the checkpoint is incomplete"
                 )
-            if shape != tensor.shape:
+            if entries[name].shape != tensor.shape:
                 raise UserError(
-                    f"{self.name}: '{name}' has shape {list(shape)}, but config.json asks for {list(tensor.shape)}"
+                    f"{self.name}: '{name}' has shape {list(entries[name].shape)}, but config.json asks for "
+                    f"{list(tensor.shape)}"
                 )
+
+    def stored(self, dtype: str = "float32") -> Stored:
+        """The weights of a folder by their declared names, each read when it is asked for."""
+        assert self.kind != "gguf"
+        family, entries = self.anatomy.family, self._entries(self.anatomy)
+        head, embedding = self._saved.get(f"{family.head}.weight"), entries[f"{family.embedding}.weight"]
+        if self.anatomy.shape.tie_word_embeddings and head is not None and not same_bytes(head, embedding):
+            raise UserError(f"{self.name}: config.json ties the head to the embedding, but the files hold another matrix")
+        return Stored(entries, DTYPES[dtype], self.name)
+
+    def generation_config(self) -> Any:
+        """What the folder says about generation, or what its config implies: as transformers finds it when it loads."""
+        from transformers import GenerationConfig
+
+        with quiet():
+            read: Callable[..., Any] = GenerationConfig.from_pretrained
+            try:
+                return read(str(self.path), local_files_only=True)
+            except OSError:
+                implied = {"config_file_name": "config.json", "_from_model_config": True}
+                return read(str(self.path), local_files_only=True, **implied)
 
     def load(self, dtype: str = "float32") -> PreTrainedModel:
         """Read the weights; UserError if any is NaN or infinite."""
@@ -182,8 +214,7 @@ class Source:
             model.config = self.config
             model.generation_config._from_model_config = False
         for name, tensor in hf.weights(model, self.anatomy).items():
-            if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
-                raise UserError(f"{self.name}: '{name}' holds NaN or infinite weights; the checkpoint is damaged")
+            check_finite(tensor, f"{self.name}: '{name}'")
         return model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from .errors import VerificationError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ROWS, _TOKENS, _PROMPT, _NEW = 2, 32, 8, 16
+_ROWS, _TOKENS, _PROMPT, NEW_TOKENS = 2, 32, 8, 16
+NEW_TOKENS_STREAMED = 4  # each reads all blocks from disk
 _TOP = 4  # logits a position that go into prunus.json, so that `prunus verify` can compare later
 # The same weights on the same kernels give the same logits; what is left is a different split of a matmul (float32) or a
 # rounding that falls the other way (16 bit), relative to the largest logit.
@@ -30,7 +32,7 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model computes on fixed tokens: logits [2, 32, V] in float32, and 16 greedy tokens through the cache."""
+    """What a model computes on fixed tokens: logits [2, 32, V] in float32, and a few greedy tokens through the cache."""
 
     ids: list[list[int]]
     logits_BTV: Tensor
@@ -51,17 +53,22 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel) -> Probe:
+def probe(model: PreTrainedModel, new_tokens: int = NEW_TOKENS) -> Probe:
     """Run a model in memory on the fixed tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (_ROWS, _TOKENS), generator=generator)
     logits = model(input_ids=ids, use_cache=False).logits.float()
-    tokens = reload.greedy(model, ids[:1, :_PROMPT], _NEW)
+    tokens = reload.greedy(model, ids[:1, :_PROMPT], new_tokens)
     return Probe(ids.tolist(), logits, tokens, str(model.dtype).removeprefix("torch."))
 
 
-def reload_probe(folder: Path, ids: list[list[int]], dtype: str) -> tuple[Probe, dict[str, Any]]:
-    """The same from a folder, in a clean process; VerificationError if it does not load."""
+def reload_probe(
+    folder: Path, ids: list[list[int]], dtype: str, *, new_tokens: int = NEW_TOKENS, on_disk: Sequence[str] = ()
+) -> tuple[Probe, dict[str, Any]]:
+    """The same from a folder, in a clean process; VerificationError if it does not load.
+
+    Modules named in `on_disk` are read by accelerate's disk offload when they run, so that no more than one is in memory.
+    """
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="prunus-verify-") as scratch:
@@ -71,7 +78,9 @@ def reload_probe(folder: Path, ids: list[list[int]], dtype: str) -> tuple[Probe,
             "ids": ids,
             "dtype": dtype,
             "prompt": _PROMPT,
-            "new_tokens": _NEW,
+            "new_tokens": new_tokens,
+            "on_disk": list(on_disk),
+            "scratch": scratch,
             "logits": str(logits),
             "threads": torch.get_num_threads(),
         }
@@ -87,9 +96,10 @@ def reload_probe(folder: Path, ids: list[list[int]], dtype: str) -> tuple[Probe,
         return Probe(ids, load_file(logits)["logits"], answer["generated"], dtype), answer
 
 
-def check_saved(folder: Path, expected: Probe) -> dict[str, Any]:
-    """Compare a just-saved folder with the model in memory; VerificationError on any difference that is not rounding."""
-    found, answer = reload_probe(folder, expected.ids, expected.dtype)
+def check_saved(folder: Path, expected: Probe, on_disk: Sequence[str] = ()) -> dict[str, Any]:
+    """Compare a just-saved folder with the cut model; VerificationError on any difference that is not rounding."""
+    new_tokens = len(expected.generated)
+    found, answer = reload_probe(folder, expected.ids, expected.dtype, new_tokens=new_tokens, on_disk=on_disk)
     if answer["problems"]:
         raise VerificationError(f"{folder.name}: loading left keys over: {json.dumps(answer['problems'])[:300]}")
     if not bool(torch.isfinite(found.logits_BTV).all()):
@@ -108,12 +118,13 @@ def check_saved(folder: Path, expected: Probe) -> dict[str, Any]:
         "generated_equal": True,
         "class": answer["class"],
         "clean_process": not answer["ours"],
-    }
+    } | ({"streamed": True, "generated_tokens": new_tokens} if on_disk else {})
 
 
-def check_fingerprint(folder: Path, recorded: dict[str, Any]) -> dict[str, Any]:
+def check_fingerprint(folder: Path, recorded: dict[str, Any], on_disk: Sequence[str] = ()) -> dict[str, Any]:
     """Compare a folder with the fingerprint in its prunus.json (another machine may round otherwise: same tolerance)."""
-    found, answer = reload_probe(folder, recorded["ids"], recorded["dtype"])
+    new_tokens = len(recorded["generated"])
+    found, answer = reload_probe(folder, recorded["ids"], recorded["dtype"], new_tokens=new_tokens, on_disk=on_disk)
     if answer["problems"]:
         raise VerificationError(f"{folder.name}: loading left keys over: {json.dumps(answer['problems'])[:300]}")
     now = found.to_json()

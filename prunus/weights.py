@@ -25,7 +25,7 @@ def run_(job: Job) -> Outcome:
     criterion = WEIGHT_CRITERIA[job.plan.method.criterion]
     anatomy, tensors = job.plan.anatomy, job.tensors
     count = anatomy.shape.num_hidden_layers
-    masks: dict[str, Tensor] = {}
+    masks = job.store.room()
     sweep = job.sweep() if criterion.wants else None
     wants = dict.fromkeys(_SEGMENTS, criterion.wants | ({"gram"} if job.plan.compensator == "obs" else set()))
     levels = outlier_levels(job) if job.plan.options.get("allocation") == "owl" else None
@@ -41,7 +41,7 @@ def run_(job: Job) -> Outcome:
                 moments = named.get(f"layers.{layer}.{sublayer}.{segment}")
                 if job.plan.compensator == "obs":
                     assert moments is not None
-                    masks |= _obs_(job, matrices, moments, sparsity)
+                    masks.update(_obs_(job, matrices, moments, sparsity))
                     continue
                 for name in matrices:
                     kept = _kept(job.plan, criterion.score(tensors[name], moments), sparsity)
@@ -52,7 +52,8 @@ def run_(job: Job) -> Outcome:
                 sweep.run(layer)
         job.progress("score", layer + 1, count)
     target = Target(job.model.config, anatomy)
-    return Outcome(job.plan, job.model, target, mask=WeightMask(masks), seconds=job.seconds, notes=tuple(job.notes))
+    mask, notes = WeightMask(masks), tuple(job.notes)
+    return Outcome(job.plan, job.model, target, mask=mask, seconds=job.seconds, notes=notes, store=job.store)
 
 
 def _kept(plan: Plan, scores: Tensor, sparsity: float | None) -> Tensor:

@@ -168,9 +168,15 @@ def verify_here(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any] = 
     from prunus import verification
     from prunus.source import Source
 
-    def reload_probe(folder: Path, ids: list[list[int]], dtype: str) -> tuple[Any, dict[str, Any]]:
+    def reload_probe(
+        folder: Path, ids: list[list[int]], dtype: str, *, new_tokens: int, on_disk: Any
+    ) -> tuple[Any, dict[str, Any]]:
         loaded = Source.open(str(folder)).load(dtype)
-        return change(verification.probe(loaded)), {"problems": {}, "class": type(loaded).__name__, "ours": False}
+        return change(verification.probe(loaded, new_tokens)), {
+            "problems": {},
+            "class": type(loaded).__name__,
+            "ours": False,
+        }
 
     monkeypatch.setattr(verification, "reload_probe", reload_probe)
 
