@@ -327,7 +327,9 @@ def test_keys_left_over_are_a_failure(tmp_path, monkeypatch):
     pipeline.verify_here(monkeypatch)
     honest = verification.reload_probe
     monkeypatch.setattr(
-        verification, "reload_probe", lambda *a: (honest(*a)[0], {"problems": {"missing_keys": ["model.norm.weight"]}})
+        verification,
+        "reload_probe",
+        lambda *a, **k: (honest(*a, **k)[0], {"problems": {"missing_keys": ["model.norm.weight"]}}),
     )
     with pytest.raises(VerificationError, match=r"loading left keys over: .*missing_keys.*model\.norm\.weight"):
         result().save(tmp_path / "out")

@@ -115,7 +115,7 @@ def test_prune_takes_every_option_to_its_place(tmp_path, monkeypatch):
         "prune", "model", "-m", "flap", "-o", tmp_path / "out", "-r", 0.25, "-c", "text.txt", "--pattern", "2:4",
         "--target", "hidden_size=8", "--target", "intermediate_size=16", "--uniform", "--multiple-of", 8, "--compensate",
         "none", "--option", "reduction=l2", "--windows", 7, "--seq-len", 9, "--seed", 3, "--documents", ":5", "--field",
-        "body", "--batch-size", 2, "--statistics", "s", "--dtype", "bfloat16", "--online",
+        "body", "--batch-size", 2, "--statistics", "s", "--dtype", "bfloat16", "--online", "--stream",
     )  # fmt: skip
     assert code == 130 and out == "" and err == "prunus: stopped; nothing half-written was left behind\n"
     del seen["progress"]
@@ -135,6 +135,8 @@ def test_prune_takes_every_option_to_its_place(tmp_path, monkeypatch):
         "batch_size": 2,
         "dtype": "bfloat16",
         "online": True,
+        "stream": True,
+        "scratch": tmp_path,
     }
     cli("methods")  # goes offline again
     assert os.environ["HF_HUB_OFFLINE"] == "1"
