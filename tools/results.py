@@ -84,6 +84,7 @@ def page(records: list[dict[str, Any]]) -> str:
     """docs/results.md."""
     runs = [r for r in records if r["kind"] == "oneshot"]
     costs = [r for r in records if r["kind"] == "oneshot-cost"]
+    streams = [r for r in records if r["kind"] == "stream"]
     lines = ["# Measured results", "", "Written by `make results` from `results/*.jsonl`; do not edit.", ""]
     if runs:
         lines += ["## Protocol", "", *protocol(runs), ""]
@@ -96,6 +97,8 @@ def page(records: list[dict[str, Any]]) -> str:
             lines += [f"## {method}", "", *markdown(QUALITY, [quality_row(r) for r in rows]), ""]
     if costs:
         lines += ["## Cost", "", *cost_table(costs), ""]
+    if streams:
+        lines += ["## Streaming", "", *stream_table(streams), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -119,6 +122,31 @@ def cost_table(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"`make bench`: scoring and cutting on {f['windows']} windows of {f['seq_len']} tokens, batches of {f['batch_size']}, "
         f"float32, {m['cpu']}, {m['threads']} threads.",
+        "",
+        *markdown(header, cells),
+    ]
+
+
+def stream_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Peak memory of `--stream` on a random model, whose quality means nothing."""
+    header = ["run", "parameters", "weights, GiB", "peak, GiB", "of its clean process, GiB", "seconds", "commit"]
+    cells = [
+        [
+            f"`{flags(r['recipe']['request'])} --stream`",
+            f"{f['before']['params']:,}",
+            f"{f['before']['weight_bytes'] / 2**30:.2f}",
+            f"{f['peak_gib']:.2f}",
+            f"{f['children_peak_gib']:.2f}",
+            f"{f['seconds']:,.0f}",
+            r["commit"] or "",
+        ]
+        for r in rows
+        for f in [r["figures"]]
+    ]
+    recipe = rows[0]["recipe"]
+    return [
+        f"`tools/stream_1b.py`: a random Llama, {recipe['dtype']}, {recipe['windows']} windows of {recipe['seq_len']} tokens. Peaks "
+        "are of whole processes (`ru_maxrss`), the libraries included.",
         "",
         *markdown(header, cells),
     ]

@@ -79,6 +79,18 @@ def prune(folder: Path, data: Path, name: str) -> dict:
     return figures
 
 
+def keep_record(name: str, manifest: dict, figures: dict, path: Path) -> None:
+    """One line with what the command line said and what was measured around it."""
+    from prunus import record
+
+    recipe = {"command": "tools/stream_1b.py", "request": REQUESTS[name], "data": C4, "sizes": SIZES}
+    recipe |= {"windows": WINDOWS, "seq_len": SEQ_LEN, "dtype": "bfloat16"}
+    figures |= {key: manifest[key] for key in ("ratios", "verified")} | {"stages_s": manifest["seconds"]}
+    for side in ("before", "after"):
+        figures[side] = {key: manifest[side][key] for key in ("params", "block_params", "weight_bytes")}
+    record.append(path, "stream", recipe, figures)
+
+
 def child(*words: object) -> str:
     """What this file prints in a fresh process. This one stays small: a child's peak starts at its parent's."""
     done = subprocess.run([sys.executable, __file__, *map(str, words)], check=True, stdout=subprocess.PIPE, text=True)
@@ -105,17 +117,9 @@ def main() -> None:
         child("--make", source, "--data", arguments.data)
         for name in arguments.methods:
             said, measured = child("--prune", source, "--data", arguments.data, "--methods", name).splitlines()[-2:]
-            manifest, figures = json.loads(said), json.loads(measured)
-            kept = ("before", "after", "ratios", "seconds", "verified")
-            figures |= {"seconds_total": figures.pop("seconds")} | {key: manifest[key] for key in kept if key in manifest}
-            print(f"{name:<8} {json.dumps({k: v for k, v in figures.items() if not isinstance(v, dict)})}", flush=True)
+            print(f"{name:<8} {measured}", flush=True)
             if arguments.record:
-                from prunus import record
-
-                recipe = {"command": "tools/stream_1b.py", "request": REQUESTS[name], "data": C4, "sizes": SIZES}
-                recipe |= {"windows": WINDOWS, "seq_len": SEQ_LEN, "dtype": "bfloat16"}
-                figures["weight_bytes"] = manifest["before"]["weight_bytes"]
-                record.append(arguments.record, "stream", recipe, figures)
+                keep_record(name, json.loads(said), json.loads(measured), arguments.record)
     return None
 
 
