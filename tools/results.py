@@ -145,8 +145,8 @@ def stream_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     recipe = rows[0]["recipe"]
     return [
-        f"`tools/stream_1b.py`: a random Llama, {recipe['dtype']}, {recipe['windows']} windows of {recipe['seq_len']} tokens. Peaks "
-        "are of whole processes (`ru_maxrss`), the libraries included.",
+        f"`tools/stream_1b.py`: a random Llama, {recipe['dtype']}, {recipe['windows']} windows of {recipe['seq_len']} tokens. "
+        "Peaks are of whole processes (`ru_maxrss`), the libraries included.",
         "",
         *markdown(header, cells),
     ]
