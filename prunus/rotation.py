@@ -10,7 +10,7 @@ Shapes: B windows, T tokens, D the stem's size d, K the directions kept d'. A ba
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,7 +173,7 @@ def stem_norms(anatomy: Anatomy) -> dict[int, str]:
 
 
 def turned_(
-    anatomy: Anatomy, tensors: dict[str, Tensor], bases: Sequence[Tensor | None], hidden_size: int
+    anatomy: Anatomy, tensors: MutableMapping[str, Tensor], bases: Sequence[Tensor | None], hidden_size: int
 ) -> dict[str, Tensor]:
     """Every tensor in the bases of its places: readers W -> W diag(gain) Q, writers W -> Q^T W, the embedding E -> E Q.
 
