@@ -138,6 +138,68 @@ def _choose_n_of_m(w_IO: Tensor, kept_IO: Tensor, scale: Tensor, j: int, pattern
     kept_IO[j : j + m] = kept_IO[j : j + m].scatter(0, goes, False)
 
 
+_RHO, _ITERATIONS, _GRADUAL = 1.0, 30, 20
+
+
+def admm(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    *,
+    sparsity: float | None = None,
+    pattern: tuple[int, int] | None = None,
+    damp: float = DAMP,
+) -> list[tuple[Tensor, Tensor]]:
+    """Sparse weights by ADMM on the layer error (Boza 2024, arXiv 2401.02938): (weight, bool mask [out, in]) of each, float32.
+
+    Inputs are scaled to norm 1, so |w| is Wanda's score. W = (G + rho)^-1 (G W_0 + rho (Z - U)) moves all weights of a row
+    together, Z is W + U without its lowest scores, and U adds up what that took. The share that goes grows over the first
+    `_GRADUAL` iterations (cubic schedule); then the mask stays and the rest converges to its least squares. For a `sparsity`
+    a matrix' scores are ranked together; for a `pattern` (n, m) n of every m inputs of a row stay. All rows of all matrices
+    that read one input share one factorisation.
+    """
+    sizes = [w.shape[0] for w in weights]
+    norms = gram.diagonal().sqrt().float()
+    dead = norms == 0
+    norms = norms.masked_fill(dead, 1.0)
+    start = torch.cat([w.float() for w in weights]).masked_fill(dead, 0) * norms
+    unit = gram.float() / norms / norms[:, None]
+    unit.diagonal().add_(damp + dead.float())
+    shifted = unit.clone()
+    shifted.diagonal().add_(_RHO)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    pull = start @ unit @ inverse
+    inverse *= _RHO
+    w, u, z = start, torch.zeros_like(start), start
+    kept = torch.ones(start.shape, dtype=torch.bool)
+    for step in range(_ITERATIONS):
+        if step <= _GRADUAL:
+            share = 1 - (1 - step / _GRADUAL) ** 3
+            scores = (w + u).abs_()
+            kept = torch.cat([_kept_share(s, share, sparsity, pattern) for s in scores.split(sizes)])
+        z = (w + u) * kept
+        u += w - z
+        w = torch.addmm(pull, z - u, inverse)
+    z = (w + u) * kept / norms
+    parts = zip(z.split(sizes), kept.split(sizes), strict=True)
+    return [(weight.contiguous(), mask.contiguous()) for weight, mask in parts]
+
+
+def _kept_share(scores: Tensor, share: float, sparsity: float | None, pattern: tuple[int, int] | None) -> Tensor:
+    """Bool mask [out, in] with `share` of the weights gone that are to go in the end, the lowest scores first."""
+    if pattern is None:
+        assert sparsity is not None
+        candidates, count = scores, round(share * sparsity * scores.numel())
+    else:
+        n, m = pattern
+        order = torch.argsort(scores.unflatten(1, (-1, m)), dim=-1, descending=True, stable=True)
+        stays = torch.zeros(order.shape, dtype=torch.bool).scatter_(-1, order[..., :n], True).flatten(1)
+        candidates = scores.masked_fill(stays, torch.inf)
+        count = round(share * (1 - n / m) * scores.numel())
+    kept = torch.ones(scores.numel(), dtype=torch.bool)
+    kept[torch.topk(candidates.reshape(-1), count, largest=False, sorted=False).indices] = False
+    return kept.view(scores.shape)
+
+
 @dataclass(frozen=True)
 class Elimination:
     """Units in the order in which they went, int64 [gone], and what each added to the output error, float64 [gone]."""

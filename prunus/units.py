@@ -26,8 +26,7 @@ from .taylor import unit_taylor
 def run_(job: Job) -> Outcome:
     """Carry out a plan whose units are scored on the dense model: score, allocate, compensate, slice."""
     plan = job.plan
-    with job.timed("score"):
-        scores, statistics = _GATHERED.get(plan.method.criterion, _from_statistics)(job)
+    scores, statistics = _GATHERED.get(plan.method.criterion, _from_statistics)(job)
     with job.timed("allocate"):
         keep, measured = _allocate(plan, scores)
     if plan.compensator == "least-squares":
@@ -50,19 +49,23 @@ def _from_statistics(job: Job) -> tuple[Scores, Statistics | None]:
     """By a criterion of the inputs' statistics, from one sweep or an earlier run."""
     criterion, statistics = UNIT_CRITERIA[_criterion_name(job.plan)], job.statistics
     if statistics is None:
-        statistics = collect(job.sweep(), criterion.wants, lambda done, total: job.progress("score", done, total))
-    return criterion.score(job.plan.anatomy, job.tensors, statistics), statistics
+        with job.timed("score"):
+            statistics = collect(job.sweep(), criterion.wants, lambda done, total: job.progress("score", done, total))
+    with job.timed("allocate"):
+        return criterion.score(job.plan.anatomy, job.tensors, statistics), statistics
 
 
 def _from_gradients(job: Job) -> tuple[Scores, Statistics | None]:
     """LLM-Pruner: Taylor scores."""
-    return unit_taylor(job), None
+    with job.timed("score"):
+        return unit_taylor(job), None
 
 
 def _from_gradients_and_cosines(job: Job) -> tuple[Scores, Statistics | None]:
     """Adapt-Pruner: Taylor scores of units, and for ``layers`` how far each block turns the stream, on the same way."""
     cosines = [BlockCosine() for _ in job.plan.anatomy.shape.layers]
-    scores = unit_taylor(job, lambda layer, before, after: cosines[layer](before, after))
+    with job.timed("score"):
+        scores = unit_taylor(job, lambda layer, before, after: cosines[layer](before, after))
     turned = torch.tensor([1.0 - cosine.mean for cosine in cosines], dtype=torch.float64)
     return Scores({**scores.values, "layers": turned}), None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from .hf import Target
 from .job import Job, Outcome
 from .keep import WeightMask
 from .planning import Plan
-from .solve import DAMP, inverse_upper, sparsegpt
+from .solve import DAMP, admm, inverse_upper, sparsegpt
 from .statistics import Moments, Statistics, collect, layer_moments, reading_points
 
 _SEGMENTS = ("hidden", "q", "intermediate")
@@ -27,7 +29,7 @@ def run_(job: Job) -> Outcome:
     count = anatomy.shape.num_hidden_layers
     masks = job.store.room()
     sweep = job.sweep() if criterion.wants else None
-    wants = dict.fromkeys(_SEGMENTS, criterion.wants | ({"gram"} if job.plan.compensator == "obs" else set()))
+    wants = dict.fromkeys(_SEGMENTS, criterion.wants | ({"gram"} if job.plan.compensator in _UPDATES else set()))
     levels = outlier_levels(job) if job.plan.options.get("allocation") == "owl" else None
     for layer in range(count):
         named: Statistics = {}
@@ -39,9 +41,13 @@ def run_(job: Job) -> Outcome:
         with job.timed("cut"):
             for (sublayer, segment), matrices in reading_points(anatomy, layer).items():
                 moments = named.get(f"layers.{layer}.{sublayer}.{segment}")
-                if job.plan.compensator == "obs":
+                if job.plan.compensator in _UPDATES:
                     assert moments is not None
-                    masks.update(_obs_(job, matrices, moments, sparsity))
+                    level = None if job.plan.pattern is not None else sparsity
+                    pruned = _UPDATES[job.plan.compensator](job, matrices, moments, level)
+                    for name, (weight, kept) in zip(matrices, pruned, strict=True):
+                        tensors[name].copy_(weight)
+                        masks[name] = kept
                     continue
                 for name in matrices:
                     kept = _kept(job.plan, criterion.score(tensors[name], moments), sparsity)
@@ -65,16 +71,23 @@ def _kept(plan: Plan, scores: Tensor, sparsity: float | None) -> Tensor:
     return kept_in_matrix(scores, sparsity)
 
 
-def _obs_(job: Job, matrices: list[str], moments: Moments, sparsity: float | None) -> dict[str, Tensor]:
-    """Changes the named weights: SparseGPT's masks and update on all matrices that read one input. Returns the masks."""
+Pruned = list[tuple[Tensor, Tensor]]  # weight and mask of every matrix
+
+
+def _obs(job: Job, matrices: list[str], moments: Moments, sparsity: float | None) -> Pruned:
+    """SparseGPT's masks and update, on all matrices that read one input."""
     inverse = inverse_upper(moments.gram_CC)
     if inverse.escalated:
         job.notes.append(f"{matrices[0]}: its Gram matrix took damping {inverse.damp:g} instead of {DAMP:g}")
-    level = None if job.plan.pattern is not None else sparsity
-    pruned = sparsegpt([job.tensors[n] for n in matrices], inverse, sparsity=level, pattern=job.plan.pattern)
-    for name, (weight, _) in zip(matrices, pruned, strict=True):
-        job.tensors[name].copy_(weight)
-    return {name: kept for name, (_, kept) in zip(matrices, pruned, strict=True)}
+    return sparsegpt([job.tensors[n] for n in matrices], inverse, sparsity=sparsity, pattern=job.plan.pattern)
+
+
+def _admm(job: Job, matrices: list[str], moments: Moments, sparsity: float | None) -> Pruned:
+    """Masks and weights that the alternating directions settle on."""
+    return admm([job.tensors[n] for n in matrices], moments.gram_CC, sparsity=sparsity, pattern=job.plan.pattern)
+
+
+_UPDATES: Mapping[str, Callable[[Job, list[str], Moments, float | None], Pruned]] = {"obs": _obs, "admm": _admm}
 
 
 def outlier_levels(job: Job) -> list[float]:

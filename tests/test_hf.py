@@ -82,7 +82,7 @@ def test_layers_that_differ_make_a_type_of_ours():
     (note,) = target.notes
     assert "layers differ in size" in note
     assert "trust_remote_code=True" in note
-    assert "--uniform" in note
+    assert "no stock engine" in note
 
 
 def test_lists_with_one_entry_a_layer_follow_the_kept_layers():

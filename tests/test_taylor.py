@@ -269,8 +269,8 @@ def test_the_plan_knows_what_scoring_takes(protect, score, monkeypatch):
     plan = plan_for(model, method="llm-pruner", ratio=0.1, options={"protect": protect, "score": score})
     passes, forward, through = [], Sweep.forward, taylor._through
 
-    def counted(sweep, layer, hidden, gradient, wanted):
-        gradient, found = through(sweep, layer, hidden, gradient, wanted)
+    def counted(sweep, layer, hidden, gradient, wanted, outputs):
+        gradient, found = through(sweep, layer, hidden, gradient, wanted, outputs)
         passes.append(len(hidden) * (3 if found else 2))
         assert set(found) <= plan.graded_tensors
         return gradient, found
