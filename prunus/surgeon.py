@@ -2,7 +2,8 @@
 
 1. One pass forward and back gives F = E[g g^T] at what every o_proj and down_proj puts out: g is the gradient of a token's
    loss there, so an output error e costs about e^T F e / 2 nats (the Fisher information as the loss's curvature).
-2. One dense sweep gives for every sub-layer the error, in nats, of all sizes that it could have: units go the cheapest first,
+2. One dense sweep gives for every sub-layer the error, in nats, of all sizes that it could have (of attention three times as
+   much, see `_FROM_AFAR`): units go the cheapest first,
    and after each the weights that read the rest are solved again (optimal brain surgery on Gram matrices, `solve.eliminate`).
 3. A dynamic programme takes the sizes with the least sum of errors that meet the target (`allocate.least_error`).
 4. Sub-layer by sub-layer, on what the cut sub-layers before give: units go as in step 2, to the size of step 3, and the
@@ -32,6 +33,9 @@ from .taylor import walk_back
 
 _INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
 _LEVELS = 48  # sizes of an axis that the programme tells apart
+# What a KV group's error counts more than a channel's. Attention brings things from far back, of which calibration windows
+# show less than longer texts ask for: without it WikiText-2 pays at 30 % (55.7 against 49.6) what C4 gains (63.2, 66.1).
+_FROM_AFAR = 3.0
 
 
 @torch.no_grad()
@@ -92,7 +96,8 @@ def error_curves(job: Job, fisher: Mapping[str, Tensor]) -> dict[str, Curve]:
             weight, moments = metric @ job.tensors[reader.param].double(), _moments(statistics, axis)
             levels = _levels(axis.size, job.plan.multiple_of if kind_of(axis.name) == "intermediate" else 1)
             found = eliminate(weight, moments.covariance_CC, reader.rows(range(axis.size)), levels[0])
-            error = _error_at(found, axis.size, levels) / (2 * moments.count)
+            weighed = _FROM_AFAR if kind_of(axis.name) == "kv_heads" else 1.0
+            error = _error_at(found, axis.size, levels) * (weighed / (2 * moments.count))
             curves[axis.name] = Curve(tuple(levels), tuple(error.tolist()), costs.unit_params(axis.name))
         job.progress("score", layer + 1, count)
     return curves
