@@ -132,7 +132,7 @@ def plan(
     opened = Source.open(source, online=online)
     made = Plan.make(opened.config, opened.anatomy, request)
     width = DTYPES[dtype_named(dtype)].itemsize
-    if made.method.needs_text:
+    if made.needs_text:
         text.checked("calibration", positions(opened))
     report = {"source": opened.label, **made.describe(text.seq_len, width)}
     report["notes"] = [*opened.all_notes, *report["notes"]]
@@ -162,7 +162,7 @@ def _estimate(made: Plan, text: TextOptions, width: int) -> dict[str, Any]:
     rate = measure.gemm_rate()
     widest = max(layer.intermediate_size for layer in shape.layers)
     activations = _BATCH * text.seq_len * (4 * widest + 8 * shape.hidden_size) * 4
-    sweep = (tokens * shape.hidden_size * 4 + activations) * made.method.needs_text
+    sweep = (tokens * shape.hidden_size * 4 + activations) * made.needs_text
     memory = anatomy.weight_bytes(width) + (made.gradient_bytes(_BATCH, text.seq_len) or sweep)
     memory += anatomy.matrix_params if made.method.is_sparse else 0  # a bool a weight
     return {
@@ -215,7 +215,7 @@ def prune(
     aside = _scratch(made, opened, stream, scratch)
     windows = None
     tokenizer = opened.tokenizer()
-    if made.method.needs_text:
+    if made.needs_text:
         if calibration is None:
             raise UserError(f"calibration: {method} needs text; give a .txt, .jsonl or .parquet file")
         text.checked("calibration", positions(opened))
@@ -268,7 +268,7 @@ def _saved_statistics(
         return None
     wants = wanted_statistics(made)
     if wants is None or windows is None:
-        why = "must sweep again for every target" if made.method.needs_text else "needs no statistics"
+        why = "must sweep again for every target" if made.needs_text else "needs no statistics"
         raise UserError(f"statistics: {made.method.name} {why}; drop --statistics")
     file = Path(path).expanduser()
     if not file.parent.is_dir() or file.is_dir():

@@ -101,12 +101,12 @@ class Setting:
         yield None, None
         for n, seed in enumerate(self.calibrations or [None]):
             for plan in self.plans:
-                if plan.method.needs_text or n == 0:
-                    yield plan, seed if plan.method.needs_text else None
+                if plan.needs_text or n == 0:
+                    yield plan, seed if plan.needs_text else None
 
     def recipe(self, plan: Plan | None, seed: int | None) -> dict[str, Any]:
         """What a run is, so that a second call knows it again. Speeds are of one machine and number of threads."""
-        calibration = self.calibrations[seed] if plan is not None and plan.method.needs_text else None
+        calibration = self.calibrations[seed] if plan is not None and plan.needs_text else None
         timed = None
         if self.question.latency:
             machine = record.machine()
@@ -146,13 +146,13 @@ def prepare(question: Question) -> Setting:
     for i, plan in enumerate(plans):
         if plan.request in [other.request for other in plans[:i]]:
             raise UserError(f"methods: {plan.method.name} at {plan.request.ratio} is asked for twice; drop one of them")
-    if question.seeds > 1 and not any(plan.method.needs_text for plan in plans):
+    if question.seeds > 1 and not any(plan.needs_text for plan in plans):
         raise UserError("seeds: none of these methods reads calibration text, so all draws are alike; drop --seeds")
     tokenizer, limit, vocab = source.tokenizer(), api.positions(source), source.anatomy.shape.vocab_size
     held_out = question.evaluate.checked("evaluation", limit).pack(tokenizer, question.text, question.online)
     held_out.check_fits(vocab, question.text)
     calibrations: dict[int | None, Windows] = {}
-    reader = next((plan.method.name for plan in plans if plan.method.needs_text), None)
+    reader = next((plan.method.name for plan in plans if plan.needs_text), None)
     if reader is None and (question.calibration is not None or question.calibrate != api.CALIBRATION):
         raise UserError("calibration: none of these methods reads text; drop the calibration options")
     if reader is not None:
@@ -281,7 +281,7 @@ def _cut(
     setting: Setting, plan: Plan, seed: int | None, model: PreTrainedModel, progress: Progress
 ) -> tuple[Outcome, float]:
     """Cut, with the statistics that an earlier run of the same windows left; and the seconds that these had taken."""
-    windows = setting.calibrations[seed] if plan.method.needs_text else None
+    windows = setting.calibrations[seed] if plan.needs_text else None
     wants = wanted_statistics(plan) if windows is not None else None
     key = None if wants is None else (seed, frozenset(wants.items()))
     saved, shared_s = setting.statistics.get(key, (None, 0.0))

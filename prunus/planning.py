@@ -111,6 +111,11 @@ class Plan:
         return frozenset(hf.SUBLAYERS) if self.compensator in ("bias", "affine") else frozenset()
 
     @property
+    def needs_text(self) -> bool:
+        """Needs calibration text: to score, or to refit on."""
+        return self.method.needs_text or self.compensator == "least-squares"
+
+    @property
     def target_block_params(self) -> int | None:
         """Block parameters asked for; None for sparse methods, which keep the model's size."""
         if self.method.is_sparse:
@@ -183,7 +188,11 @@ class Plan:
         if self.graded_tensors | self.graded_outputs:
             layers, heads = _taylor_passes(self)
         elif self.run is None and self.method.allocator != "greedy-sublayers":
-            more = (self.compensator == "gain") - (self.options.get("rotation") == "shared")
+            more = (
+                (self.compensator == "gain")
+                + 2 * (self.compensator == "least-squares" and not self.method.sequential)
+                - (self.options.get("rotation") == "shared")
+            )
             layers, heads = count * (self.method.sweeps + more), 0
         else:
             layers, heads = _depth_passes(self)

@@ -358,3 +358,9 @@ def test_methods_answer_for_themselves():
     assert not METHODS["magnitude"].needs_text and METHODS["wanda"].needs_text
     assert {a for row in METHODS.values() for a in row.axes} <= {"weights", *AXES}
     assert all(len(set(values)) == len(values) for row in METHODS.values() for values in row.options.values())
+
+
+@pytest.mark.parametrize(("compensate", "needs"), [(None, False), ("least-squares", True)])
+def test_what_refits_needs_text_even_if_its_scores_do_not(compensate, needs):
+    plan = plan_for(LLAMA, method="magnitude-sp", ratio=0.3, compensate=compensate)
+    assert plan.needs_text is needs

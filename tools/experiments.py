@@ -45,7 +45,7 @@ def run(source: Source, request: Request | None, data: Path, out: Path, done: se
     tokenizer = source.tokenizer()
     windows = {name: text_options.pack(tokenizer, str(data / f), False) for name, (f, text_options) in EVALUATE.items()}
     calibration = None
-    if request is not None and Plan.make(source.config, source.anatomy, request).method.needs_text:
+    if request is not None and Plan.make(source.config, source.anatomy, request).needs_text:
         calibration = text.pack(tokenizer, str(data / C4), False)
     recipe: dict[str, Any] = {
         "command": "oneshot",
