@@ -1,4 +1,4 @@
-"""Run the one-shot grid on SmolLM2-135M: one record a run in results/oneshot.jsonl, skipping runs that are there.
+"""Run one-shot grids on SmolLM2-135M: one record a run in results/oneshot.jsonl, skipping runs that are there.
 
 Every run loads the source, cuts it, and scores the cut model in memory on WikiText-2 (the first 16 windows of 1,024) and
 on C4 documents that no calibration reads (the last 100 of the file).
@@ -26,7 +26,7 @@ EVALUATE = {
     "wikitext2": (WIKITEXT, api.EVALUATION),
     "c4-unseen": (C4, api.TextOptions(16, 1024, documents="-100:")),
 }
-RUNS = (
+FOUNDATION = (
     None,  # the dense model
     Request("flap", 0.2),
     Request("flap", 0.2, uniform=True),
@@ -38,10 +38,30 @@ RUNS = (
     Request("minitron-width", 0.2, compensate="gain"),
     Request("minitron-depth", 0.2),
 )
+SPARSE = tuple(
+    Request(name, **size)
+    for name in ("wanda", "sparsegpt", "prunus-sparse")
+    for size in ({"ratio": 0.5}, {"pattern": "2:4"})
+)
+RATIOS = (0.2, 0.5, 0.3, 0.1)
+RIVALS = ("flap", "shortgpt", "minitron-width", "wanda-sp", "llm-pruner", "adapt-pruner", "slicegpt", "sleb")
+STRUCTURED = tuple(
+    request
+    for ratio in RATIOS
+    for request in (
+        Request("prunus", ratio),
+        Request("prunus", ratio, uniform=True),
+        *(Request(name, ratio, multiple_of=1 if name == "slicegpt" else None) for name in RIVALS),  # equal within 0.5 %
+    )
+)
+SEEDS = (None, 1, 2)  # None: the first windows of the file; else drawn from all documents that no evaluation reads
+GRIDS = {"foundation": (FOUNDATION, (None,)), "sparse": (SPARSE, SEEDS), "structured": (STRUCTURED, SEEDS)}
+FEW = {"sleb": 8}  # windows of methods that score by the whole model's loss, candidate by candidate
 
 
 def run(source: Source, request: Request | None, data: Path, out: Path, done: set[str], seed: int | None = None) -> None:
-    text = api.TextOptions(api.CALIBRATION_WINDOWS, api.CALIBRATION_SEQ_LEN, seed=seed, documents=":-100" if seed else None)
+    count = FEW.get(request.method, api.CALIBRATION_WINDOWS) if request else 0
+    text = api.TextOptions(count, api.CALIBRATION_SEQ_LEN, seed=seed, documents=None if seed is None else ":-100")
     tokenizer = source.tokenizer()
     windows = {name: text_options.pack(tokenizer, str(data / f), False) for name, (f, text_options) in EVALUATE.items()}
     calibration = None
@@ -94,13 +114,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with c4/ and wikitext2/")
     parser.add_argument("--out", type=Path, default=Path("results/oneshot.jsonl"))
+    parser.add_argument("--grid", choices=[*GRIDS], nargs="*", default=[*GRIDS])
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of a grid's calibration seeds to run")
+    parser.add_argument("--ratio", type=float, nargs="*", help="of the structured grid only these ratios")
+    parser.add_argument("--methods", nargs="*", help="only these methods")
     arguments = parser.parse_args()
     offline(online=False)
     source = Source.open(default_source())
     done = {r["recipe_hash"] for r in record.read(arguments.out)} if arguments.out.exists() else set()
-    for i, request in enumerate(RUNS):
-        print(f"[{i + 1}/{len(RUNS)}] {request.describe() if request else 'dense'}", file=sys.stderr)
-        run(source, request, arguments.data, arguments.out, done)
+    todo = [
+        (request, seed)
+        for grid in arguments.grid
+        for seed in GRIDS[grid][1][: arguments.seeds]
+        for request in GRIDS[grid][0]
+        if not (arguments.ratio and grid == "structured" and request.ratio not in arguments.ratio)
+        if not arguments.methods or (request and request.method in arguments.methods)
+    ]
+    for i, (request, seed) in enumerate(todo):
+        print(f"[{i + 1}/{len(todo)}] {request.describe() if request else 'dense'} seed {seed}", file=sys.stderr)
+        run(source, request, arguments.data, arguments.out, done, seed)
 
 
 if __name__ == "__main__":
