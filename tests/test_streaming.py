@@ -229,6 +229,11 @@ def test_scratch_keeps_tensors_of_any_type_and_leaves_no_name(tmp_path):
     assert "mask" not in scratch and len(scratch) == 1
 
 
+def test_a_scratch_file_that_cannot_be_written_says_so(tmp_path):
+    with pytest.raises(UserError, match="cannot be put aside"):
+        tensorfiles.Scratch(tmp_path / "gone")["w"] = torch.ones(1)
+
+
 # -- wrong inputs, and ends that are not happy ---------------------------------------------------------------------------
 
 
