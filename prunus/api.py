@@ -83,7 +83,7 @@ class Result:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The cut model."""
+        """The cut model. Of a streamed one the weights are read, and cut, when they run; only `save` can write it."""
         return self.outcome.model
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -250,13 +250,12 @@ def _pruned_config(model_type: str, fields: dict[str, Any], after: Anatomy, flag
     return _config_class(PRUNED_PREFIX + model_type)(**all_fields)
 
 
-def empty_weights(target: Target, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def empty_weights(target: Target, sliced: Collection[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Zero biases that the target declares and the sliced tensors lack (FLAP turns a config's bias flags on)."""
-    dtype = next(iter(like.values())).dtype
     return {
         name: torch.zeros(spec.shape, dtype=dtype)
         for name, spec in target.anatomy.tensors.items()
-        if name not in like and name.endswith(".bias")
+        if name not in sliced and name.endswith(".bias")
     }
 
 

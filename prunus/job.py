@@ -149,6 +149,6 @@ def finish_(
         for name, bias in (extra or {}).items():
             new_name = recipe.names.get(name.removesuffix("bias") + "weight", "").removesuffix("weight") + "bias"
             sliced[new_name] = bias.to(dtype)
-        sliced.update(hf.empty_weights(target, sliced))
+        sliced.update(hf.empty_weights(target, frozenset(sliced), dtype))
         cut = job.store.build(target.config, sliced, generation)
     return Outcome(plan, cut, target, keep=keep, seconds=job.seconds, notes=tuple(job.notes), store=job.store)

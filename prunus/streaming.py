@@ -7,8 +7,10 @@ next one's turn comes. So nobody but the `Store` knows the difference, and memor
 
 from __future__ import annotations
 
+import ctypes
 from collections import ChainMap
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,17 @@ from .tensorfiles import Scratch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@cache
+def _trim() -> Callable[[int], int]:
+    """glibc's malloc_trim; nothing where the C library has none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
+
+
+def _give_back() -> None:
+    """Freed pages go back to the system: glibc keeps those of middling tensors, and the heap would grow block by block."""
+    _trim()(0)
 
 
 class Turns(MutableMapping[str, Tensor]):
@@ -52,6 +65,7 @@ class Turns(MutableMapping[str, Tensor]):
                 self._names.setdefault(owner, []).append(name)
         for owner in self._names:
             owner.register_forward_pre_hook(lambda module, _: self.take(module))
+        model.register_forward_hook(lambda *_: self.release())
 
     def take(self, owner: nn.Module) -> None:
         """All weights of a block or an outer module become live, and no other."""
@@ -78,6 +92,7 @@ class Turns(MutableMapping[str, Tensor]):
             for module, leaf, empty in self._homes[name]:
                 module._parameters[leaf] = empty
         self._live, self._turn = {}, None
+        _give_back()
 
     def __getitem__(self, name: str) -> Tensor:
         if self._turn is None or name not in self._names[self._turn]:
@@ -109,7 +124,9 @@ class Sliced(MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self.added:
             return self.added[name]
-        return self.recipe.apply(self.before[name], self.tensors[self.before[name]])
+        old = self.before[name]
+        tensor = self.tensors[old]  # read just now, so what is not cut needs no copy
+        return self.recipe.apply(old, tensor) if old in self.recipe.rows or old in self.recipe.scale else tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self.added[name] = tensor

@@ -88,7 +88,7 @@ def test_bias_in_the_cut_model():
     target = hf.target_for(model.config, anatomy, keep, out_bias=frozenset({"attention", "mlp"}))
     sliced = slice_tensors(pipeline.state(model), slice_plan(anatomy, keep))
     sliced |= {"model.layers.0.self_attn.o_proj.bias": biases["model.layers.0.self_attn.o_proj.bias"].double()}
-    sliced |= hf.empty_weights(target, sliced)
+    sliced |= hf.empty_weights(target, sliced, torch.float64)
     cut = hf.build(target.config, sliced)
     cut.set_attn_implementation("eager")
 

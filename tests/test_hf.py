@@ -155,7 +155,7 @@ def test_output_biases_of_uniform_models(case, sublayer, tmp_path):
         assert all(getattr(target.config, flag) for flag in flags)
         assert target.notes == ()
 
-    added = hf.empty_weights(target, tensors)
+    added = hf.empty_weights(target, tensors, torch.float64)
     assert all(not t.any() and t.dtype == torch.float64 for t in added.values())
     if flags == set():
         assert not added

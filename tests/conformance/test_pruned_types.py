@@ -168,7 +168,7 @@ def test_output_biases_of_per_layer_models_add_to_their_sub_layer(case, dense_of
     target = hf.target_for(dense.config, anatomy, keep, out_bias=frozenset({"attention", "mlp"}))
     assert target.config.model_type == f"pruned_{dense.config.model_type}"
     tensors = cut.slice_tensors(hf.weights(dense, anatomy), plan)
-    added = hf.empty_weights(target, tensors)
+    added = hf.empty_weights(target, tensors, torch.float64)
     outputs = ("self_attn.o_proj", "mlp.down_proj") if "neox" not in case else ("attention.dense", "mlp.dense_4h_to_h")
     names = {f"{anatomy.block_name(i)}{m}.bias" for i in range(3) for m in outputs}
     assert set(added) == names - set(tensors)
