@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 
 from . import checkpoint, measure
 from . import latency as latencies
+from .combination import planned
 from .data.windows import Windows, pack
 from .errors import UserError, unknown
 from .evaluation import Perplexity
@@ -130,7 +131,7 @@ def plan(
     """
     offline(online)
     opened = Source.open(source, online=online)
-    made = Plan.make(opened.config, opened.anatomy, request)
+    made = planned(opened.config, opened.anatomy, request)
     width = DTYPES[dtype_named(dtype)].itemsize
     if made.needs_text:
         text.checked("calibration", positions(opened))
@@ -164,7 +165,7 @@ def _estimate(made: Plan, text: TextOptions, width: int) -> dict[str, Any]:
     activations = _BATCH * text.seq_len * (4 * widest + 8 * shape.hidden_size) * 4
     sweep = (tokens * shape.hidden_size * 4 + activations) * made.needs_text
     memory = anatomy.weight_bytes(width) + (made.gradient_bytes(_BATCH, text.seq_len) or sweep)
-    memory += anatomy.matrix_params if made.method.is_sparse else 0  # a bool a weight
+    memory += anatomy.matrix_params if "weights" in made.method.axes else 0  # a bool a weight
     return {
         "scoring_flops": flops,
         "scoring_seconds": flops / rate,
@@ -186,6 +187,8 @@ def prune(
     multiple_of: int | None = None,
     compensate: str | None = None,
     options: Mapping[str, str] | None = None,
+    sparsity: float | None = None,
+    split: Sequence[float] | None = None,
     text: TextOptions = CALIBRATION,
     statistics: str | Path | None = None,
     dtype: str = "float32",
@@ -202,13 +205,17 @@ def prune(
     a weight is read; UserError says what is wrong. `statistics` names a file where a dense method's statistics are kept,
     so that the next target needs no new pass.
 
+    Several methods joined by ``+`` share `ratio`, as `split` says; a sparse last one takes `sparsity` or `pattern`. Their
+    options are named ``PART.NAME``, and `compensate` is ``PART=VALUE,...``.
+
     With `stream` the weights stay in files, and memory holds one block at a time, in `save` too. Changed weights are put
     aside in a nameless file in the folder `scratch` (the system's temporary one, unless said).
     """
     offline(online)
-    request = Request(method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
+    asked = (method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
+    request = Request(*asked, sparsity, tuple(split or ()))
     opened = Source.open(source, online=online)
-    made = Plan.make(opened.config, opened.anatomy, request)
+    made = planned(opened.config, opened.anatomy, request)
     dtype_named(dtype)
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} windows at a time are too few; give at least 1")

@@ -24,6 +24,7 @@ from .headers import safetensors_entries, safetensors_shapes, sha256
 from .hf import quiet
 from .job import Outcome
 from .keep import Keep, WeightMask
+from .planning import Plan
 from .source import Source
 from .statistics import Moments, Statistics
 from .tensorfiles import read, write
@@ -107,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_keep(folder: Path) -> Keep | None:
-    """keep.json of a folder; None for a sparse checkpoint, whose decision is its mask."""
+    """keep.json of a folder; None for a checkpoint whose decision is a mask and nothing else."""
     path = folder / DECISION
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -115,7 +116,7 @@ def read_keep(folder: Path) -> Keep | None:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")
-    return None if "mask" in data else Keep.from_json(data, str(path))
+    return None if "mask" in data and "keep" not in data else Keep.from_json(data, str(path))
 
 
 # -- where it goes ------------------------------------------------------------------------------------------------------
@@ -235,15 +236,13 @@ def _umask() -> int:
 
 
 def _write_decision(outcome: Outcome, source: Source, calibration: Windows | None, stage: Path) -> None:
+    decision: dict[str, Any] = {"format": FORMAT} if outcome.keep is None else outcome.keep.to_json()
     if outcome.mask is not None:
         (stage / EXTRA).mkdir(exist_ok=True)
-        sizes = {name: -(-outcome.plan.anatomy.tensors[name].numel // 8) for name in outcome.mask.kept}
+        sizes = {name: -(-outcome.target.anatomy.tensors[name].numel // 8) for name in outcome.mask.kept}
         specs = {name: (torch.uint8, (size,)) for name, size in sizes.items()}
         write(stage / EXTRA / "mask.safetensors", specs, outcome.mask.packed())
-        decision: dict[str, Any] = {"format": FORMAT, "mask": f"{EXTRA}/mask.safetensors"}
-    else:
-        assert outcome.keep is not None
-        decision = outcome.keep.to_json()
+        decision["mask"] = f"{EXTRA}/mask.safetensors"
     (stage / DECISION).write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
     if outcome.statistics is not None and calibration is not None:
         save_statistics(
@@ -251,7 +250,7 @@ def _write_decision(outcome: Outcome, source: Source, calibration: Windows | Non
             stage / EXTRA / "statistics.safetensors",
             statistics_key(source, calibration, outcome.model.dtype),
         )
-    if outcome.scores is not None and "scores" not in outcome.measured:
+    if outcome.scores is not None and (outcome.plan.parts or "scores" not in outcome.measured):
         saliency.save_scores(outcome.scores, stage / EXTRA)
     for name, measured in outcome.measured.items():
         (stage / EXTRA).mkdir(exist_ok=True)
@@ -278,14 +277,7 @@ def _manifest(
         versions=record.versions(),
         commit=record.commit(),
         source={"name": source.label, "kind": source.kind, "sha256": source.sha256},
-        method={
-            "name": plan.method.name,
-            "citation": plan.method.citation,
-            "deviations": list(plan.method.deviations),
-            "compensator": plan.compensator,
-            "options": dict(plan.options),
-            "request": plan.request.describe(),
-        },
+        method=_described(plan) | ({"parts": _parts(outcome)} if plan.parts else {}),
         calibration=calibration.provenance() if calibration else None,
         before=side(plan.anatomy),
         after=side(outcome.target.anatomy) | {"model_type": outcome.target.config.model_type},
@@ -296,6 +288,27 @@ def _manifest(
         fingerprint=fingerprint,
         verified=verified,
     )
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    return {
+        "name": plan.method.name,
+        "citation": plan.method.citation,
+        "deviations": list(plan.method.deviations),
+        "compensator": plan.compensator,
+        "options": dict(plan.options),
+        "request": plan.request.describe(),
+    }
+
+
+def _parts(outcome: Outcome) -> list[dict[str, Any]]:
+    """What each part of a combination was asked for, and the block parameters that it found and left."""
+    parts = outcome.plan.parts
+    left = [part.anatomy.block_params for part in parts] + [outcome.target.anatomy.block_params]
+    return [
+        _described(part) | {"block_params": {"before": before, "after": after}}
+        for part, before, after in zip(parts, left[:-1], left[1:], strict=True)
+    ]
 
 
 def _on_disk(anatomy: Anatomy) -> tuple[str, ...]:

@@ -108,7 +108,9 @@ def run(folder: Path, out: Path | None, *, overwrite: bool) -> dict[str, Any]:
 
 def draw(folder: Path, found: Drawn, path: Path) -> dict[str, Any]:
     """Draw what was found in the folder into `path`; returns what is in the picture."""
-    panels = _sparse_panels(folder) if found.keep is None else _panels(found)
+    panels = [] if found.keep is None else _panels(found)
+    if "sparsity" in found.manifest.ratios:
+        panels += _sparse_panels(folder)
     figure = plots.figure(10.0, 0.8 + _ROW_INCHES * len(panels))
     grid = figure.add_gridspec(len(panels), 2)
     for r, row in enumerate(panels):
@@ -119,9 +121,8 @@ def draw(folder: Path, found: Drawn, path: Path) -> dict[str, Any]:
     counts = f"{big(m.before['params'])} to {big(m.after['params'])} parameters ({big(m.before['block_params'])} to "
     counts += f"{big(m.after['block_params'])} in blocks)"
     if "sparsity" in m.ratios:
-        counts = (
-            f"{m.ratios['sparsity']:.2%} zeros in the matrices of the blocks; {big(m.after['params'])} parameters as before"
-        )
+        zeros = f"{m.ratios['sparsity']:.2%} zeros in the matrices of the blocks"
+        counts = f"{zeros}; " + (f"{big(m.after['params'])} parameters as before" if found.keep is None else counts)
     asked = flags(m.method["request"])
     figure.suptitle(f"{m.source['name']} cut by {m.method['name']} {asked}\n{counts}", x=0.01, ha="left", color=INK)
     plots.save(figure, path)

@@ -27,7 +27,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_METHOD_HELP = "One of: " + "; ".join(f"{m.name} ({m.summary})" for m in METHODS.values())
+_METHOD_HELP = (
+    "One of: "
+    + "; ".join(f"{m.name} ({m.summary})" for m in METHODS.values())
+    + ". Or several from coarse to fine, joined by +, such as shortgpt+flap+wanda."
+)
 
 SourceArg = Annotated[str, typer.Argument(help="A Hugging Face folder, a .gguf file, or a hub name.", metavar="SOURCE")]
 MethodOpt = Annotated[str, typer.Option("--method", "-m", help=_METHOD_HELP)]
@@ -41,8 +45,20 @@ TargetOpt = Annotated[
 ]
 UniformOpt = Annotated[bool, typer.Option("--uniform", help="Make all layers alike, so that stock engines can load it.")]
 MultipleOpt = Annotated[int | None, typer.Option("--multiple-of", help="Sizes become multiples of this.")]
-CompensateOpt = Annotated[str | None, typer.Option("--compensate", help="What repairs the rest: none, bias, gain.")]
-OptionOpt = Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE, an option of the method.")]
+CompensateOpt = Annotated[
+    str | None,
+    typer.Option("--compensate", help="What repairs the rest: none, bias, gain. Of a combination PART=VALUE[,PART=VALUE]."),
+]
+OptionOpt = Annotated[
+    list[str] | None, typer.Option("--option", help="NAME=VALUE, an option of the method; of a combination PART.NAME=VALUE.")
+]
+SparsityOpt = Annotated[
+    float | None, typer.Option("--sparsity", help="Share of zeros that a combination's sparse last part makes.")
+]
+SplitOpt = Annotated[
+    str | None,
+    typer.Option("--split", help="Shares of the removed parameters, one for each other part of a combination: 0.5,0.5."),
+]
 WindowsOpt = Annotated[int, typer.Option("--windows", help="Number of calibration windows.")]
 SeqLenOpt = Annotated[int, typer.Option("--seq-len", help="Tokens a window.")]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="Draw the windows at random instead of taking the first.")]
@@ -74,6 +90,13 @@ def _sizes(items: list[str] | None) -> dict[str, int]:
     return out
 
 
+def _split(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(share) for share in text.split(",")) if text is not None else ()
+    except ValueError as error:
+        raise UserError(f"--split: '{text}' is no list of shares such as 0.5,0.5") from error
+
+
 def _print(result: dict[str, Any], as_json: bool, show: Any) -> None:
     if as_json:
         print(json.dumps(result, allow_nan=False))
@@ -100,6 +123,8 @@ def plan(
     multiple_of: MultipleOpt = None,
     compensate: CompensateOpt = None,
     option: OptionOpt = None,
+    sparsity: SparsityOpt = None,
+    split: SplitOpt = None,
     windows: WindowsOpt = 32,
     seq_len: SeqLenOpt = 512,
     dtype: DtypeOpt = "float32",
@@ -114,8 +139,8 @@ def plan(
     from .planning import Request
     from .progress import Progress
 
-    options = _pairs(option, "--option")
-    request = Request(method, ratio, pattern, _sizes(target), uniform, multiple_of, compensate, options)
+    asked = (method, ratio, pattern, _sizes(target), uniform, multiple_of, compensate, _pairs(option, "--option"))
+    request = Request(*asked, sparsity, _split(split))
     text = api.TextOptions(windows, seq_len)
     with Progress(quiet=as_json) as progress:
         result = api.plan(source, request, dtype=dtype, text=text, latency=latency, online=online, progress=progress)
@@ -137,6 +162,8 @@ def prune(
     multiple_of: MultipleOpt = None,
     compensate: CompensateOpt = None,
     option: OptionOpt = None,
+    sparsity: SparsityOpt = None,
+    split: SplitOpt = None,
     windows: WindowsOpt = 32,
     seq_len: SeqLenOpt = 512,
     seed: SeedOpt = None,
@@ -158,7 +185,7 @@ def prune(
     from . import api, checkpoint, show
     from .progress import Progress
 
-    sizes, options = _sizes(target), _pairs(option, "--option")
+    sizes, options, shares = _sizes(target), _pairs(option, "--option"), _split(split)
     checkpoint.check_destination(out, overwrite=overwrite, needed_bytes=0)
     with Progress(quiet=as_json) as progress:
         result = api.prune(
@@ -172,6 +199,8 @@ def prune(
             multiple_of=multiple_of,
             compensate=compensate,
             options=options,
+            sparsity=sparsity,
+            split=shares,
             text=api.TextOptions(windows, seq_len, seed, documents, field),
             statistics=statistics,
             dtype=dtype,

@@ -10,16 +10,18 @@ import gc
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import api, measure, plots, record, report
+from .combination import SEPARATOR, planned
 from .data.windows import Windows
 from .errors import UserError
 from .evaluation import perplexity
 from .job import Outcome, Progress, no_progress
+from .methods import METHODS
 from .network import offline
 from .oneshot import one_shot_, wanted_statistics
 from .place import staged_files
@@ -59,26 +61,46 @@ def split_methods(text: str) -> list[str]:
 
 
 def request_of(method: str, ratio: float) -> Request:
-    """``flap+uniform+compensate=none`` at a ratio as a request: what is no field of a request is an option of the method."""
-    name, *words = method.split("+")
+    """``flap+uniform+compensate=none`` at a ratio as a request: what is no field of a request is an option of the method.
+
+    Words that are methods make it a combination: ``flap+wanda+sparsity=0.5``.
+    """
+    words = method.split("+")
+    names = [word for i, word in enumerate(words) if i == 0 or word in METHODS]
     fields: dict[str, Any] = {}
     options: dict[str, str] = {}
-    for word in words:
-        field_name, equals, value = word.partition("=")
-        field_name = field_name.replace("-", "_")
-        if field_name == "uniform" and not equals:
+    for word in words[1:]:
+        name, equals, value = word.partition("=")
+        if word in names:
+            continue
+        if word == "uniform":
             fields["uniform"] = True
-        elif not (field_name and equals and value):
-            raise UserError(f"methods: '{word}' in '{method}' is neither uniform nor NAME=VALUE")
-        elif field_name == "multiple_of":
-            if not (value.isascii() and value.isdigit()):
-                raise UserError(f"methods: multiple-of={value} in '{method}' is not a whole number")
-            fields[field_name] = int(value)
-        elif field_name in ("compensate", "pattern"):
-            fields[field_name] = value
+        elif not (name and equals and value):
+            raise UserError(f"methods: '{word}' in '{method}' is neither uniform nor NAME=VALUE nor a method")
+        elif (field_name := name.replace("-", "_")) in _FIELDS:
+            what, read = _FIELDS[field_name]
+            try:
+                fields[field_name] = read(value)
+            except ValueError as error:
+                raise UserError(f"methods: {word} in '{method}' is not {what}") from error
         else:
-            options[field_name] = value
-    return Request(name, ratio, options=options, **fields)
+            options[name] = value
+    return Request(SEPARATOR.join(names), ratio, options=options, **fields)
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(text)
+    return int(text)
+
+
+_FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {  # fields of a request: what they are, and how they are read
+    "multiple_of": ("a whole number", _whole),
+    "compensate": ("a name", str),
+    "pattern": ("a pattern", str),
+    "sparsity": ("a number", float),
+    "split": ("a list of shares", lambda text: tuple(float(share) for share in text.split(","))),
+}
 
 
 # -- before any weight is read --------------------------------------------------------------------------------------------
@@ -175,7 +197,7 @@ def prepare(question: Question) -> Setting:
 def _planned(source: Source, method: str, ratio: float) -> Plan:
     request = request_of(method, ratio)
     try:
-        return Plan.make(source.config, source.anatomy, request)
+        return planned(source.config, source.anatomy, request)
     except UserError as error:
         if str(error).startswith(("unknown method", f"{request.method}:")):
             raise
@@ -287,7 +309,8 @@ def _cut(
     saved, shared_s = setting.statistics.get(key, (None, 0.0))
     outcome = one_shot_(plan, model, windows, statistics=saved, batch_size=setting.question.batch_size, progress=progress)
     if key is not None and saved is None and outcome.statistics is not None:
-        setting.statistics[key] = (outcome.statistics, outcome.seconds.get("score", 0.0))
+        score = next((s for stage, s in outcome.seconds.items() if stage.endswith("score")), 0.0)  # a combination's first
+        setting.statistics[key] = (outcome.statistics, score)
     return outcome, shared_s
 
 

@@ -55,14 +55,18 @@ class Keep:
 
     def then(self, later: Keep, anatomy: Anatomy) -> Keep:
         """One decision for two cuts in a row: `later` speaks of the model that this one leaves of `anatomy`."""
-        survivors = self.units.get("layers", tuple(range(anatomy.shape.num_hidden_layers)))
         out = dict(self.units)
         for name, kept in later.units.items():
-            layer = layer_of(name)
-            original = name if layer is None else f"layers.{survivors[layer]}.{kind_of(name)}"
+            original = self.original(name, anatomy)
             first = self.units.get(original)
             out[original] = tuple(kept) if first is None else tuple(first[u] for u in kept)
         return Keep(out)
+
+    def original(self, name: str, anatomy: Anatomy) -> str:
+        """The name in `anatomy` of an axis of the model that this leaves of it."""
+        layer = layer_of(name)
+        survivors = self.units.get("layers", range(anatomy.shape.num_hidden_layers))
+        return name if layer is None else f"layers.{survivors[layer]}.{kind_of(name)}"
 
     def anatomy_after(self, anatomy: Anatomy) -> Anatomy:
         """The model's anatomy once this is cut."""

@@ -29,7 +29,7 @@ _TARGET_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
 class Request:
     """What a user asks for. Every field is checked against the method and the model by `Plan.make`."""
 
-    method: str
+    method: str  # a row of the table, or several joined by + (see `combination.py`)
     ratio: float | None = None  # of block parameters; for sparse methods the sparsity of the block matrices
     pattern: str | None = None  # n:m, keep n of m
     target: Mapping[str, int] = field(default_factory=dict)  # sizes to reach instead of a ratio
@@ -37,16 +37,22 @@ class Request:
     multiple_of: int | None = None
     compensate: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    sparsity: float | None = None  # of a combination's sparse part
+    split: tuple[float, ...] = ()  # how a combination's other parts share what is removed
 
     def describe(self) -> dict[str, Any]:
         """The request as plain data, without what was not said."""
-        data = {k: v for k, v in vars(self).items() if v not in (None, False) and v != {}}
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+        data = {k: v for k, v in vars(self).items() if v not in (None, False, ()) and v != {}}
+        plain = {Mapping: dict, tuple: list}
+        return {k: next((to(v) for kind, to in plain.items() if isinstance(v, kind)), v) for k, v in data.items()}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request: exactly one of `budget`, `counts`, `run`, `sparsity` says where the cut falls."""
+    """A checked request: exactly one of `budget`, `counts`, `run`, `sparsity` says where the cut falls.
+
+    A combination has `parts` instead, the plans of its methods in their order; what else it says is of them all.
+    """
 
     request: Request
     method: Method
@@ -62,6 +68,8 @@ class Plan:
     target: Target | None = None  # None where the scores decide the sizes
     step: int = 0  # block parameters of the smallest lawful step
     notes: tuple[str, ...] = ()
+    parts: tuple[Plan, ...] = ()
+    on_example: bool = False  # made for sizes like those that the scores of the part before will decide
 
     @classmethod
     def make(cls, config: Any, anatomy: Anatomy, request: Request) -> Plan:
@@ -165,6 +173,8 @@ class Plan:
         What stays on it: the streams between blocks, and the sums of gradients whose absolute value waits for the last
         window. What comes and goes: one block's activations and gradients, and before them one window's logits.
         """
+        if self.parts:
+            return max(part.gradient_bytes(windows, seq_len) for part in self.parts)
         if not self.graded_tensors | self.graded_outputs:
             return 0
         tensors, shape = self.anatomy.tensors, self.anatomy.shape
@@ -182,6 +192,8 @@ class Plan:
 
     def scoring_flops(self, windows: int, seq_len: int) -> int:
         """FLOPs of the passes over the calibration windows."""
+        if self.parts:
+            return sum(part.scoring_flops(windows, seq_len) for part in self.parts)
         anatomy, count = self.anatomy, self.anatomy.shape.num_hidden_layers
         head = 2 * seq_len * anatomy.shape.vocab_size * anatomy.shape.hidden_size
         blocks = anatomy.flops(seq_len) - head
@@ -201,6 +213,7 @@ class Plan:
     def describe(self, seq_len: int, bytes_per_element: int) -> dict[str, Any]:
         """The plan as plain data."""
         before = self.anatomy.counts(seq_len, bytes_per_element)
+        last = self.parts[-1].anatomy if self.parts else self.anatomy
         out: dict[str, Any] = {
             "method": self.method.name,
             "citation": self.method.citation,
@@ -215,15 +228,22 @@ class Plan:
             out["after"] = {"shape": after.shape.describe(), **after.counts(seq_len, bytes_per_element)}
             out["model_type"] = self.target.config.model_type
         elif self.budget is not None:
-            fixed = self.anatomy.num_params - self.anatomy.block_params
+            fixed = last.num_params - last.block_params
             out["after"] = {"block_params": self.budget, "params": self.budget + fixed, "at_most": True}
+            if self.parts:  # scores may decide what is inside the layers, but not this
+                known = last.shape.describe().items()
+                out["after"]["shape"] = {name: size for name, size in known if name not in hf.LAYER_SIZES}
         if self.sparsity is not None:
             density = 1 - self.sparsity
             out["sparsity"] = self.sparsity
             out["flops_if_zeros_were_free"] = {
-                "matrices": self.anatomy.flops(seq_len, density=density),
-                "all": self.anatomy.flops(seq_len, density=density, convention="all"),
+                "matrices": last.flops(seq_len, density=density),
+                "all": last.flops(seq_len, density=density, convention="all"),
             }
+        if self.parts:
+            out["parts"] = [part.describe(seq_len, bytes_per_element) for part in self.parts]
+        if self.on_example:
+            out["on_example"] = True
         return out | ({"step_params": self.step} if self.step else {})
 
 
@@ -260,9 +280,14 @@ def _ratio(plan: Plan, allow_target: bool = False) -> float:
     if ratio is None:
         mend = "give --ratio or --target" if allow_target else "give --ratio"
         raise UserError(f"ratio: {plan.method.name} needs to know how much to cut; {mend}")
-    if not (isinstance(ratio, (int, float)) and 0.0 < ratio < 1.0):
-        raise UserError(f"ratio: {ratio} is not between 0 and 1 (0.2 removes a fifth)")
-    return ratio
+    return checked_share("ratio", ratio)
+
+
+def checked_share(name: str, value: float) -> float:
+    """The value of a field, or UserError if it is outside (0, 1)."""
+    if not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
+        raise UserError(f"{name}: {value} is not between 0 and 1 (0.2 removes a fifth)")
+    return value
 
 
 def parse_pattern(text: str) -> tuple[int, int]:

@@ -24,7 +24,14 @@ def comparison(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
         groups.setdefault(group, {})[r["recipe"]["seed"]] = r
     order = [DENSE, *METHODS]
     rows = [_row(list(found.values())) for found in groups.values()]
-    rows.sort(key=lambda row: (order.index(row["method"]), row["flags"].replace(_ratio(row), ""), row["ratio"] or 0))
+    rows.sort(
+        key=lambda row: (
+            order.index(row["method"].partition("+")[0]),
+            row["method"],
+            row["flags"].replace(_ratio(row), ""),
+            row["ratio"] or 0,
+        )
+    )
     runs = [r for found in groups.values() for r in found.values()]
     return {"about": dict(about), "rows": rows, "notes": _notes(about, runs)}
 
@@ -184,7 +191,9 @@ def comparison_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[st
 
 
 def _removed(row: Mapping[str, Any]) -> str:
-    return f"{row['removed_of_block']:.2%}" if row["sparsity"] is None else f"{row['sparsity']:.2%} zeros"
+    zeros = [] if row["sparsity"] is None else [f"{row['sparsity']:.2%} zeros"]
+    removed = [f"{row['removed_of_block']:.2%}"] if row["removed_of_block"] or not zeros else []
+    return ", ".join(removed + zeros)
 
 
 def _only_mean(spread: Spread | None) -> str:

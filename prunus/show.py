@@ -88,6 +88,8 @@ def plan(result: dict[str, Any]) -> None:
     table = _before_after(result["before"], result.get("after", result["before"]))
     _add_latency(table, result.get("latency", {}))
     console.print(table)
+    if "parts" in result:
+        console.print(_parts(result["parts"]))
     if "sparsity" in result:
         free = result["flops_if_zeros_were_free"]
         console.print(f"zeros in block matrices: {result['sparsity']:.2%}")
@@ -101,6 +103,20 @@ def plan(result: dict[str, Any]) -> None:
         f"({estimate['basis']})"
     )
     _notes(console, result["notes"])
+
+
+def _parts(parts: list[dict[str, Any]]) -> Table:
+    """The parts of a combination; ``~`` marks what is an example because scores will decide it."""
+    table = _table("part", "removes of it", "repair", "in blocks before", "after", left=3)
+    for part in parts:
+        about = "~" if part.get("on_example") else ""
+        after, asked = part.get("after"), part["request"]
+        left = "decided by the scores" if after is None else about + big(after["block_params"])
+        if after is not None and after.get("at_most"):
+            left = f"at most {big(after['block_params'])}"
+        what = f"{part['sparsity']:.2%} zeros" if "sparsity" in part else f"{about}{asked['ratio']:.2%}"
+        table.add_row(part["method"], what, part["compensator"], about + big(part["before"]["block_params"]), left)
+    return table
 
 
 def _add_latency(table: Table, latency: dict[str, Any]) -> None:
@@ -119,6 +135,9 @@ def manifest(result: dict[str, Any]) -> None:
     folder = result.get("out") or result.get("folder")
     console.print(f"{folder}: {result['method']['name']} on {result['source']['name']} ({result['after']['model_type']})")
     console.print(_before_after(result["before"], result["after"]))
+    for part in result["method"].get("parts", []):
+        before, after = (big(part["block_params"][side]) for side in ("before", "after"))
+        console.print(f"{part['name']}: {before} to {after} parameters in blocks (repair: {part['compensator']})")
     if result.get("kept_units"):
         console.print(_kept(result["kept_units"]))
     ratios = ", ".join(f"{k.replace('_', ' ')} {v:.2%}" for k, v in result["ratios"].items())

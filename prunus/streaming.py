@@ -169,7 +169,7 @@ class Files:
         assert set(tensors) == set(anatomy.tensors), sorted(set(tensors) ^ set(anatomy.tensors))
         self.model = hf.unfilled(config, self.dtype)
         self.model.generation_config = generation
-        self.weights = Turns(self.model, anatomy, tensors)
+        self.weights = Turns(self.model, anatomy, ChainMap(self.room(), tensors))
         return self.model
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:

@@ -31,7 +31,8 @@ def flags(request: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             words += [f"{option} {k}={v}" for k, v in value.items()]
         else:
-            words.append(option if value is True else f"{option} {value}")
+            said = ",".join(map(str, value)) if isinstance(value, list) else value
+            words.append(option if value is True else f"{option} {said}")
     return " ".join(words)
 
 

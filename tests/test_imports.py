@@ -19,7 +19,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "errors place tables network axes shape families anatomy keep cut",
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
     "statistics criteria allocate compensate solve sizes",
-    "planning evaluation job streaming units weights taylor surgeon depth rotation oneshot",
+    "planning evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
     "saliency reload verification record checkpoint measure latency",
     "api",
     "plots report checkpoint_plots comparison",
