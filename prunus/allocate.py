@@ -106,6 +106,9 @@ def least_error(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
     It counts in the largest grain that divides all costs, so it is exact; were that more than `_MOST_STATES` steps, costs are
     rounded up, and what is kept may fall short of the budget by one grain an axis. UserError if nothing fits.
     """
+    least = {name: curve.sizes[0] for name, curve in curves.items()}
+    if sum(size * curves[name].unit_cost for name, size in least.items()) > budget:
+        raise UserError(f"ratio: even the smallest sizes take more than the {budget:,} parameters that the target leaves")
     grain = math.gcd(*(size * curve.unit_cost for curve in curves.values() for size in curve.sizes))
     grain *= max(1, math.ceil(budget / grain / _MOST_STATES))
     room = budget // grain
@@ -122,8 +125,8 @@ def least_error(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
                 choice[steps:][better] = i
         best = found
         choices.append(choice)
-    if not np.isfinite(best[-1]):
-        raise UserError(f"ratio: even the smallest sizes take more than the {budget:,} parameters that the target leaves")
+    if not np.isfinite(best[-1]):  # the smallest sizes fit, but not with their costs rounded up
+        return least
     sizes, left = {}, room
     for (name, curve), choice in zip(reversed(list(curves.items())), reversed(choices), strict=True):
         sizes[name] = curve.sizes[choice[left]]

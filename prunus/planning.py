@@ -361,14 +361,14 @@ def _global(plan: Plan, config: Any) -> Plan:
         notes = probe.notes
         if not probe.is_stock:
             raise UserError(
-                f"uniform: a stock {anatomy.family.name} config has no place for flap's biases; add --compensate none, or "
-                "drop --uniform"
+                f"uniform: a stock {anatomy.family.name} config has no place for {plan.method.name}'s biases; add "
+                f"--compensate {plan.method.compensators[1]}, or drop --uniform"
             )
     else:
         notes = (
             "the scores decide each layer's size; the checkpoint will be of type "
             f"pruned_{config.model_type.removeprefix('pruned_')}, which loads with prunus or trust_remote_code=True"
-            + (" (--uniform makes all layers alike)" if plan.method.allocator == "global-standardised" else ""),
+            + (" (--uniform makes all layers alike)" if plan.method.allocator != "adaptive" else ""),
         )
     return replace(plan, budget=budget, step=step, notes=notes)
 

@@ -61,14 +61,24 @@ class Sizes:
         """KV groups, as close to `near` as it goes, and the channels that fill `budget` beside them; None if none fit."""
         fits: list[tuple[int, int, int]] = []
         for groups in sorted(self.groups, key=lambda g: abs(g - near)):
-            left = budget - self.params(groups, 0)
-            room = left // self.channel if self.channel else left
-            width = self.channels if room >= self.channels else room // self.multiple_of * self.multiple_of
-            if left >= 0 and width >= min(self.multiple_of, self.channels):
+            width = self.beside(groups, budget)
+            if width is not None:
                 fits.append((self.params(groups, width), groups, width))
-                if room <= self.channels:  # the budget is met within one step; else more groups may fill it
+                if self.fills(groups, budget):
                     break
         return max(fits)[1:] if fits else None
+
+    def beside(self, groups: int, budget: int) -> int | None:
+        """The most channels that fit `budget` beside so many KV groups; None if not even one chunk does."""
+        left = budget - self.params(groups, 0)
+        room = left // self.channel if self.channel else left
+        width = self.channels if room >= self.channels else room // self.multiple_of * self.multiple_of
+        return width if left >= 0 and width >= min(self.multiple_of, self.channels) else None
+
+    def fills(self, groups: int, budget: int) -> bool:
+        """Whether so many KV groups meet `budget` within one step; else there are too few channels, and more groups may."""
+        left = budget - self.params(groups, 0)
+        return (left // self.channel if self.channel else left) <= self.channels
 
 
 def named(anatomy: Anatomy, layer: int, groups: int, channels: int) -> dict[str, int]:

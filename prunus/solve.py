@@ -215,17 +215,20 @@ def eliminate(
 
     `rows` [U, S] are the S inputs of every unit. A unit's cost is tr(W_u (G^-1)_uu^-1 W_u^T), the error that its removal adds
     once the inputs that stay have taken over what they can (ZipLM eq. 2; for S = 1 it is |W_j|^2 / [G^-1]_jj). A share `step`
-    of the units that are to go goes between two updates of G^-1; what each adds is exact also inside such a step. Float64.
+    of the units that are to go goes between two updates of G^-1; what each adds is exact also inside such a step. Inputs that
+    are always zero cost nothing. Float64.
     """
     units, size = rows.shape
     inputs = rows.reshape(-1)
     inverse = torch.cholesky_inverse(factor(gram[inputs][:, inputs].double(), damp).lower)
     matrix = weight[:, inputs].double()
+    matrix = matrix * (gram.diagonal()[inputs] > 0)  # else the damping would give dead inputs a price
     alive = torch.arange(units)
     order, added = [], []
     at_once = max(1, math.ceil((units - keep) * step))
     while (count := min(at_once, len(alive) - keep)) > 0:
-        goes = torch.argsort(_unit_costs(matrix, inverse, size), stable=True)[:count]
+        costs = _unit_costs(matrix, inverse, size)
+        goes = torch.argsort(costs, descending=True, stable=True)[len(alive) - count :].flip(0)  # of equals the first stays
         gone = (goes[:, None] * size + torch.arange(size)).reshape(-1)
         stays = torch.ones(len(alive), dtype=torch.bool)
         stays[goes] = False

@@ -2,12 +2,12 @@
 
 1. One pass forward and back gives F = E[g g^T] at what every o_proj and down_proj puts out: g is the gradient of a token's
    loss there, so an output error e costs about e^T F e / 2 nats (the Fisher information as the loss's curvature).
-2. One dense sweep gives for every sub-layer the error, in nats, of all sizes that it could have (of attention three times as
-   much, see `_FROM_AFAR`): units go the cheapest first,
+2. One dense sweep gives for every sub-layer the error, in nats, of all sizes that it could have: units go the cheapest first,
    and after each the weights that read the rest are solved again (optimal brain surgery on Gram matrices, `solve.eliminate`).
-3. A dynamic programme takes the sizes with the least sum of errors that meet the target (`allocate.least_error`).
+3. A dynamic programme takes the sizes with the least sum of errors that meet the target (`allocate.least_error`); an error
+   of attention counts three times (see `_FROM_AFAR`).
 4. Sub-layer by sub-layer, on what the cut sub-layers before give: units go as in step 2, to the size of step 3, and the
-   matrix that reads the rest is refitted by affine least squares.
+   matrix that reads the rest is refitted by affine least squares (which no metric changes).
 
 Shapes: B windows in a batch, T tokens, D hidden size, C channels of a matrix's input.
 """
@@ -15,6 +15,7 @@ Shapes: B windows in a batch, T tokens, D hidden size, C channels of a matrix's 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from .taylor import walk_back
 _INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
 _LEVELS = 48  # sizes of an axis that the programme tells apart
 # What a KV group's error counts more than a channel's. Attention brings things from far back, of which calibration windows
-# show less than longer texts ask for: without it WikiText-2 pays at 30 % (55.7 against 49.6) what C4 gains (63.2, 66.1).
+# show less than longer texts ask for (LOG.md has what it gains and costs).
 _FROM_AFAR = 3.0
 
 
@@ -43,10 +44,12 @@ def run_(job: Job) -> Outcome:
     """Carry out a plan: curves, sizes, then cut and refit sub-layer by sub-layer."""
     plan = job.plan
     with job.timed("score"):
-        curves = error_curves(job, output_fisher(job))
+        metric = {name: _root(fisher_DD) for name, fisher_DD in output_fisher(job).items()}
+        curves = error_curves(job, metric)
     with job.timed("allocate"):
-        sizes = _alike(plan, curves) if plan.request.uniform else _each(plan, curves)
-    keep, extra = cut_and_refit_(job, sizes)
+        priced = {name: _priced(curve, kind_of(name)) for name, curve in curves.items()}
+        sizes = _alike(plan, priced) if plan.request.uniform else _each(plan, priced)
+    keep, extra = cut_and_refit_(job, sizes, metric)
     outcome = finish_(job, keep, extra)
     outcome.measured = {
         "curves": {name: {"sizes": list(curve.sizes), "nats": list(curve.error)} for name, curve in curves.items()}
@@ -77,8 +80,11 @@ def output_fisher(job: Job) -> dict[str, Tensor]:
 # -- 2: what each size costs ----------------------------------------------------------------------------------------------
 
 
-def error_curves(job: Job, fisher: Mapping[str, Tensor]) -> dict[str, Curve]:
-    """Axis name -> nats a token that each of its sizes costs, by itself, once the matrix that reads it is refitted."""
+def error_curves(job: Job, metric: Mapping[str, Tensor]) -> dict[str, Curve]:
+    """Axis name -> nats a token that each of its sizes costs, by itself, once the matrix that reads it is refitted.
+
+    `metric`: matrix name -> R [D, D] with R^T R = F.
+    """
     anatomy, sweep = job.plan.anatomy, job.sweep()
     costs = biased_anatomy(job.plan)
     count = len(sweep.blocks)
@@ -92,12 +98,11 @@ def error_curves(job: Job, fisher: Mapping[str, Tensor]) -> dict[str, Curve]:
             sweep.observe(layer, modules)
         for axis in _axes(job.plan, layer):
             reader = anatomy.reader(axis.name)
-            metric = _root(fisher[reader.param])
-            weight, moments = metric @ job.tensors[reader.param].double(), _moments(statistics, axis)
+            moments = _moments(statistics, axis)
             levels = _levels(axis.size, job.plan.multiple_of if kind_of(axis.name) == "intermediate" else 1)
-            found = eliminate(weight, moments.covariance_CC, reader.rows(range(axis.size)), levels[0])
-            weighed = _FROM_AFAR if kind_of(axis.name) == "kv_heads" else 1.0
-            error = _error_at(found, axis.size, levels) * (weighed / (2 * moments.count))
+            weight = metric[reader.param] @ job.tensors[reader.param].double()
+            found = eliminate(weight, _gram(job.plan, moments), reader.rows(range(axis.size)), levels[0])
+            error = _error_at(found, axis.size, levels) / (2 * moments.count)
             curves[axis.name] = Curve(tuple(levels), tuple(error.tolist()), costs.unit_params(axis.name))
         job.progress("score", layer + 1, count)
     return curves
@@ -114,6 +119,11 @@ def _axes(plan: Plan, layer: int) -> list[Axis]:
 def _moments(statistics: Statistics, axis: Axis) -> Moments:
     sublayer, segment = _INPUT_OF[kind_of(axis.name)]
     return statistics[f"layers.{axis.layer}.{sublayer}.{segment}"]
+
+
+def _gram(plan: Plan, moments: Moments) -> Tensor:
+    """What least squares minimises under [C, C]: a bias takes up the mean, so with one only what is around it counts."""
+    return moments.covariance_CC if plan.compensator == "affine" else moments.gram_CC
 
 
 def _root(fisher_DD: Tensor) -> Tensor:
@@ -136,6 +146,11 @@ def _error_at(found: Elimination, size: int, levels: list[int]) -> Tensor:
 
 
 # -- 3: sizes -------------------------------------------------------------------------------------------------------------
+
+
+def _priced(curve: Curve, kind: str) -> Curve:
+    """The curve as the programme sees it."""
+    return replace(curve, error=tuple(_FROM_AFAR * error for error in curve.error)) if kind == "kv_heads" else curve
 
 
 def _each(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
@@ -185,69 +200,66 @@ def _alike(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
     biased, layers = biased_anatomy(plan), range(plan.anatomy.shape.num_hidden_layers)
     assert plan.budget is not None
     sizes = Sizes.of(biased, layers, plan.multiple_of)
-    best: tuple[float, dict[str, int]] | None = None
+    best: tuple[bool, float, dict[str, int]] | None = None
     for groups in sizes.groups:
-        room = (plan.budget - sizes.params(groups, 0)) // sizes.channel // plan.multiple_of * plan.multiple_of
-        channels = min(room, sizes.channels)
-        if channels < min(plan.multiple_of, sizes.channels):
+        channels = sizes.beside(groups, plan.budget)
+        if channels is None:
             continue
         counts = {name: n for i in layers for name, n in named(plan.anatomy, i, groups, channels).items()}
         error = sum(_at(curve, counts[name]) for name, curve in curves.items())
-        if best is None or error < best[0]:
-            best = (error, counts)
+        found = (not sizes.fills(groups, plan.budget), error, counts)
+        if best is None or found[:2] < best[:2]:
+            best = found
     assert best is not None, "the plan has refused what cannot be reached"
-    return best[1]
+    return best[2]
 
 
 # -- 4: the cut -----------------------------------------------------------------------------------------------------------
 
 
-def cut_and_refit_(job: Job, sizes: Mapping[str, int]) -> tuple[Keep, dict[str, Tensor]]:
+def cut_and_refit_(job: Job, sizes: Mapping[str, int], metric: Mapping[str, Tensor]) -> tuple[Keep, dict[str, Tensor]]:
     """Changes the job's weights and model: dropped units become zero, readers are refitted. Returns the decision and biases.
 
     The MLP's units are scored behind the block's own cut attention, and every block behind the cut blocks before it.
     """
     plan, sweep = job.plan, job.sweep()
-    count = len(sweep.blocks)
+    anatomy, count = plan.anatomy, len(sweep.blocks)
     kept: dict[str, tuple[int, ...]] = {}
     extra: dict[str, Tensor] = {}
     for layer in range(count):
         for axis in _axes(plan, layer):
             with job.timed("score"):
-                sublayer, segment = _INPUT_OF[kind_of(axis.name)]
-                name = f"layers.{layer}.{sublayer}.{segment}"
-                named_, modules = layer_moments(sweep, layer, {segment: _WANTS[segment]})
+                _, segment = _INPUT_OF[kind_of(axis.name)]
+                statistics, modules = layer_moments(sweep, layer, {segment: _WANTS[segment]})
                 sweep.observe(layer, modules)
             with job.timed("cut"):
-                kept |= _cut_(job, axis, sizes[axis.name], named_[name], extra)
+                root = metric[anatomy.reader(axis.name).param]
+                kept[axis.name] = _cut_(job, axis, sizes[axis.name], _moments(statistics, axis), root, extra)
         if layer + 1 < count:
             with job.timed("score"):
                 sweep.run(layer)
         job.progress("cut", layer + 1, count)
-    return Keep({name: units for name, units in kept.items() if len(units) < plan.anatomy.axes[name].size}), extra
+    return Keep({name: units for name, units in kept.items() if len(units) < anatomy.axes[name].size}), extra
 
 
-def _cut_(job: Job, axis: Axis, size: int, moments: Moments, extra: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _cut_(job: Job, axis: Axis, size: int, moments: Moments, metric: Tensor, extra: dict[str, Tensor]) -> tuple[int, ...]:
     """Choose the units of one axis, zero the others, and refit what reads them; adds the bias to `extra`."""
     anatomy, tensors = job.plan.anatomy, job.tensors
     reader = anatomy.reader(axis.name)
-    weight = tensors[reader.param]
-    affine = job.plan.compensator == "affine"
-    gram = moments.covariance_CC if affine else moments.gram_CC
-    gone = eliminate(weight, gram, reader.rows(range(axis.size)), size).order
+    weight, gram = tensors[reader.param], _gram(job.plan, moments)
+    gone = eliminate(metric @ weight.double(), gram, reader.rows(range(axis.size)), size).order
     stays = torch.ones(axis.size, dtype=torch.bool)
     stays[gone] = False
     units = tuple(stays.nonzero().squeeze(1).tolist())
-    rows = reader.rows(units).reshape(-1)
-    dense = weight.double()
+    before = weight.double() @ moments.mean_C
     if len(gone):
+        rows = reader.rows(units).reshape(-1)
         refitted = refit(weight, gram, rows)
         zero_(tensors, anatomy, Keep({axis.name: units}))
         weight[:, rows] = refitted.to(weight.dtype)
-    if affine:
-        shift = (dense - weight.double()) @ moments.mean_C
-        _add_bias_(job, reader.param, shift, extra)
-    return {axis.name: units}
+    if job.plan.compensator == "affine":
+        _add_bias_(job, reader.param, before - weight.double() @ moments.mean_C, extra)
+    return units
 
 
 def _add_bias_(job: Job, param: str, shift: Tensor, extra: dict[str, Tensor]) -> None:

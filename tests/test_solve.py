@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from prunus.solve import admm, factor, inverse_upper, refit, sparsegpt
+from prunus.solve import admm, eliminate, factor, inverse_upper, refit, sparsegpt
 
 
 def problem(inputs=64, outputs=40, seed=0):
@@ -219,3 +219,87 @@ def test_admm_matrices_of_one_input_do_not_see_each_other_and_dead_inputs_go():
         assert torch.equal(mask, kept)
         torch.testing.assert_close(alone, got, rtol=1e-4, atol=1e-5)  # products of other heights round otherwise
         assert not bool(got[:, 5].any())
+
+
+# -- units that go one after another --------------------------------------------------------------------------------------
+
+
+def least_squares_error(weight, x, stays):
+    """||X W^T - X_S W'^T||^2 of the best W' on the inputs that stay, by torch.linalg.lstsq on X itself."""
+    target = x @ weight.T
+    if not len(stays):
+        return float(target.square().sum())
+    return float((x[:, stays] @ torch.linalg.lstsq(x[:, stays], target).solution - target).square().sum())
+
+
+def units_of(size, inputs=24):
+    """Units whose inputs are not neighbours: what is theirs is said by `rows` alone."""
+    return torch.randperm(inputs, generator=torch.Generator().manual_seed(3)).view(-1, size)
+
+
+@pytest.mark.parametrize("step", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("size", [1, 3])
+def test_elimination_adds_up_to_least_squares(size, step):
+    """After every unit, in the middle of a step too; damping 1e-13 is below the comparison."""
+    weight, x = problem(inputs=24)
+    weight, x, rows = weight.double(), x.double(), units_of(size)
+    found = eliminate(weight, x.T @ x, rows, 2, damp=1e-13, step=step)
+    assert sorted({*range(len(rows))} - set(found.order.tolist())) and len(found.order) == len(rows) - 2
+    for n in range(1, len(found.order) + 1):
+        stays = rows[[u for u in range(len(rows)) if u not in found.order[:n]]].reshape(-1)
+        assert float(found.added[:n].sum()) == pytest.approx(least_squares_error(weight, x, stays), rel=1e-6)
+
+
+@pytest.mark.parametrize("step", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("size", [1, 3])
+def test_elimination_takes_the_cheapest(size, step):
+    """Every unit is tried by itself against torch.linalg.lstsq; costs are looked at again after each step."""
+    weight, x = problem(inputs=24)
+    weight, x, rows = weight.double(), x.double(), units_of(size)
+    alive, order = list(range(len(rows))), []
+    at_once = math.ceil((len(rows) - 2) * step)
+    while len(alive) > 2:
+        tried = {u: least_squares_error(weight, x, rows[[v for v in alive if v != u]].reshape(-1)) for u in alive}
+        goes = sorted(alive, key=lambda u, tried=tried: tried[u])[: min(at_once, len(alive) - 2)]
+        order += goes
+        alive = [u for u in alive if u not in goes]
+    assert eliminate(weight, x.T @ x, rows, 2, damp=1e-13, step=step).order.tolist() == order
+
+
+def test_elimination_by_hand():
+    """Algorithms 7.4: H = [[2, 1], [1, 2]], w = [1, 1]; either unit costs w^2 / [H^-1]_jj = 1.5."""
+    gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    found = eliminate(torch.ones(1, 2), gram, torch.tensor([[0], [1]]), 1, damp=0.0)
+    assert len(found.order) == 1 and found.added.tolist() == [pytest.approx(1.5, abs=1e-12)]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_dead_units_go_first_and_for_nothing(size):
+    """However large their weights are: damping must not give them a price."""
+    weight, x = problem(inputs=24)
+    rows = units_of(size)
+    weight[:, rows[5]] *= 1e4
+    x[:, rows[5]] = 0
+    found = eliminate(weight, x.T @ x, rows, 1)
+    assert found.order[0] == 5 and found.added[0] == 0 and bool((found.added[1:] > 0).all())
+    nothing = eliminate(weight, torch.zeros(24, 24), rows, 1)
+    assert nothing.order.tolist() == list(range(len(rows) - 1, 0, -1)) and not nothing.added.any()  # the first stays
+
+
+def test_one_of_two_equal_channels_goes_free():
+    weight, x = problem(inputs=24)
+    x[:, 17] = x[:, 4]
+    found = eliminate(weight, x.T @ x, torch.arange(24)[:, None], 1, damp=1e-9, step=0.01)
+    # the damping is all that two equal channels cost
+    assert found.order[0] in (4, 17) and found.added[0] < 1e-4 * found.added[1]
+    assert len({4, 17} & set(found.order[:2].tolist())) == 1  # the other is needed all the more
+
+
+def test_elimination_changes_nothing_and_can_keep_all():
+    weight, x = problem(inputs=24)
+    gram = x.T @ x
+    before = weight.clone(), gram.clone()
+    eliminate(weight, gram, units_of(3), 2)
+    assert torch.equal(weight, before[0]) and torch.equal(gram, before[1])
+    found = eliminate(weight, gram, units_of(3), 8)
+    assert (found.order.dtype, found.added.dtype) == (torch.int64, torch.float64) and len(found.order) == 0
