@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy
-from .axes import kind_of
+from .axes import Axis, kind_of
 from .keep import Keep
 from .solve import refit
-from .statistics import Statistics, Sweep
+from .statistics import Moments, Statistics, Sweep
 
-_INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
+INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
+
+
+def reader_moments(statistics: Statistics, axis: Axis) -> Moments:
+    """What was seen of the input of the matrix that reads an axis."""
+    sublayer, segment = INPUT_OF[kind_of(axis.name)]
+    return statistics[f"layers.{axis.layer}.{sublayer}.{segment}"]
 
 
 def output_bias(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, keep: Keep) -> dict[str, Tensor]:
@@ -26,7 +32,7 @@ def output_bias(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Sta
     out: dict[str, Tensor] = {}
     for name, axis in anatomy.axes.items():
         kind = kind_of(name)
-        if kind not in _INPUT_OF or axis.layer is None:
+        if kind not in INPUT_OF or axis.layer is None:
             continue
         reader = anatomy.reader(name)
         weight = tensors[reader.param].float()
@@ -35,8 +41,7 @@ def output_bias(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Sta
         dropped = keep.dropped(name, axis.size)
         if dropped:
             gone = reader.rows(dropped).reshape(-1)
-            sublayer, segment = _INPUT_OF[kind]
-            mean_C = statistics[f"layers.{axis.layer}.{sublayer}.{segment}"].mean_C
+            mean_C = reader_moments(statistics, axis).mean_C
             bias = (bias.double() + weight[:, gone].double() @ mean_C[gone]).float()
         out[bias_name] = bias
     return out
@@ -47,14 +52,12 @@ def refit_readers_(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: 
     for name in keep.units:
         axis = anatomy.axes[name]
         dropped = keep.dropped(name, axis.size)
-        if not dropped or kind_of(name) not in _INPUT_OF:
+        if not dropped or kind_of(name) not in INPUT_OF:
             continue
         reader = anatomy.reader(name)
-        sublayer, segment = _INPUT_OF[kind_of(name)]
         weight = tensors[reader.param]
         rows = reader.rows(keep.units[name]).reshape(-1)
-        gram = statistics[f"layers.{axis.layer}.{sublayer}.{segment}"].gram_CC
-        weight[:, rows] = refit(weight, gram, rows).to(weight.dtype)
+        weight[:, rows] = refit(weight, reader_moments(statistics, axis).gram_CC, rows).to(weight.dtype)
 
 
 @dataclass

@@ -221,37 +221,135 @@ def eliminate(
     units, size = rows.shape
     inputs = rows.reshape(-1)
     inverse = torch.cholesky_inverse(factor(gram[inputs][:, inputs].double(), damp).lower)
-    matrix = weight[:, inputs].double()
-    matrix = matrix * (gram.diagonal()[inputs] > 0)  # else the damping would give dead inputs a price
-    alive = torch.arange(units)
+    matrix = _alive(weight, gram, inputs)
+    alive, here = torch.arange(units), torch.ones(units, dtype=torch.bool)
     order, added = [], []
     at_once = max(1, math.ceil((units - keep) * step))
-    while (count := min(at_once, len(alive) - keep)) > 0:
-        costs = _unit_costs(matrix, inverse, size)
+    while (count := min(at_once, int(here.sum()) - keep)) > 0:
+        costs = _unit_costs(matrix, inverse, size).masked_fill_(~here, math.inf)
         goes = torch.argsort(costs, descending=True, stable=True)[len(alive) - count :].flip(0)  # of equals the first stays
-        gone = (goes[:, None] * size + torch.arange(size)).reshape(-1)
-        stays = torch.ones(len(alive), dtype=torch.bool)
-        stays[goes] = False
-        rest = stays.repeat_interleave(size).nonzero().squeeze(1)
+        gone = _inputs_of(goes, size)
         corner = torch.linalg.cholesky(inverse[gone][:, gone])
-        both = torch.cat([matrix[:, gone].T, inverse[gone][:, rest]], 1)
+        both = torch.cat([matrix[:, gone].T, inverse[gone]], 1)
         of_weight, of_inverse = torch.linalg.solve_triangular(corner, both, upper=False).split(
-            [matrix.shape[0], len(rest)], 1
+            [matrix.shape[0], matrix.shape[1]], 1
         )
         order.append(alive[goes])
         added.append(of_weight.square().sum(1).view(-1, size).sum(1))
-        matrix = matrix[:, rest] - of_weight.T @ of_inverse
-        inverse = inverse[rest][:, rest] - of_inverse.T @ of_inverse
-        alive = alive[stays]
+        matrix.addmm_(of_weight.T, of_inverse, alpha=-1)
+        inverse.addmm_(of_inverse.T, of_inverse, alpha=-1)
+        matrix[:, gone] = inverse[:, gone] = inverse[gone] = 0
+        inverse[gone, gone] = 1
+        here[goes] = False
+        if int(here.sum()) < _CROWDED * len(here):
+            rest = _inputs_of(here.nonzero().squeeze(1), size)
+            matrix, inverse, alive, here = matrix[:, rest], inverse[rest][:, rest], alive[here], here[here]
     none = torch.zeros(0)
     return Elimination(torch.cat([none.long(), *order]), torch.cat([none.double(), *added]))
 
 
+def _alive(weight: Tensor, gram: Tensor, inputs: Tensor) -> Tensor:
+    """W's columns, float64; those of dead inputs are zero, or damping would give them a price."""
+    return weight[:, inputs].double() * (gram.diagonal()[inputs] > 0)
+
+
+_CROWDED = 0.8  # of the units in the matrices must be alive: those that went are taken out together, as copies cost more
+
+
+def _inputs_of(units: Tensor, size: int) -> Tensor:
+    """Inputs of units that own `size` neighbouring ones each, int64."""
+    return (units[:, None] * size + torch.arange(size)).reshape(-1)
+
+
 def _unit_costs(matrix: Tensor, inverse: Tensor, size: int) -> Tensor:
     """tr(W_u (G^-1)_uu^-1 W_u^T) of every unit of `size` neighbouring inputs, float64 [U]."""
-    if size == 1:
-        return matrix.square().sum(0) / inverse.diagonal()
-    units = matrix.shape[1] // size
-    blocks_USS = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    weights_USO = matrix.view(-1, units, size).permute(1, 2, 0)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(blocks_USS), weights_USO, upper=False).square().sum((1, 2))
+    return _quotients(_by_unit(matrix, size), _corners(inverse, size))
+
+
+def _corners(square: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonal [U, S, S]."""
+    units = square.shape[0] // size
+    return square.reshape(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _by_unit(matrix: Tensor, size: int) -> Tensor:
+    """[O, U * S] -> [U, S, O]."""
+    return matrix.reshape(matrix.shape[0], -1, size).permute(1, 2, 0)
+
+
+def _quotients(weights_USO: Tensor, blocks_USS: Tensor) -> Tensor:
+    """tr(W_u^T B_u^-1 W_u) of every unit, float64 [U]."""
+    if blocks_USS.shape[1] == 1:
+        return weights_USO[:, 0].square().sum(1) / blocks_USS[:, 0, 0]
+    root = torch.linalg.cholesky(blocks_USS)
+    return torch.linalg.solve_triangular(root, weights_USO, upper=False).square().sum((1, 2))
+
+
+# -- which units stay -----------------------------------------------------------------------------------------------------
+
+
+def stay_one_by_one(weight: Tensor, gram: Tensor, rows: Tensor, keep: int) -> tuple[int, ...]:
+    """ZipLM's choice (arXiv 2302.04089, algorithm 1): `eliminate`, one unit after another."""
+    return _all_but(eliminate(weight, gram, rows, keep, step=0.0).order, len(rows))
+
+
+def stay_after_swaps(
+    weight: Tensor, gram: Tensor, rows: Tensor, keep: int, *, damp: float = 1e-2, swaps: int = 32
+) -> tuple[int, ...]:
+    """OSSCAR's choice (arXiv 2403.12983): `eliminate`, then swap units while ||X W^T - X_S W'^T||^2 of the best W' falls.
+
+    A round takes back the unit that gains most for which another can go at a lower cost than its gain. It ends after `swaps`
+    rounds, or where no swap of two units lowers the error. Exact costs, on the damped Gram matrix; float64.
+    """
+    units, size = rows.shape
+    inputs = rows.reshape(-1)
+    dense, whole = _alive(weight, gram, inputs), gram[inputs][:, inputs].double()
+    whole.diagonal().add_(damp * float(whole.diagonal().mean()) or 1.0)
+    inside = torch.tensor(_all_but(eliminate(weight, gram, rows, keep, damp=damp).order, units))
+    for _ in range(swaps):
+        found = _swap(dense, whole, inside, size)
+        if found is None:
+            break
+        goes, comes = found
+        inside[goes] = comes
+        inside = inside.sort().values
+    return tuple(inside.tolist())
+
+
+def _all_but(gone: Tensor, units: int) -> tuple[int, ...]:
+    stays = torch.ones(units, dtype=torch.bool)
+    stays[gone] = False
+    return tuple(stays.nonzero().squeeze(1).tolist())
+
+
+_LESS = 1.0 - 1e-9  # a swap that gains less than rounding could go round in circles
+
+
+def _swap(dense: Tensor, gram: Tensor, inside: Tensor, size: int) -> tuple[int, int] | None:
+    """(index into `inside`, unit) of a swap that lowers the error; None if there is none.
+
+    With unit j among the inputs S, its Schur complement D_j and R_j = W G_:j - W'_S G_Sj, the error falls by
+    tr(R_j D_j^-1 R_j^T). The weights become W'_S - R_j D_j^-1 U_j^T and the inverse G_SS^-1 + U_j D_j^-1 U_j^T, with
+    U_j = G_SS^-1 G_Sj, which gives the costs of all units of S.
+    """
+    units = gram.shape[0] // size
+    stays = _inputs_of(inside, size)
+    outside = torch.tensor([u for u in range(units) if u not in set(inside.tolist())], dtype=torch.int64)
+    if not len(outside):
+        return None
+    away = _inputs_of(outside, size)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[stays][:, stays]))
+    matrix = dense @ gram[:, stays] @ inverse
+    solved = inverse @ gram[stays][:, away]
+    missing_JSO = _by_unit(dense @ gram[:, away] - matrix @ gram[stays][:, away], size)
+    schur_JSS = _corners(gram[away][:, away] - gram[away][:, stays] @ solved, size)
+    gains = _quotients(missing_JSO, schur_JSS)
+    weights_USO, corners_USS = _by_unit(matrix, size), _corners(inverse, size)
+    for j in torch.argsort(gains, descending=True, stable=True).tolist():
+        u_USS = solved[:, j * size : (j + 1) * size].view(len(inside), size, size)
+        moved_USS = torch.linalg.solve(schur_JSS[j], u_USS.mT).mT  # U_j D_j^-1
+        costs = _quotients(weights_USO - moved_USS @ missing_JSO[j], corners_USS + moved_USS @ u_USS.mT)
+        goes = int(costs.argmin())
+        if float(costs[goes]) < _LESS * float(gains[j]):
+            return goes, int(outside[j])
+    return None

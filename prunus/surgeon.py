@@ -23,16 +23,16 @@ from torch import Tensor
 from .allocate import Curve, least_error
 from .anatomy import Anatomy
 from .axes import Axis, kind_of
+from .compensate import INPUT_OF, reader_moments
 from .cut import zero_
 from .job import Job, Outcome, finish_
 from .keep import Keep
 from .planning import Plan, biased_anatomy
 from .sizes import Sizes, named
 from .solve import Elimination, eliminate, refit
-from .statistics import Moments, Statistics, layer_moments
+from .statistics import Moments, layer_moments
 from .taylor import walk_back
 
-_INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
 _LEVELS = 48  # sizes of an axis that the programme tells apart
 # What a KV group's error counts more than a channel's. Attention brings things from far back, of which calibration windows
 # show less than longer texts ask for (LOG.md has what it gains and costs).
@@ -98,7 +98,7 @@ def error_curves(job: Job, metric: Mapping[str, Tensor]) -> dict[str, Curve]:
             sweep.observe(layer, modules)
         for axis in _axes(job.plan, layer):
             reader = anatomy.reader(axis.name)
-            moments = _moments(statistics, axis)
+            moments = reader_moments(statistics, axis)
             levels = _levels(axis.size, job.plan.multiple_of if kind_of(axis.name) == "intermediate" else 1)
             weight = metric[reader.param] @ job.tensors[reader.param].double()
             found = eliminate(weight, _gram(job.plan, moments), reader.rows(range(axis.size)), levels[0])
@@ -114,11 +114,6 @@ _WANTS = dict.fromkeys(("q", "intermediate"), frozenset({"mean", "gram"}))
 def _axes(plan: Plan, layer: int) -> list[Axis]:
     """The axes of one layer that may be cut, attention before the MLP."""
     return [axis for axis in plan.scored_axes if axis.layer == layer]
-
-
-def _moments(statistics: Statistics, axis: Axis) -> Moments:
-    sublayer, segment = _INPUT_OF[kind_of(axis.name)]
-    return statistics[f"layers.{axis.layer}.{sublayer}.{segment}"]
 
 
 def _gram(plan: Plan, moments: Moments) -> Tensor:
@@ -229,12 +224,12 @@ def cut_and_refit_(job: Job, sizes: Mapping[str, int], metric: Mapping[str, Tens
     for layer in range(count):
         for axis in _axes(plan, layer):
             with job.timed("score"):
-                _, segment = _INPUT_OF[kind_of(axis.name)]
+                _, segment = INPUT_OF[kind_of(axis.name)]
                 statistics, modules = layer_moments(sweep, layer, {segment: _WANTS[segment]})
                 sweep.observe(layer, modules)
             with job.timed("cut"):
                 root = metric[anatomy.reader(axis.name).param]
-                kept[axis.name] = _cut_(job, axis, sizes[axis.name], _moments(statistics, axis), root, extra)
+                kept[axis.name] = _cut_(job, axis, sizes[axis.name], reader_moments(statistics, axis), root, extra)
         if layer + 1 < count:
             with job.timed("score"):
                 sweep.run(layer)

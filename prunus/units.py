@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .allocate import adaptive_ratios, global_budget, standardised, to_counts
 from .anatomy import Anatomy
 from .axes import layer_of
-from .compensate import measured_gains, output_bias, refit_readers_
+from .compensate import measured_gains, output_bias, reader_moments, refit_readers_
 from .criteria import UNIT_CRITERIA, Scores
 from .cut import zero_
 from .errors import UserError
@@ -19,6 +20,7 @@ from .job import Job, Outcome, finish_
 from .keep import Keep
 from .planning import Plan, biased_anatomy
 from .sizes import Sizes, adaptive_counts, alike_counts
+from .solve import stay_after_swaps, stay_one_by_one
 from .statistics import BlockCosine, Statistics, collect, layer_moments
 from .taylor import unit_taylor
 
@@ -138,6 +140,8 @@ def _uniform(plan: Plan, biased: Anatomy, scores: Scores, keep: Keep) -> Keep:
 
 def run_sequential_(job: Job) -> Outcome:
     """Carry out a plan whose sizes are known: score each block on what the pruned blocks before it give, cut, go on."""
+    if job.plan.method.criterion in _CHOICES:
+        return finish_(job, block_by_block_(job, partial(_chosen, job), {}))
     plan, criterion = job.plan, UNIT_CRITERIA[_criterion_name(job.plan)]
     values: dict[str, Tensor] = {}
 
@@ -154,6 +158,24 @@ def run_sequential_(job: Job) -> Outcome:
     outcome = finish_(job, keep)
     outcome.scores = Scores(values)
     return outcome
+
+
+_CHOICES: Mapping[str, Callable[[Tensor, Tensor, Tensor, int], tuple[int, ...]]] = {
+    "obs-units": stay_one_by_one,
+    "least-squares-error": stay_after_swaps,
+}
+
+
+def _chosen(job: Job, layer: int, statistics: Statistics) -> Keep:
+    """Units of one layer that are not worth a number each: those that together give the output best, once refitted."""
+    plan, kept = job.plan, {}
+    for axis in plan.scored_axes:
+        if axis.layer == layer:
+            reader = plan.anatomy.reader(axis.name)
+            gram = reader_moments(statistics, axis).gram_CC
+            choose = _CHOICES[plan.method.criterion]
+            kept[axis.name] = choose(job.tensors[reader.param], gram, reader.rows(range(axis.size)), plan.counts[axis.name])
+    return Keep({name: units for name, units in kept.items() if len(units) < plan.anatomy.axes[name].size})
 
 
 def _all(keeps: Iterable[Keep]) -> Keep:

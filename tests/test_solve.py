@@ -303,3 +303,78 @@ def test_elimination_changes_nothing_and_can_keep_all():
     assert torch.equal(weight, before[0]) and torch.equal(gram, before[1])
     found = eliminate(weight, gram, units_of(3), 8)
     assert (found.order.dtype, found.added.dtype) == (torch.int64, torch.float64) and len(found.order) == 0
+
+
+# -- which units stay -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_ziplm_takes_one_unit_after_another(size):
+    """Each removal tried against torch.linalg.lstsq; damped Gram matrices are activations with rows of their own."""
+    weight, x = problem(inputs=24)
+    rows = units_of(size)
+    damped = torch.cat([x.double(), math.sqrt(1e-3 * float(x.double().square().sum(0).mean())) * torch.eye(24)])
+    alive = list(range(len(rows)))
+    while len(alive) > len(rows) // 3:
+        tried = {
+            u: least_squares_error(weight.double(), damped, rows[[v for v in alive if v != u]].reshape(-1)) for u in alive
+        }
+        alive.remove(min(alive, key=lambda u, tried=tried: tried[u]))
+    assert stay_one_by_one(weight, x.double().T @ x.double(), rows, len(rows) // 3) == tuple(alive)
+
+
+def test_elimination_after_many_removals_is_as_exact_as_at_the_start():
+    """Units that went stay in the matrices for a while: neither they nor what is taken out later may be heard of again."""
+    weight, x = problem(inputs=64)
+    rows = torch.randperm(64, generator=torch.Generator().manual_seed(1)).view(-1, 1)
+    one, all_ = (eliminate(weight, (x.T @ x).double(), rows, 5, damp=1e-12, step=step) for step in (0.0, 1.0))
+    assert sorted(one.order.tolist()) == sorted(set(one.order.tolist())) and len(one.order) == len(all_.order) == 59
+    stays = rows[sorted({*range(64)} - set(one.order.tolist()))].reshape(-1)
+    expected = least_squares_error(weight.double(), x.double(), stays)
+    assert float(one.added.sum()) == pytest.approx(expected, rel=1e-5)
+    assert float(one.added.sum()) < float(all_.added.sum())  # looking again pays
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [1, 2])
+def test_after_swaps_no_swap_helps(size, seed):
+    """Every swap of two units, against torch.linalg.lstsq; and what was swapped is better than where it began."""
+    weight, x = problem(inputs=12, outputs=5, seed=seed)
+    weight, x = weight.double(), x.double()
+    rows = units_of(size, 12)
+    gram = x.T @ x
+    stays = stay_after_swaps(weight, gram, rows, len(rows) // 2, damp=1e-12)
+    start = sorted({*range(len(rows))} - set(eliminate(weight, gram, rows, len(rows) // 2, damp=1e-12).order.tolist()))
+
+    def error(units):
+        return least_squares_error(weight, x, rows[sorted(units)].reshape(-1))
+
+    assert list(stays) == sorted(set(stays)) and len(stays) == len(rows) // 2
+    assert error(stays) <= error(start) * (1 + 1e-9)
+    for out in stays:
+        for into in {*range(len(rows))} - set(stays):
+            assert error({*stays, into} - {out}) >= error(stays) * (1 - 1e-6)
+
+
+def test_swaps_find_what_elimination_misses():
+    """Three inputs, the third the sum of the others and a little noise: the third goes for next to nothing, and then one more
+    must go. Its return instead of both is worth it: y = x1 + x2 is nearly x3."""
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = 0.05 * torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.cat([x, (x.sum(1) + noise)[:, None]], 1)
+    weight = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
+    rows = torch.arange(3)[:, None]
+    assert stay_one_by_one(weight, x.T @ x, rows, 1) in ((0,), (1,))
+    assert stay_after_swaps(weight, x.T @ x, rows, 1, swaps=0) in ((0,), (1,))
+    assert stay_after_swaps(weight, x.T @ x, rows, 1) == (2,)
+
+
+@pytest.mark.parametrize("choose", [stay_one_by_one, stay_after_swaps])
+def test_dead_and_equal_units_are_chosen_against(choose):
+    weight, x = problem(inputs=24)
+    weight[:, 5] *= 100
+    x[:, 5], x[:, 17] = 0, x[:, 4]
+    stays = choose(weight, x.T @ x, torch.arange(24)[:, None], 16)
+    assert 5 not in stays and len({4, 17} & set(stays)) < 2
+    assert choose(weight, x.T @ x, torch.arange(24)[:, None], 24) == tuple(range(24))
+    assert choose(weight, torch.zeros(24, 24), torch.arange(24)[:, None], 2) == (0, 1)

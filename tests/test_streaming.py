@@ -30,6 +30,8 @@ REQUESTS = {
     "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
     "magnitude": {"method": "magnitude", "ratio": 0.5},
     "wanda-sp": {"method": "wanda-sp", "ratio": 0.3},
+    "ziplm": {"method": "ziplm", "ratio": 0.3},
+    "osscar": {"method": "osscar", "ratio": 0.3},
     "wanda-sp-refit": {"method": "wanda-sp", "ratio": 0.3, "compensate": "least-squares"},
     "magnitude-sp": {"method": "magnitude-sp", "ratio": 0.3},
     "minitron-width": {"method": "minitron-width", "ratio": 0.3, "compensate": "gain"},

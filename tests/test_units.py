@@ -6,9 +6,14 @@ import copy
 
 import pipeline
 import pytest
+import tiny
 import torch
 
+from prunus.cut import zero_
+from prunus.errors import UserError
+from prunus.keep import Keep
 from prunus.oneshot import one_shot_
+from prunus.solve import stay_after_swaps, stay_one_by_one
 
 IDS = pipeline.windows()
 
@@ -52,7 +57,7 @@ def test_wanda_sp_is_the_formula_on_pruned_inputs(case):
     assert outcome.target.is_stock == (outcome.model.config.model_type in ("llama", "mistral", "qwen3", "seed_oss"))
 
 
-@pytest.mark.parametrize("method", ["wanda-sp", "magnitude-sp"])
+@pytest.mark.parametrize("method", ["wanda-sp", "magnitude-sp", "ziplm", "osscar"])
 @pytest.mark.parametrize("ratio", [0.2, 0.45, 0.7])
 @pytest.mark.parametrize("multiple_of", [1, 4])
 def test_uniform_methods_meet_the_target(method, ratio, multiple_of):
@@ -115,6 +120,67 @@ def test_least_squares_is_lstsq_on_what_the_cut_model_reads():
     # the refit damps by 1e-4 of the mean diagonal, and its Gram matrix is summed in float32 within a window
     got = outcome.model.get_submodule(name).weight
     assert float((x @ got.T - wanted).square().sum()) < 1.001 * float((x @ expected.T - wanted).square().sum()) + 1e-9
+
+
+@pytest.mark.parametrize(("method", "choose"), [("ziplm", stay_one_by_one), ("osscar", stay_after_swaps)])
+@pytest.mark.parametrize("case", ["llama_tied", "llama_mha", "llama_gqa4", "llama_mqa", "qwen2", "gemma2", "phi"])
+@torch.no_grad()
+def test_units_are_chosen_and_readers_solved_behind_the_cut(method, choose, case):
+    """Block after block by plain forward passes: the choice on X^T X, and lstsq on what stays. Both are tested by themselves."""
+    ratio = 0.15 if case == "llama_mqa" else 0.4
+    outcome, dense = cut(case, method=method, ratio=ratio)
+    model, anatomy, moved = copy.deepcopy(dense), outcome.plan.anatomy, 0.0
+    for i in range(tiny.LAYERS):
+        axes = [anatomy.axes[f"layers.{i}.{kind}"] for kind in ("kv_heads", "intermediate")]
+        spans = [anatomy.reader(axis.name) for axis in axes]
+        inputs = pipeline.inputs_of(model, IDS.ids_NT, [span.param.removesuffix(".weight") for span in spans])
+        for axis, span in zip(axes, spans, strict=True):
+            name = span.param.removesuffix(".weight")
+            linear, x = model.get_submodule(name), inputs[name].flatten(0, 1)
+            rows = torch.tensor([tiny.spans_rows(span, [u]) for u in range(axis.size)])
+            stays = choose(linear.weight, x.T @ x, rows, outcome.plan.counts[axis.name])
+            assert outcome.keep.units.get(axis.name, tuple(range(axis.size))) == stays
+            kept, wanted = rows[list(stays)].reshape(-1), x @ linear.weight.T
+            got = outcome.model.get_submodule(name).weight
+            best = torch.linalg.lstsq(x[:, kept], wanted).solution
+            # the refit damps by 1e-4 of the mean diagonal, which costs no more than this; activations are taken in float32
+            damped = 1e-4 * x[:, kept].square().sum(0).mean() * best.square().sum()
+            error, least = ((x[:, kept] @ w - wanted).square().sum() for w in (got.T, best))
+            assert error <= least + damped + 1e-8 * wanted.square().sum()
+            moved += float((got - linear.weight[:, kept]).abs().max())
+            zero_(dict(model.named_parameters()), anatomy, Keep({axis.name: stays}))
+            linear.weight[:, kept] = got
+    assert moved > 0.1 and outcome.plan.compensator == "least-squares" and outcome.target.is_stock
+    outcome.model.set_attn_implementation("eager")
+    expected = tiny.logits_of(model, IDS.ids_NT)
+    torch.testing.assert_close(tiny.logits_of(outcome.model, IDS.ids_NT), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["ziplm", "osscar"])
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, r"ratio: \w+ needs to know how much to cut; give --ratio$"),
+        ({"ratio": 0.001}, r"ratio: 0.001 is below one unit of this model; ask for at least"),
+        ({"ratio": 0.999}, r"leave no room for one FFN channel in each of 3 layers; ask for a smaller ratio"),
+        ({"ratio": 0.2, "compensate": "none"}, r"unknown value for compensate of \w+ 'none'"),
+        ({"ratio": 0.2, "uniform": True}, r"uniform: "),
+        ({"ratio": 0.2, "target": {"hidden_size": 8}}, r"target: \w+ does not take it; drop the option"),
+    ],
+)
+def test_requests_that_are_refused(method, request_, message):
+    with pytest.raises(UserError, match=message) as caught:
+        pipeline.plan_for(pipeline.config("llama"), method=method, **request_)
+    assert "\n" not in str(caught.value)
+
+
+def test_osscar_is_saved_and_loaded_in_a_clean_process(tmp_path):
+    code, _, err = pipeline.cli(
+        "prune", pipeline.folder("mistral"), "-m", "osscar", "-r", 0.3, "-c", pipeline.text_file(), "--windows", 4,
+        "--seq-len", 16, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    assert pipeline.cli("verify", tmp_path / "out")[0] == 0
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "phi3"])
