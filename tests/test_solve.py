@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from prunus.solve import admm, eliminate, factor, inverse_upper, refit, sparsegpt
+from prunus.solve import admm, eliminate, factor, inverse_upper, refit, sparsegpt, stay_after_swaps, stay_one_by_one
 
 
 def problem(inputs=64, outputs=40, seed=0):
