@@ -114,7 +114,8 @@ def test_prune_takes_every_option_to_its_place(tmp_path, monkeypatch):
     code, out, err = cli(
         "prune", "model", "-m", "flap", "-o", tmp_path / "out", "-r", 0.25, "-c", "text.txt", "--pattern", "2:4",
         "--target", "hidden_size=8", "--target", "intermediate_size=16", "--uniform", "--multiple-of", 8, "--compensate",
-        "none", "--option", "reduction=l2", "--windows", 7, "--seq-len", 9, "--seed", 3, "--documents", ":5", "--field",
+        "none", "--option", "reduction=l2", "--sparsity", 0.5, "--split", "0.25,0.75",
+        "--windows", 7, "--seq-len", 9, "--seed", 3, "--documents", ":5", "--field",
         "body", "--batch-size", 2, "--statistics", "s", "--dtype", "bfloat16", "--online", "--stream",
     )  # fmt: skip
     assert code == 130 and out == "" and err == "prunus: stopped; nothing half-written was left behind\n"
@@ -130,6 +131,8 @@ def test_prune_takes_every_option_to_its_place(tmp_path, monkeypatch):
         "multiple_of": 8,
         "compensate": "none",
         "options": {"reduction": "l2"},
+        "sparsity": 0.5,
+        "split": (0.25, 0.75),
         "text": api.TextOptions(7, 9, 3, ":5", "body"),
         "statistics": Path("s"),
         "batch_size": 2,

@@ -73,6 +73,20 @@ def test_figures_are_those_of_prune_and_eval(done):
     assert said["rows"][0]["bits_per_byte"]["mean"] == pytest.approx(dense.bits_per_byte)
 
 
+def test_combinations_are_compared_and_share_the_first_part_s_pass(tmp_path):
+    code, out, err = ask(tmp_path / "cmp", "flap+wanda+sparsity=0.5,flap", (0.4,), "--json")
+    assert (code, err) == (0, "")
+    rows = json.loads(out)["rows"]
+    assert [row["method"] for row in rows] == ["dense", "flap", "flap+wanda"]
+    assert rows[2]["sparsity"] == pytest.approx(0.5, abs=0.05) and rows[2]["flags"] == "--ratio 0.4 --sparsity 0.5"
+    assert rows[1]["params"] == rows[2]["params"] and rows[1]["sparsity"] is None
+    shared = {
+        r["recipe"]["request"]["method"]: r["figures"]["shared_s"] for r in record.read(tmp_path / "cmp/runs.jsonl")[1:]
+    }
+    assert shared["flap+wanda"] == 0 and shared["flap"] > 0
+    assert "40." in (page := (tmp_path / "cmp" / "comparison.md").read_text()) and "% zeros" in page
+
+
 def test_what_lies_in_the_folder(done):
     root, said = done
     assert sorted(p.name for p in (root / "cmp").iterdir()) == [
@@ -198,6 +212,9 @@ def test_methods_with_options():
     assert request_of("flap+uniform+compensate=none+multiple-of=8", 0.2) == Request(
         "flap", 0.2, uniform=True, compensate="none", multiple_of=8
     )
+    assert request_of("shortened-llama+flap+wanda+sparsity=0.5+split=0.4,0.6+shortened-llama.protect=0,0", 0.2) == Request(
+        "shortened-llama+flap+wanda", 0.2, sparsity=0.5, split=(0.4, 0.6), options={"shortened-llama.protect": "0,0"}
+    )
     assert request_of("wanda+pattern=2:4+allocation=owl", 0.5) == Request(
         "wanda", 0.5, pattern="2:4", options={"allocation": "owl"}
     )
@@ -212,7 +229,14 @@ WRONG = {  # what -> (methods, ratios, options, message)
     "second unreachable": ("magnitude,flap", (0.4, 0.97), (), r"flap at 0.97: ratio: the least that can stay"),
     "twice": ("flap,flap", (0.3,), (), r"flap at 0.3 is asked for twice; drop one"),
     "option": ("flap+reduction=l2", (0.3,), (), r"flap at 0.3: option 'reduction' does not exist for flap"),
-    "word": ("flap+even", (0.3,), (), r"'even' in 'flap\+even' is neither uniform nor NAME=VALUE"),
+    "word": ("flap+even", (0.3,), (), r"'even' in 'flap\+even' is neither uniform nor NAME=VALUE nor a method"),
+    "number": ("flap+wanda+sparsity=x", (0.3,), (), r"sparsity=x in .* is not a number"),
+    "combination": (
+        "flap+shortgpt",
+        (0.3,),
+        (),
+        r"flap\+shortgpt at 0.3: method: shortgpt cuts whole layers .* write shortgpt",
+    ),
     "multiple": ("flap+multiple-of=x", (0.3,), (), r"multiple-of=x in .* is not a whole number"),
     "seeds": ("flap", (0.3,), ("--seeds", 0), r"seeds: 0 draws"),
     "seeds of none": ("magnitude", (0.3,), ("--seeds", 2), r"seeds: none of these methods reads"),

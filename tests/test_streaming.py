@@ -36,11 +36,22 @@ REQUESTS = {
     "magnitude-sp": {"method": "magnitude-sp", "ratio": 0.3},
     "minitron-width": {"method": "minitron-width", "ratio": 0.3, "compensate": "gain"},
     "shortgpt": {"method": "shortgpt", "ratio": 0.34},
+    "combination": {"method": "shortgpt+flap+sparsegpt", "ratio": 0.5, "split": (0.6, 0.4), "sparsity": 0.5},
+    "combination-refit": {
+        "method": "minitron-width+wanda-sp+wanda",
+        "ratio": 0.4,
+        "sparsity": 0.5,
+        "compensate": "wanda-sp=least-squares",
+    },
 }
 
 
+def _reads_text(method):
+    return any(METHODS[name].needs_text for name in method.split("+"))
+
+
 def prune(source, request, **more):
-    text = {"calibration": str(pipeline.text_file()), "text": TEXT} if METHODS[request["method"]].needs_text else {}
+    text = {"calibration": str(pipeline.text_file()), "text": TEXT} if _reads_text(request["method"]) else {}
     return api.prune(str(source), **request, **text, **more)
 
 

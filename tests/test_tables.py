@@ -21,6 +21,9 @@ def test_a_request_as_the_command_line_says_it():
     request = Request("flap", 0.2, uniform=True, multiple_of=8, target={"hidden_size": 3}, options={"a": "b"})
     assert flags(request.describe()) == "--ratio 0.2 --target hidden_size=3 --uniform --multiple-of 8 --option a=b"
     assert flags({"method": "flap"}) == ""
+    combined = Request("shortgpt+flap+wanda", 0.2, sparsity=0.5, split=(0.25, 0.75), options={"wanda.allocation": "owl"})
+    said = "--ratio 0.2 --option wanda.allocation=owl --sparsity 0.5 --split 0.25,0.75"
+    assert flags(combined.describe()) == said
 
 
 def test_markdown():
