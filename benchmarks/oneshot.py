@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from prunus import api, record
+from prunus.builders import make_plan
 from prunus.network import offline
 from prunus.oneshot import one_shot_
-from prunus.planning import Plan, Request
+from prunus.planning import Request
 from prunus.quickstart import default_source
 from prunus.source import Source
 
@@ -51,7 +52,7 @@ def bare_forward(model, ids_NT: torch.Tensor, batch_size: int) -> float:
 def one(name: str, data: Path, batch_size: int, repeats: int) -> dict:
     source = Source.open(default_source())
     windows = api.CALIBRATION.pack(source.tokenizer(), str(data / C4), False)
-    plan = Plan.make(source.config, source.anatomy, REQUESTS[name])
+    plan = make_plan(source.config, source.anatomy, REQUESTS[name])
     model = source.load()
     bare = [bare_forward(model, windows.ids_NT, batch_size)]
     base_gib = peak_gib()

@@ -90,34 +90,35 @@ def global_budget(
 
 @dataclass(frozen=True)
 class Curve:
-    """What one axis costs and loses at every size that it may have: `sizes` ascending, units; `error` in one unit for all."""
+    """What one axis loses at every size that it may have: `sizes` ascending, units; `error` in one unit for all axes."""
 
     sizes: tuple[int, ...]
     error: tuple[float, ...]
-    unit_cost: int
 
 
 _MOST_STATES = 200_000  # of the programme: beyond that costs are rounded up to a coarser grain
 
 
-def least_error(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
-    """Units of every axis with the least sum of errors whose costs fit into `budget`: an exact dynamic programme.
+def least_error(curves: Mapping[str, Curve], prices: Mapping[str, Sequence[int]], budget: int) -> dict[str, int]:
+    """Units of every axis with the least sum of errors whose prices fit into `budget`: an exact dynamic programme.
 
-    It counts in the largest grain that divides all costs, so it is exact; were that more than `_MOST_STATES` steps, costs are
-    rounded up, and what is kept may fall short of the budget by one grain an axis. UserError if nothing fits.
+    `prices[axis][n]` is what n units cost. It counts in the largest grain that divides all prices, so it is exact; were that
+    more than `_MOST_STATES` steps, prices are rounded up, and what is kept may fall short of the budget by one grain an
+    axis. UserError if nothing fits.
     """
+    listed = {name: [prices[name][size] for size in curve.sizes] for name, curve in curves.items()}
     least = {name: curve.sizes[0] for name, curve in curves.items()}
-    if sum(size * curves[name].unit_cost for name, size in least.items()) > budget:
-        raise UserError(f"ratio: even the smallest sizes take more than the {budget:,} parameters that the target leaves")
-    grain = math.gcd(*(size * curve.unit_cost for curve in curves.values() for size in curve.sizes))
+    if sum(costs[0] for costs in listed.values()) > budget:
+        raise UserError(f"ratio: even the smallest sizes cost more than the {budget:,} that the target leaves")
+    grain = math.gcd(*(cost for costs in listed.values() for cost in costs)) or 1
     grain *= max(1, math.ceil(budget / grain / _MOST_STATES))
     room = budget // grain
     best = np.zeros(room + 1)
     choices = []
-    for curve in curves.values():
+    for name, curve in curves.items():
         found, choice = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int32)
-        for i, (size, error) in enumerate(zip(curve.sizes, curve.error, strict=True)):
-            steps = -(-size * curve.unit_cost // grain)
+        for i, (cost, error) in enumerate(zip(listed[name], curve.error, strict=True)):
+            steps = -(-cost // grain)
             if steps <= room:
                 tried = best[: room + 1 - steps] + error
                 better = tried < found[steps:]
@@ -125,12 +126,13 @@ def least_error(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
                 choice[steps:][better] = i
         best = found
         choices.append(choice)
-    if not np.isfinite(best[-1]):  # the smallest sizes fit, but not with their costs rounded up
+    if not np.isfinite(best[-1]):  # the smallest sizes fit, but not with their prices rounded up
         return least
     sizes, left = {}, room
-    for (name, curve), choice in zip(reversed(list(curves.items())), reversed(choices), strict=True):
-        sizes[name] = curve.sizes[choice[left]]
-        left -= -(-sizes[name] * curve.unit_cost // grain)
+    for name, choice in zip(reversed(list(curves)), reversed(choices), strict=True):
+        level = choice[left]
+        sizes[name] = curves[name].sizes[level]
+        left -= -(-listed[name][level] // grain)
     return sizes
 
 

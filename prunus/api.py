@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoint, measure
+from . import checkpoint, costs, findings, measure
 from . import latency as latencies
 from .combination import planned
 from .data.windows import Windows, pack
@@ -22,10 +22,9 @@ from .evaluation import perplexity as score_windows
 from .job import Outcome, Progress, no_progress
 from .methods import METHODS
 from .network import offline
-from .oneshot import one_shot_, wanted_statistics
+from .oneshot import decided, one_shot_
 from .planning import Plan, Request
 from .source import DTYPES, Source
-from .statistics import Statistics
 from .streaming import Files
 
 if TYPE_CHECKING:
@@ -122,23 +121,41 @@ def plan(
     dtype: str = "float32",
     text: TextOptions = CALIBRATION,
     latency: bool = False,
+    statistics: str | Path | None = None,
+    calibration: str | None = None,
     online: bool = False,
     progress: Progress = no_progress,
 ) -> dict:
     """What a cut would be, from the config alone: sizes, counts, and estimates of memory and time. Reads no weight.
 
-    With `latency` the parts that the latency table of this machine lacks are measured first; see `latency.py`.
+    With `latency` the parts that the latency table of this machine lacks are measured first; see `latency.py`. Where scores
+    decide the sizes, `statistics` (a file that `prune` left, with the `calibration` text that it was made on) says them too.
     """
     offline(online)
     opened = Source.open(source, online=online)
-    made = planned(opened.config, opened.anatomy, request)
     width = DTYPES[dtype_named(dtype)].itemsize
+    made = _planned(opened, request, dtype, progress if latency else None)
+    if statistics is not None:
+        made = _decided(made, opened, statistics, calibration, text, dtype, online)
     if made.needs_text:
         text.checked("calibration", positions(opened))
     report = {"source": opened.label, **made.describe(text.seq_len, width)}
     report["notes"] = [*opened.all_notes, *report["notes"]]
     report |= _latency(made, opened, dtype, progress if latency else None)
     return report | {"estimate": _estimate(made, text, width)}
+
+
+def _decided(
+    made: Plan, source: Source, statistics: str | Path, calibration: str | None, text: TextOptions, dtype: str, online: bool
+) -> Plan:
+    """The plan with the target that saved findings give it."""
+    if calibration is None:
+        raise UserError("calibration: statistics belong to the text that they were taken on; give it as --calibration")
+    windows = text.checked("calibration", positions(source)).pack(source.tokenizer(), calibration, online)
+    found = _saved_findings(made, statistics, source, windows, dtype)
+    if found is None:
+        raise UserError(f"statistics: {statistics} is not there; prunus prune --statistics writes it")
+    return decided(made, source.config, found)
 
 
 def _latency(made: Plan, source: Source, dtype: str, progress: Progress | None) -> dict[str, Any]:
@@ -189,6 +206,9 @@ def prune(
     options: Mapping[str, str] | None = None,
     sparsity: float | None = None,
     split: Sequence[float] | None = None,
+    allocate: str | None = None,
+    cost: str | None = None,
+    order: str | None = None,
     text: TextOptions = CALIBRATION,
     statistics: str | Path | None = None,
     dtype: str = "float32",
@@ -202,8 +222,11 @@ def prune(
 
     `source` is a Hugging Face folder, a GGUF file or a hub name; `method` a row of `prunus.METHODS`; `ratio` the fraction
     of block parameters to remove (for sparse methods the sparsity of the block matrices). Every argument is checked before
-    a weight is read; UserError says what is wrong. `statistics` names a file where a dense method's statistics are kept,
-    so that the next target needs no new pass.
+    a weight is read; UserError says what is wrong. `statistics` names a file where what a method's passes over the dense
+    model found is kept (`findings.py`), so that the next target needs no new pass.
+
+    `allocate` is one of the method's allocators; `cost` what the ratio is of, and what scores are divided by: params, flops,
+    kv-bytes, prefill-ms or decode-ms; `order` sequential or dense.
 
     Several methods joined by ``+`` share `ratio`, as `split` says; a sparse last one takes `sparsity` or `pattern`. Their
     options are named ``PART.NAME``, and `compensate` is ``PART=VALUE,...``.
@@ -213,10 +236,9 @@ def prune(
     """
     offline(online)
     asked = (method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
-    request = Request(*asked, sparsity, tuple(split or ()))
+    request = Request(*asked, sparsity, tuple(split or ()), allocate, cost, order)
     opened = Source.open(source, online=online)
-    made = planned(opened.config, opened.anatomy, request)
-    dtype_named(dtype)
+    made = _planned(opened, request, dtype_named(dtype), progress)
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} windows at a time are too few; give at least 1")
     aside = _scratch(made, opened, stream, scratch)
@@ -230,18 +252,27 @@ def prune(
         windows.check_fits(opened.anatomy.shape.vocab_size, calibration)
     elif calibration is not None or text != CALIBRATION:
         raise UserError(f"calibration: {method} reads no text; drop the calibration options")
-    saved = _saved_statistics(made, statistics, opened, windows, dtype)
+    saved = _saved_findings(made, statistics, opened, windows, dtype)
     progress("load", 0, 1)
     store = None if aside is None else Files(opened, dtype, aside)
     model = opened.load(dtype) if store is None else store.model
     progress("load", 1, 1)
-    outcome = one_shot_(made, model, windows, statistics=saved, batch_size=batch_size, progress=progress, store=store)
+    outcome = one_shot_(made, model, windows, findings=saved, batch_size=batch_size, progress=progress, store=store)
     del model
-    if statistics is not None and saved is None and outcome.statistics is not None and windows is not None:
-        checkpoint.save_statistics(
-            outcome.statistics, Path(statistics).expanduser(), checkpoint.statistics_key(opened, windows, DTYPES[dtype])
-        )
+    if statistics is not None and outcome.findings is not None and windows is not None and _grew(saved, outcome.findings):
+        findings.save(outcome.findings, Path(statistics).expanduser(), findings.key(opened, windows, DTYPES[dtype]))
     return Result(outcome, opened, tokenizer, windows)
+
+
+def _planned(source: Source, request: Request, dtype: str, progress: Progress | None) -> Plan:
+    """The plan; of one that counts milliseconds, what the latency table lacks is measured first, if there is a `progress`."""
+    if not costs.is_timed(request.cost):
+        return planned(source.config, source.anatomy, request)
+    params = planned(source.config, source.anatomy, replace(request, cost=None))  # refuses what does not hang on the cost
+    table = latencies.Table.open(latencies.key(dtype, latencies.prompt_tokens(positions(source))))
+    if progress is not None:
+        table = costs.measured(table, source.config, source.anatomy, params.out_bias, partial(progress, "time layers"))
+    return planned(source.config, source.anatomy, request, table.entries)
 
 
 def _scratch(made: Plan, source: Source, stream: bool, scratch: str | Path | None) -> Path | None:
@@ -268,20 +299,24 @@ def _scratch(made: Plan, source: Source, stream: bool, scratch: str | Path | Non
     return folder
 
 
-def _saved_statistics(
+def _grew(before: findings.Findings | None, after: findings.Findings) -> bool:
+    """Whether there is more to keep: a greedy search may have gone on where an earlier one stopped."""
+    return before is None or len(after.rounds) > len(before.rounds)
+
+
+def _saved_findings(
     made: Plan, path: str | Path | None, source: Source, windows: Windows | None, dtype: str
-) -> Statistics | None:
+) -> findings.Findings | None:
     if path is None:
         return None
-    wants = wanted_statistics(made)
-    if wants is None or windows is None:
+    what = findings.wanted(made)
+    if what is None or windows is None:
         why = "must sweep again for every target" if made.needs_text else "needs no statistics"
         raise UserError(f"statistics: {made.method.name} {why}; drop --statistics")
     file = Path(path).expanduser()
     if not file.parent.is_dir() or file.is_dir():
         raise UserError(f"statistics: {file} is no place for a file; give a file in a folder that exists")
-    key = checkpoint.statistics_key(source, windows, DTYPES[dtype])
-    return checkpoint.load_statistics(file, key, wants) if file.exists() else None
+    return findings.load(file, findings.key(source, windows, DTYPES[dtype]), what) if file.exists() else None
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError
 
-from . import modeling_pruned, record, saliency
+from . import findings, modeling_pruned, record, saliency
 from .anatomy import Anatomy
 from .data.windows import Windows
 from .errors import UserError, VerificationError
@@ -26,7 +26,6 @@ from .job import Outcome
 from .keep import Keep, WeightMask
 from .planning import Plan
 from .source import Source
-from .statistics import Moments, Statistics
 from .tensorfiles import read, write
 from .verification import NEW_TOKENS, NEW_TOKENS_STREAMED, check_fingerprint, check_saved, probe
 
@@ -244,12 +243,9 @@ def _write_decision(outcome: Outcome, source: Source, calibration: Windows | Non
         write(stage / EXTRA / "mask.safetensors", specs, outcome.mask.packed())
         decision["mask"] = f"{EXTRA}/mask.safetensors"
     (stage / DECISION).write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
-    if outcome.statistics is not None and calibration is not None:
-        save_statistics(
-            outcome.statistics,
-            stage / EXTRA / "statistics.safetensors",
-            statistics_key(source, calibration, outcome.model.dtype),
-        )
+    if outcome.findings is not None and calibration is not None and outcome.findings.statistics:
+        key = findings.key(source, calibration, outcome.model.dtype)
+        findings.save(outcome.findings, stage / EXTRA / "statistics.safetensors", key)
     if outcome.scores is not None and (outcome.plan.parts or "scores" not in outcome.measured):
         saliency.save_scores(outcome.scores, stage / EXTRA)
     for name, measured in outcome.measured.items():
@@ -338,48 +334,6 @@ def check_counts(folder: Path, anatomy: Anatomy) -> dict[str, Any]:
         odd = sorted(set(found.items()) ^ set(declared.items()))[0][0]
         raise VerificationError(f"{folder.name}: '{odd}' on disk is not what the plan's anatomy declares")
     return {"params_on_disk": anatomy.num_params}
-
-
-# -- statistics, saved and used again -----------------------------------------------------------------------------------
-
-
-def statistics_key(source: Source, calibration: Windows, dtype: torch.dtype) -> str:
-    """What statistics belong to: the model's weights, the windows, and the precision of the pass."""
-    return f"{source.sha256}-{calibration.sha256}-{dtype}"
-
-
-def save_statistics(statistics: Statistics, path: Path, key: str) -> None:
-    """Moments as safetensors, tied by `statistics_key` to what they were taken on."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{name}|{k}": v for name, m in statistics.items() for k, v in m.to_tensors().items()}
-    want = sorted({w for m in statistics.values() for w in m.want})
-    save_file(tensors, path, metadata={"key": key, "want": ",".join(want)})
-
-
-def load_statistics(path: Path, key: str, wants: Mapping[str, frozenset[str]]) -> Statistics | None:
-    """Statistics saved earlier; None if they lack something that is wanted, UserError if they are of something else."""
-    from safetensors import safe_open
-
-    try:
-        safetensors_shapes(path)
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-            if meta.get("key") != key:
-                raise UserError(
-                    f"{path}: holds statistics of another model, other windows or another dtype; give another file"
-                )
-            want = frozenset(meta.get("want", "").split(","))
-            grouped: dict[str, dict[str, Any]] = {}
-            for key in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                name, _, part = key.partition("|")
-                grouped.setdefault(name, {})[part] = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: the statistics cannot be read: {error}") from error
-    if not all(w <= want for w in wants.values()):
-        return None
-    return {name: Moments.from_tensors(parts, want) for name, parts in grouped.items()}
 
 
 # -- looking back -------------------------------------------------------------------------------------------------------

@@ -59,6 +59,21 @@ SplitOpt = Annotated[
     str | None,
     typer.Option("--split", help="Shares of the removed parameters, one for each other part of a combination: 0.5,0.5."),
 ]
+AllocateOpt = Annotated[
+    str | None, typer.Option("--allocate", help="Where the cut falls, of the method's allocators: see prunus methods.")
+]
+CostOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--cost", help="What the ratio is of, and scores are divided by: params, flops, kv-bytes, prefill-ms, decode-ms."
+    ),
+]
+OrderOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--sequential/--dense", help="Whether a block's statistics see the cut blocks before it (default: the method's)."
+    ),
+]
 WindowsOpt = Annotated[int, typer.Option("--windows", help="Number of calibration windows.")]
 SeqLenOpt = Annotated[int, typer.Option("--seq-len", help="Tokens a window.")]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="Draw the windows at random instead of taking the first.")]
@@ -97,6 +112,10 @@ def _split(text: str | None) -> tuple[float, ...]:
         raise UserError(f"--split: '{text}' is no list of shares such as 0.5,0.5") from error
 
 
+def _order(sequential: bool | None) -> str | None:
+    return None if sequential is None else "sequential" if sequential else "dense"
+
+
 def _print(result: dict[str, Any], as_json: bool, show: Any) -> None:
     if as_json:
         print(json.dumps(result, allow_nan=False))
@@ -125,8 +144,18 @@ def plan(
     option: OptionOpt = None,
     sparsity: SparsityOpt = None,
     split: SplitOpt = None,
+    allocate: AllocateOpt = None,
+    cost: CostOpt = None,
+    sequential: OrderOpt = None,
     windows: WindowsOpt = 32,
     seq_len: SeqLenOpt = 512,
+    seed: SeedOpt = None,
+    documents: DocumentsOpt = None,
+    field: FieldOpt = "text",
+    calibration: Annotated[str | None, typer.Option("--calibration", "-c", help="The text of --statistics.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option("--statistics", help="What a prune with --statistics left: it settles the sizes.")
+    ] = None,
     dtype: DtypeOpt = "float32",
     latency: Annotated[
         bool, typer.Option("--latency", help="Measure the milliseconds that this machine's latency table lacks.")
@@ -140,10 +169,20 @@ def plan(
     from .progress import Progress
 
     asked = (method, ratio, pattern, _sizes(target), uniform, multiple_of, compensate, _pairs(option, "--option"))
-    request = Request(*asked, sparsity, _split(split))
-    text = api.TextOptions(windows, seq_len)
+    request = Request(*asked, sparsity, _split(split), allocate, cost, _order(sequential))
+    text = api.TextOptions(windows, seq_len, seed, documents, field)
     with Progress(quiet=as_json) as progress:
-        result = api.plan(source, request, dtype=dtype, text=text, latency=latency, online=online, progress=progress)
+        result = api.plan(
+            source,
+            request,
+            dtype=dtype,
+            text=text,
+            latency=latency,
+            statistics=statistics,
+            calibration=calibration,
+            online=online,
+            progress=progress,
+        )
     _print(result, as_json, show.plan)
 
 
@@ -164,6 +203,9 @@ def prune(
     option: OptionOpt = None,
     sparsity: SparsityOpt = None,
     split: SplitOpt = None,
+    allocate: AllocateOpt = None,
+    cost: CostOpt = None,
+    sequential: OrderOpt = None,
     windows: WindowsOpt = 32,
     seq_len: SeqLenOpt = 512,
     seed: SeedOpt = None,
@@ -171,7 +213,7 @@ def prune(
     field: FieldOpt = "text",
     batch_size: BatchOpt = 4,
     statistics: Annotated[
-        Path | None, typer.Option("--statistics", help="Keep (or reuse) a dense method's statistics here.")
+        Path | None, typer.Option("--statistics", help="Keep (or reuse) what passes over the dense model found here.")
     ] = None,
     dtype: DtypeOpt = "float32",
     stream: Annotated[
@@ -201,6 +243,9 @@ def prune(
             options=options,
             sparsity=sparsity,
             split=shares,
+            allocate=allocate,
+            cost=cost,
+            order=_order(sequential),
             text=api.TextOptions(windows, seq_len, seed, documents, field),
             statistics=statistics,
             dtype=dtype,

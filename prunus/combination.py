@@ -8,7 +8,7 @@ the parts before it really left. Nothing here knows what a method does; each par
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from .anatomy import Anatomy
 from .axes import Axis, kind_of
+from .builders import checked_share, make_plan, parse_pattern
 from .criteria import Scores
 from .errors import UserError, unknown
 from .hf import Target, target_for
 from .job import Outcome
 from .keep import Keep
+from .latency import Timing
 from .methods import Method, method_named
-from .planning import Plan, Request, biased_anatomy, checked_share, parse_pattern, sublayer_costs
+from .planning import Plan, Request, biased_anatomy, sublayer_costs
 from .sizes import Sizes, named
 
 SEPARATOR = "+"
@@ -36,13 +38,19 @@ _STEPS = {  # from coarse to fine: what a part cuts, by its axes
 }
 
 
-def planned(config: Any, anatomy: Anatomy, request: Request) -> Plan:
-    """The plan of one method, or of a combination; UserError names the field, the value and the mend, and the part."""
+def planned(config: Any, anatomy: Anatomy, request: Request, times: Mapping[str, Timing] | None = None) -> Plan:
+    """The plan of one method, or of a combination; UserError names the field, the value and the mend, and the part.
+
+    `times` are entries of a latency table, for a cost in milliseconds.
+    """
     if SEPARATOR not in request.method:
         for name, mend in (("sparsity", "give --ratio"), ("split", "drop the option")):
             if getattr(request, name) not in (None, ()):
                 raise UserError(f"{name}: {request.method} is one method and no combination; {mend}")
-        return Plan.make(config, anatomy, request)
+        return make_plan(config, anatomy, request, times)
+    for name in ("allocate", "cost", "order"):
+        if getattr(request, name) is not None:
+            raise UserError(f"{name}: parts of a combination allocate as is their way; drop --{name}")
     methods = _methods(request)
     parts: list[Plan] = []
     at, on_example = Target(config, anatomy), False
@@ -149,7 +157,7 @@ def _row(methods: Sequence[Method]) -> Method:
         summary="; then ".join(method.summary for method in methods),
         axes=_unique(axis for method in methods for axis in method.axes),
         criterion="combination",
-        allocator="combination",
+        allocators=("combination",),
         citation="; ".join(_unique(method.citation for method in methods)),
         sequential=True,
         sweeps=sum(method.sweeps for method in methods),
@@ -275,7 +283,7 @@ def part_plan(request: Request, source: Anatomy, index: int, at: Target) -> Plan
             )
         own = replace(own, ratio=ratio_to(stays, left))
     try:
-        return Plan.make(at.config, at.anatomy, own)
+        return make_plan(at.config, at.anatomy, own)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix(f'{own.method}: ')}") from error
 
@@ -343,7 +351,7 @@ def joined(plan: Plan, outcomes: Sequence[Outcome]) -> Outcome:
         keep=keep,
         mask=last.mask,
         scores=Scores(scores) if scores else None,
-        statistics=outcomes[0].statistics,  # later ones are of no model that is in any file
+        findings=outcomes[0].findings,  # later ones are of no model that is in any file
         measured=measured,
         seconds={f"{o.plan.method.name}: {stage}": s for o in outcomes for stage, s in o.seconds.items()},
         store=last.store,

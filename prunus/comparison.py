@@ -20,14 +20,14 @@ from .combination import SEPARATOR, planned
 from .data.windows import Windows
 from .errors import UserError
 from .evaluation import perplexity
+from .findings import Findings, wanted
 from .job import Outcome, Progress, no_progress
 from .methods import METHODS
 from .network import offline
-from .oneshot import one_shot_, wanted_statistics
+from .oneshot import one_shot_
 from .place import staged_files
 from .planning import Plan, Request
 from .source import DTYPES, Source
-from .statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ class Setting:
     held_out: Windows
     calibrations: dict[int | None, Windows]  # seed -> windows
     about: dict[str, Any]
-    statistics: dict[Any, tuple[Statistics, float]] = field(default_factory=dict)  # with the seconds of their pass
+    findings: dict[Any, tuple[Findings, float]] = field(default_factory=dict)  # with the seconds of their passes
 
     def runs(self) -> Iterator[tuple[Plan | None, int | None]]:
         """The dense model, then for every seed every plan; methods that read no text run once."""
@@ -302,15 +302,14 @@ def _figures(setting: Setting, plan: Plan | None, seed: int | None, progress: Pr
 def _cut(
     setting: Setting, plan: Plan, seed: int | None, model: PreTrainedModel, progress: Progress
 ) -> tuple[Outcome, float]:
-    """Cut, with the statistics that an earlier run of the same windows left; and the seconds that these had taken."""
+    """Cut, with what an earlier run on the same windows found; and the seconds that this had taken."""
     windows = setting.calibrations[seed] if plan.needs_text else None
-    wants = wanted_statistics(plan) if windows is not None else None
-    key = None if wants is None else (seed, frozenset(wants.items()))
-    saved, shared_s = setting.statistics.get(key, (None, 0.0))
-    outcome = one_shot_(plan, model, windows, statistics=saved, batch_size=setting.question.batch_size, progress=progress)
-    if key is not None and saved is None and outcome.statistics is not None:
+    key = (seed, wanted(plan))
+    saved, shared_s = setting.findings.get(key, (None, 0.0))
+    outcome = one_shot_(plan, model, windows, findings=saved, batch_size=setting.question.batch_size, progress=progress)
+    if outcome.findings is not None and key[1] is not None:
         score = next((s for stage, s in outcome.seconds.items() if stage.endswith("score")), 0.0)  # a combination's first
-        setting.statistics[key] = (outcome.statistics, score)
+        setting.findings[key] = (outcome.findings, shared_s if saved is not None else score)
     return outcome, shared_s
 
 

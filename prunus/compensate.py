@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from .keep import Keep
 from .solve import refit
 from .statistics import Moments, Statistics, Sweep
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 INPUT_OF = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
 
 
@@ -23,16 +27,18 @@ def reader_moments(statistics: Statistics, axis: Axis) -> Moments:
     return statistics[f"layers.{axis.layer}.{sublayer}.{segment}"]
 
 
-def output_bias(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, keep: Keep) -> dict[str, Tensor]:
+def output_bias(
+    anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, keep: Keep, layer: int | None = None
+) -> dict[str, Tensor]:
     """FLAP's bias: what the removed channels gave on average, b_o = sum over removed c of W[o, c] * mean(x_c).
 
-    Returns bias name -> [out] in float32 for every layer, zero where nothing was removed, so that all layers are alike;
-    added to a bias that is there already.
+    Returns bias name -> [out] in float32 for every layer (or `layer`), zero where nothing was removed, so that all layers
+    are alike; added to a bias that is there already.
     """
     out: dict[str, Tensor] = {}
     for name, axis in anatomy.axes.items():
         kind = kind_of(name)
-        if kind not in INPUT_OF or axis.layer is None:
+        if kind not in INPUT_OF or axis.layer is None or layer not in (None, axis.layer):
             continue
         reader = anatomy.reader(name)
         weight = tensors[reader.param].float()
@@ -45,6 +51,14 @@ def output_bias(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Sta
             bias = (bias.double() + weight[:, gone].double() @ mean_C[gone]).float()
         out[bias_name] = bias
     return out
+
+
+def set_biases_(model: PreTrainedModel, biases: Mapping[str, Tensor]) -> None:
+    """Changes the live model: the named biases are set, also where a matrix had none."""
+    for name, bias in biases.items():
+        module = model.get_submodule(name.removesuffix(".bias"))
+        assert isinstance(module, torch.nn.Linear)
+        module.bias = torch.nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
 
 
 def refit_readers_(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, keep: Keep) -> None:

@@ -32,22 +32,25 @@ class WeightCriterion:
     wants: frozenset[str] = frozenset()
 
 
-def _no_layer_scores(
-    anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int
-) -> dict[str, Tensor]:
-    raise AssertionError("this criterion scores whole models")
-
-
 @dataclass(frozen=True)
 class UnitCriterion:
-    """Scores units from statistics: of the whole dense model (`score`), or of one layer at a time (`score_layer`).
+    """Scores units from statistics: of the whole dense model (`score`), and where it can of one layer (`score_layer`).
 
     `wants` names, by input segment, the statistics that it needs.
     """
 
-    score: Callable[[Anatomy, Mapping[str, Tensor], Statistics], Scores]
     wants: Mapping[str, frozenset[str]]
-    score_layer: Callable[[Anatomy, Mapping[str, Tensor], Statistics, int], dict[str, Tensor]] = _no_layer_scores
+    score_layer: Callable[[Anatomy, Mapping[str, Tensor], Statistics, int], Scores] | None = None
+    score_all: Callable[[Anatomy, Mapping[str, Tensor], Statistics], Scores] | None = None
+
+    def score(self, anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics) -> Scores:
+        """Of all layers."""
+        if self.score_all is not None:
+            return self.score_all(anatomy, tensors, statistics)
+        assert self.score_layer is not None
+        layers = range(anatomy.shape.num_hidden_layers)
+        found = [self.score_layer(anatomy, tensors, statistics, layer) for layer in layers]
+        return Scores({n: v for s in found for n, v in s.values.items()}, {n: v for s in found for n, v in s.spread.items()})
 
 
 def magnitude(weight: Tensor, _: Moments | None) -> Tensor:
@@ -64,24 +67,19 @@ def wanda(weight: Tensor, inputs: Moments | None) -> Tensor:
 _READS = {"kv_heads": ("attention", "q"), "intermediate": ("mlp", "intermediate")}
 
 
-def fluctuation(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics) -> Scores:
+def fluctuation(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int) -> Scores:
     """FLAP's WIFV: var(x_c) * ||W_:c||^2 for each input channel of o_proj and down_proj (FLAP eq. 5).
 
     A KV group's score is the mean over its r * head_dim channels; standardised over the layer's channels later.
     """
     values: dict[str, Tensor] = {}
     spread: dict[str, tuple[float, float]] = {}
-    for layer in range(anatomy.shape.num_hidden_layers):
-        for kind, (sublayer, segment) in _READS.items():
-            axis = anatomy.axes.get(f"layers.{layer}.{kind}")
-            if axis is None:
-                continue
-            reader = anatomy.reader(axis.name)
-            weight = tensors[reader.param].float()
-            moments = statistics[f"layers.{layer}.{sublayer}.{segment}"]
-            channel_C = moments.var_C * (weight * weight).sum(0).double()
-            values[axis.name] = (axis.unit_sums(reader, channel_C) / reader.rows_per_unit).float()
-            spread[axis.name] = (float(channel_C.mean()), float(channel_C.std()))
+    for axis, sublayer, segment in _inner_axes(anatomy, layer):
+        reader = anatomy.reader(axis.name)
+        weight = tensors[reader.param].float()
+        channel_C = statistics[f"layers.{layer}.{sublayer}.{segment}"].var_C * (weight * weight).sum(0).double()
+        values[axis.name] = (axis.unit_sums(reader, channel_C) / reader.rows_per_unit).float()
+        spread[axis.name] = (float(channel_C.mean()), float(channel_C.std()))
     return Scores(values, spread)
 
 
@@ -119,7 +117,7 @@ AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {  # scores of one axis by m
 }
 
 
-def wanda_units(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int) -> dict[str, Tensor]:
+def wanda_units(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int) -> Scores:
     """Wanda-sp: mean over outputs of |W_oc| * ||x_c||, summed over the channels of a KV group."""
     out = {}
     for axis, sublayer, segment in _inner_axes(anatomy, layer):
@@ -127,12 +125,10 @@ def wanda_units(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Sta
         norm_C = statistics[f"layers.{layer}.{sublayer}.{segment}"].norm_C()
         channel_C = tensors[reader.param].float().abs().mean(0).double() * norm_C
         out[axis.name] = axis.unit_sums(reader, channel_C).float()
-    return out
+    return Scores(out)
 
 
-def magnitude_units(
-    anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int
-) -> dict[str, Tensor]:
+def magnitude_units(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, layer: int) -> Scores:
     """Magnitude-sp: the L2 norm of all weights that a unit owns, in every matrix of its axis."""
     out = {}
     for axis, _, _ in _inner_axes(anatomy, layer):
@@ -141,11 +137,7 @@ def magnitude_units(
             square = tensors[span.param].double().square()
             total += axis.unit_sums(span, square.sum(1 - span.dim) if square.dim() == 2 else square)
         out[axis.name] = total.sqrt().float()
-    return out
-
-
-def _whole_model_is_not_scored(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics) -> Scores:
-    raise AssertionError("this criterion scores one layer at a time")
+    return Scores(out)
 
 
 def activation_norm(reduction: str) -> Callable[[Anatomy, Mapping[str, Tensor], Statistics], Scores]:
@@ -174,7 +166,7 @@ def activation_norm(reduction: str) -> Callable[[Anatomy, Mapping[str, Tensor], 
 
 def _activation_norm(reduction: str) -> UnitCriterion:
     want = frozenset({"window_abs" if reduction == "mean-l2" else "sumsq"})
-    return UnitCriterion(activation_norm(reduction), {"hidden": want, "intermediate": want})
+    return UnitCriterion({"hidden": want, "intermediate": want}, score_all=activation_norm(reduction))
 
 
 WEIGHT_CRITERIA: dict[str, WeightCriterion] = {
@@ -182,13 +174,10 @@ WEIGHT_CRITERIA: dict[str, WeightCriterion] = {
     "wanda": WeightCriterion(wanda, frozenset({"sumsq"})),
     "obs": WeightCriterion(magnitude, frozenset({"gram"})),  # scored inside the update, at the current weights
 }
-_MEAN_VAR = frozenset({"mean", "var"})
 UNIT_CRITERIA: dict[str, UnitCriterion] = {
-    "fluctuation": UnitCriterion(fluctuation, {"q": _MEAN_VAR, "intermediate": _MEAN_VAR}),
-    "wanda-units": UnitCriterion(
-        _whole_model_is_not_scored, dict.fromkeys(("q", "intermediate"), frozenset({"sumsq"})), wanda_units
-    ),
-    "magnitude-units": UnitCriterion(_whole_model_is_not_scored, {}, magnitude_units),
+    "fluctuation": UnitCriterion(dict.fromkeys(("q", "intermediate"), frozenset({"mean", "var"})), fluctuation),
+    "wanda-units": UnitCriterion(dict.fromkeys(("q", "intermediate"), frozenset({"sumsq"})), wanda_units),
+    "magnitude-units": UnitCriterion({}, magnitude_units),
     "activation-norm:mean-l2": _activation_norm("mean-l2"),
     "activation-norm:l2": _activation_norm("l2"),
 }

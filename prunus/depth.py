@@ -20,6 +20,7 @@ from .axes import kind_of, layer_of
 from .criteria import Scores
 from .errors import UserError
 from .evaluation import token_nll
+from .findings import Findings, wanted
 from .hf import SUBLAYERS
 from .job import Job, Outcome, finish_
 from .keep import Keep
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 def run_(job: Job) -> Outcome:
     """Carry out a plan that removes layers or sub-layers."""
-    return _RUNS[job.plan.method.allocator](job)
+    return _RUNS[job.plan.allocator](job)
 
 
 # -- what goes ----------------------------------------------------------------------------------------------------------
@@ -240,16 +241,31 @@ def _lowest_(job: Job) -> Outcome:
     plan, free = job.plan, [Part(i) for i in job.plan.free_layers]
     assert plan.run is not None
     score = plan.options.get("score", plan.method.criterion)
-    if score == "perplexity":
+    found = job.findings
+    if found is None:
         with job.timed("score"):
-            losses = losses_without(job, free)
-        saved = {"losses": {"loss_without_layer": _named(free, losses)}}
-        return _finished_(job, [free[i] for i in lowest(losses, plan.run)], saved, losses=losses)
-    with job.timed("score"):
-        values = (layer_taylor if score == "taylor" else block_influence)(job)
-    gone = [free[i] for i in lowest([values[part.first] for part in free], plan.run)]
-    scores = Scores({"layers": torch.tensor(values, dtype=torch.float32)})
-    return _finished_(job, gone, {"scores": {score: list(map(plain, values))}}, scores=scores)
+            values_L = torch.tensor(_LAYER_SCORES[score](job), dtype=torch.float64)
+        found = Findings(wanted(plan) or "", Scores({"layers": values_L}))
+    assert found.scores is not None
+    values = found.scores.values["layers"].tolist()
+    of_free = [values[part.first] for part in free]
+    gone = [free[i] for i in lowest(of_free, plan.run)]
+    if score == "perplexity":
+        outcome = _finished_(job, gone, {"losses": {"loss_without_layer": _named(free, of_free)}}, losses=of_free)
+    else:
+        scores = Scores({"layers": torch.tensor(values, dtype=torch.float32)})
+        outcome = _finished_(job, gone, {"scores": {score: list(map(plain, values))}}, scores=scores)
+    outcome.findings = found
+    return outcome
+
+
+def _loss_without_each(job: Job) -> list[float]:
+    """Of every layer that may go; NaN for the others."""
+    out = [math.nan] * job.plan.anatomy.shape.num_hidden_layers
+    free = [Part(i) for i in job.plan.free_layers]
+    for part, loss in zip(free, losses_without(job, free), strict=True):
+        out[part.first] = loss
+    return out
 
 
 def block_influence(job: Job) -> list[float]:
@@ -263,6 +279,13 @@ def block_influence(job: Job) -> list[float]:
     return out
 
 
+_LAYER_SCORES: Mapping[str, Callable[[Job], list[float]]] = {
+    "perplexity": _loss_without_each,
+    "taylor": layer_taylor,
+    "block-influence": block_influence,
+}
+
+
 def _greedy_layers_(job: Job) -> Outcome:
     """SLEB: as many rounds as layers must go."""
     run, free = job.plan.run, [Part(i) for i in job.plan.free_layers]
@@ -274,7 +297,7 @@ def _greedy_layers_(job: Job) -> Outcome:
         return [part for part in free if part not in gone] if len(gone) < run else []
 
     with job.timed("score"):
-        rounds = greedy(candidates, lambda ready, gone: losses_without(job, ready, gone, ticks))
+        rounds = greedy(candidates, _known_or(job, lambda ready, gone: losses_without(job, ready, gone, ticks)))
     return _after_(job, rounds)
 
 
@@ -289,11 +312,28 @@ def _greedy_sublayers_(job: Job) -> Outcome:
     with job.timed("score"):
         rounds = greedy(
             lambda gone: within_budget(plan.anatomy, free, gone, budget),
-            lambda ready, gone: losses_without(job, ready, gone, ticks),
+            _known_or(job, lambda ready, gone: losses_without(job, ready, gone, ticks)),
         )
     if ticks.done < ticks.total:
         job.progress("score", ticks.done, ticks.done)
     return _after_(job, rounds)
+
+
+_Losses = Callable[[Sequence[Part], Sequence[Part]], Sequence[float]]
+
+
+def _known_or(job: Job, measure: _Losses) -> _Losses:
+    """Losses of a round from an earlier search, as long as that went the same way; else measured."""
+    known = list(job.findings.rounds) if job.findings else []
+
+    def losses(ready: Sequence[Part], gone: Sequence[Part]) -> Sequence[float]:
+        at = len(gone)
+        if at < len(known) and list(known[at]) == [_name(part) for part in ready]:
+            return [math.nan if value is None else value for value in known[at].values()]
+        del known[at:]
+        return measure(ready, gone)
+
+    return losses
 
 
 def within_budget(anatomy: Anatomy, parts: Sequence[Part], gone: Sequence[Part], budget: int) -> list[Part]:
@@ -318,7 +358,12 @@ def _after_(job: Job, rounds: Sequence[Round]) -> Outcome:
         {"removed": _name(r.gone), "loss": plain(loss), "losses": _named(r.candidates, r.losses)}
         for r, loss in zip(rounds, losses, strict=True)
     ]
-    return _finished_(job, [r.gone for r in rounds], {"losses": {"rounds": rows}}, losses=losses)
+    outcome = _finished_(job, [r.gone for r in rounds], {"losses": {"rounds": rows}}, losses=losses)
+    known = job.findings.rounds if job.findings else []
+    found = [_named(r.candidates, r.losses) for r in rounds]
+    longer = known[len(found) :] if known[: len(found)] == found else []
+    outcome.findings = Findings(wanted(job.plan) or "", rounds=found + longer)
+    return outcome
 
 
 def _named(parts: Sequence[Part], values: Sequence[float]) -> dict[str, float | None]:

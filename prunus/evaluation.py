@@ -67,3 +67,10 @@ def perplexity(
         nll.append(token_nll(logits[0], ids_T))
         progress(i + 1, windows.num_windows)
     return Perplexity(sum(nll), windows.num_windows * (windows.seq_len - 1), windows.num_bytes, tuple(nll))
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, ids_NT: Tensor) -> float:
+    """Nats a token over some windows, T - 1 predictions each; logits of one window at a time are held."""
+    total = sum(token_nll(model(input_ids=ids_T[None], use_cache=False).logits[0], ids_T) for ids_T in ids_NT)
+    return total / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from . import hf
 from .criteria import Scores
-from .cut import SlicePlan, slice_plan, slice_tensors_
+from .cut import SlicePlan, slice_plan, slice_tensors, slice_tensors_
 from .data.windows import Windows
+from .findings import Findings
 from .hf import Target, target_for
 from .keep import Keep, WeightMask
 from .planning import Plan
-from .statistics import Statistics, Sweep
+from .statistics import Sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -81,7 +82,7 @@ class Outcome:
     keep: Keep | None = None
     mask: WeightMask | None = None
     scores: Scores | None = None
-    statistics: Statistics | None = None
+    findings: Findings | None = None  # of the dense model, where they serve any target
     losses: list[float] | None = None  # of depth methods, nats a token: without each candidate, or after each removal
     measured: Mapping[str, Any] = field(default_factory=dict)  # what depth methods save: name of a file -> plain data
     seconds: dict[str, float] = field(default_factory=dict)
@@ -109,7 +110,7 @@ class Job:
     windows: Windows | None
     batch_size: int = 4
     progress: Progress = no_progress
-    statistics: Statistics | None = None  # of an earlier run on the same model and windows
+    findings: Findings | None = None  # of an earlier run on the same model and windows
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     store: Store = field(default_factory=InMemory)
@@ -138,17 +139,36 @@ def finish_(
     plan, model = job.plan, job.model
     with job.timed("cut"):
         keep = keep.validated(plan.anatomy)
-        cuts_stem = "hidden" in keep.units
-        stock = plan.request.uniform or not plan.out_bias  # else the plan said, and counted, a type of ours
-        target = target_for(model.config, plan.anatomy, keep, fold=not cuts_stem, out_bias=plan.out_bias, stock=stock)
-        generation = model.generation_config
-        recipe = slice_plan(plan.anatomy, keep, fold=not cuts_stem, gains=gains)
-        dtype = model.dtype
+        target, recipe = _cut(job, keep, gains)
+        generation, dtype = model.generation_config, model.dtype
         torch.nn.Module.to(model, device="meta")  # lets go of the weights: the job now holds the only references
         sliced = job.store.slice_(job.tensors, recipe)
-        for name, bias in (extra or {}).items():
-            new_name = recipe.names.get(name.removesuffix("bias") + "weight", "").removesuffix("weight") + "bias"
-            sliced[new_name] = bias.to(dtype)
-        sliced.update(hf.empty_weights(target, frozenset(sliced), dtype))
+        _complete_(sliced, target, recipe, extra or {}, dtype)
         cut = job.store.build(target.config, sliced, generation)
     return Outcome(plan, cut, target, keep=keep, seconds=job.seconds, notes=tuple(job.notes), store=job.store)
+
+
+@torch.no_grad()
+def trial(job: Job, keep: Keep, extra: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """The model that `finish_` would give; the job's own stays as it is, so memory holds both."""
+    target, recipe = _cut(job, keep.validated(job.plan.anatomy), None)
+    sliced: MutableMapping[str, Tensor] = slice_tensors(job.tensors, recipe)
+    _complete_(sliced, target, recipe, extra or {}, job.model.dtype)
+    return hf.build(target.config, dict(sliced))
+
+
+def _cut(job: Job, keep: Keep, gains: Mapping[str, float] | None) -> tuple[Target, SlicePlan]:
+    plan, fold = job.plan, "hidden" not in keep.units
+    stock = plan.request.uniform or not plan.out_bias  # else the plan said, and counted, a type of ours
+    target = target_for(job.model.config, plan.anatomy, keep, fold=fold, out_bias=plan.out_bias, stock=stock)
+    return target, slice_plan(plan.anatomy, keep, fold=fold, gains=gains)
+
+
+def _complete_(
+    sliced: MutableMapping[str, Tensor], target: Target, recipe: SlicePlan, extra: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Add to the cut tensors what the source did not have: output biases."""
+    for name, bias in extra.items():
+        new_name = recipe.names.get(name.removesuffix("bias") + "weight", "").removesuffix("weight") + "bias"
+        sliced[new_name] = bias.to(dtype)
+    sliced.update(hf.empty_weights(target, frozenset(sliced), dtype))

@@ -18,10 +18,11 @@ class Method:
     summary: str
     axes: tuple[str, ...]  # "weights" for single weights
     criterion: str
-    allocator: str
+    allocators: tuple[str, ...]  # where the cut falls; the first is the default
     citation: str
     compensators: tuple[str, ...] = ("none",)
-    sequential: bool = False
+    sequential: bool = False  # statistics of a block see the cut blocks before it
+    either_order: bool = False  # that can be chosen
     sweeps: float = 0.0  # forward passes over the calibration windows, for the plan's estimate
     patterns: bool = False  # n:m is possible
     streams: bool = False  # goes through the model block by block, so the weights can stay in files
@@ -41,13 +42,14 @@ class Method:
         return self.sweeps > 0
 
 
+SEARCH_OPTIONS = {"generations": ("20", "5", "10", "50", "100"), "offspring": ("16", "8", "32")}  # of the allocator `search`
 _ROWS = (
     Method(
         name="magnitude",
         summary="zero the smallest weights of every matrix",
         axes=("weights",),
         criterion="magnitude",
-        allocator="per-matrix",
+        allocators=("per-matrix",),
         citation="Han et al. 2015, arXiv 1506.02626",
         streams=True,
         patterns=True,
@@ -57,7 +59,8 @@ _ROWS = (
         summary="zero the weights with the smallest |W| x input norm in every row",
         axes=("weights",),
         criterion="wanda",
-        allocator="per-row",
+        either_order=True,
+        allocators=("per-row",),
         citation="Sun et al. 2023, arXiv 2306.11695",
         streams=True,
         sequential=True,
@@ -71,7 +74,8 @@ _ROWS = (
         summary="zero weights left to right by w^2 / [H^-1]_jj, and let the columns behind take over what they carried",
         axes=("weights",),
         criterion="obs",
-        allocator="per-matrix",
+        either_order=True,
+        allocators=("per-matrix",),
         citation="Frantar and Alistarh 2023, arXiv 2301.00774",
         streams=True,
         compensators=("obs",),
@@ -89,7 +93,8 @@ _ROWS = (
         summary="zero weights little by little by |W| x input norm while all others of the row move to make up for them",
         axes=("weights",),
         criterion="obs",
-        allocator="per-matrix",
+        either_order=True,
+        allocators=("per-matrix",),
         citation="this project; built on Boza 2024, arXiv 2401.02938, and Sun et al. 2023, arXiv 2306.11695",
         compensators=("admm",),
         sequential=True,
@@ -102,7 +107,7 @@ _ROWS = (
         summary="cut the KV groups and FFN channels with the smallest weights, the same number in every layer",
         axes=("kv_heads", "intermediate"),
         criterion="magnitude-units",
-        allocator="uniform",
+        allocators=("uniform",),
         citation="Li et al. 2016, arXiv 1608.08710",
         streams=True,
         compensators=("none", "least-squares"),
@@ -116,7 +121,8 @@ _ROWS = (
         summary="cut the KV groups and FFN channels with the smallest sum of |W| x input norm, the same number in every layer",
         axes=("kv_heads", "intermediate"),
         criterion="wanda-units",
-        allocator="uniform",
+        either_order=True,
+        allocators=("uniform",),
         citation="An et al. 2023, arXiv 2312.11983",
         streams=True,
         compensators=("none", "least-squares"),
@@ -133,7 +139,8 @@ _ROWS = (
         summary="cut KV groups and FFN channels one after another, each time the one that the rest can best make up for",
         axes=("kv_heads", "intermediate"),
         criterion="obs-units",
-        allocator="uniform",
+        either_order=True,
+        allocators=("uniform",),
         citation="Kurtic et al. 2023, arXiv 2302.04089",
         streams=True,
         compensators=("least-squares",),
@@ -152,7 +159,8 @@ _ROWS = (
         summary="cut the KV groups and FFN channels whose absence least squares repairs best, then swap while that improves",
         axes=("kv_heads", "intermediate"),
         criterion="least-squares-error",
-        allocator="uniform",
+        either_order=True,
+        allocators=("uniform",),
         citation="Meng et al. 2024, arXiv 2403.12983",
         streams=True,
         compensators=("least-squares",),
@@ -170,12 +178,14 @@ _ROWS = (
         summary="cut KV groups and FFN channels whose input fluctuates least; the mean goes into a bias",
         axes=("kv_heads", "intermediate"),
         criterion="fluctuation",
-        allocator="global-standardised",
+        either_order=True,
+        allocators=("global-standardised", "search", "candidates"),
         citation="An et al. 2023, arXiv 2312.11983",
         streams=True,
         compensators=("bias", "none", "least-squares"),
         sweeps=1.0,
         uniform=False,
+        options=SEARCH_OPTIONS,
         deviations=(
             "the unit of attention is a KV group with all its query heads (the paper has MHA only)",
             "variance is the exact unbiased one over all tokens (the published code's running update is biased)",
@@ -190,7 +200,7 @@ _ROWS = (
         summary="cut the KV groups and FFN channels that matter least to the loss by a Taylor expansion; outer layers stay whole",
         axes=("kv_heads", "intermediate"),
         criterion="taylor-units",
-        allocator="uniform-free",
+        allocators=("uniform-free", "global", "search"),
         citation="Ma et al. 2023, arXiv 2305.11627",
         compensators=("none", "least-squares"),
         sweeps=4.0,
@@ -199,6 +209,7 @@ _ROWS = (
             "score": ("first", "second", "mix", "vector"),
             "aggregate": ("sum", "prod", "max", "first"),
             "protect": ("4,2", "0,0"),
+            **SEARCH_OPTIONS,
         },
         deviations=(
             "the ratio is of all blocks, so the layers that are not protected lose more than it (published: of each cut layer)",
@@ -213,12 +224,12 @@ _ROWS = (
         summary="cut most from the layers that turn the residual stream least, in each the units with the lowest Taylor score",
         axes=("kv_heads", "intermediate"),
         criterion="cosine-taylor",
-        allocator="adaptive",
+        allocators=("adaptive", "global", "search"),
         citation="Pan et al. 2025, arXiv 2502.03460",
         compensators=("none", "least-squares"),
         sweeps=4.0,
         uniform=False,
-        options={"amplitude": ("1", "0", "0.5", "1.5")},
+        options={"amplitude": ("1", "0", "0.5", "1.5"), **SEARCH_OPTIONS},
         deviations=(
             "one cut to the target (published: small cuts with training between them)",
             "the base share is solved for, so that the target is met exactly also where a layer's share is clipped",
@@ -232,7 +243,7 @@ _ROWS = (
         summary="cut the KV groups and FFN channels whose loss the rest can best make up for, and refit what reads the rest",
         axes=("kv_heads", "intermediate"),
         criterion="output-error",
-        allocator="least-error",
+        allocators=("least-error",),
         citation="this project; built on Kurtic et al. 2023, arXiv 2302.04089 (ZipLM) and An et al. 2023, arXiv 2312.11983",
         compensators=("affine", "least-squares"),
         sequential=True,
@@ -245,7 +256,7 @@ _ROWS = (
         summary="cut the hidden stem and FFN channels with the smallest activations, to a target shape",
         axes=("hidden", "intermediate"),
         criterion="activation-norm",
-        allocator="target-shape",
+        allocators=("target-shape", "candidates"),
         citation="Muralidharan et al. 2024, arXiv 2407.14679",
         streams=True,
         compensators=("none", "gain"),
@@ -262,7 +273,7 @@ _ROWS = (
         summary="turn the stream into its principal directions and cut those that carry least",
         axes=("hidden",),
         criterion="principal-directions",
-        allocator="rotation",
+        allocators=("rotation",),
         citation="Ashkboos et al. 2024, arXiv 2401.15024",
         sequential=True,
         sweeps=2.0,
@@ -281,7 +292,7 @@ _ROWS = (
         summary="cut the run of layers whose absence costs the least loss",
         axes=("layers",),
         criterion="loss-without",
-        allocator="contiguous",
+        allocators=("contiguous",),
         citation="Muralidharan et al. 2024, arXiv 2407.14679",
         sweeps=17.0,
         deviations=("the loss itself is compared, not its absolute difference, so a removal that helps is taken",),
@@ -291,7 +302,7 @@ _ROWS = (
         summary="cut the layers that turn the residual stream least",
         axes=("layers",),
         criterion="block-influence",
-        allocator="lowest-layers",
+        allocators=("lowest-layers",),
         citation="Men et al. 2024, arXiv 2403.03853",
         streams=True,
         sweeps=1.0,
@@ -302,7 +313,7 @@ _ROWS = (
         summary="cut the layers whose weights, or whose absence one by one, matter least to the loss",
         axes=("layers",),
         criterion="taylor",
-        allocator="lowest-layers",
+        allocators=("lowest-layers",),
         citation="Kim et al. 2024, arXiv 2402.02834",
         sweeps=4.0,
         options={"score": ("taylor", "perplexity"), "protect": ("4,2", "0,0")},
@@ -317,7 +328,7 @@ _ROWS = (
         summary="cut layers one after another, each time the one whose absence costs the least loss",
         axes=("layers",),
         criterion="loss-without",
-        allocator="greedy-layers",
+        allocators=("greedy-layers",),
         citation="Song et al. 2024, arXiv 2402.09025",
         sweeps=89.0,
         options={"protect": ("1,1", "0,0")},
@@ -328,7 +339,7 @@ _ROWS = (
         summary="cut attention and MLP sub-layers one after another, each time the one whose absence costs the least loss",
         axes=("attention", "mlp"),
         criterion="loss-without",
-        allocator="greedy-sublayers",
+        allocators=("greedy-sublayers",),
         citation="Zhong et al. 2024, arXiv 2406.10594",
         sweeps=355.0,
         uniform=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ from . import combination, depth, hf, rotation, surgeon, units, weights
 from .anatomy import Anatomy
 from .axes import kind_of
 from .data.windows import Windows
+from .errors import UserError
+from .findings import Findings
 from .job import InMemory, Job, Outcome, Progress, no_progress
 from .keep import Keep
 from .planning import Plan
-from .statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,14 +30,14 @@ def one_shot_(
     model: PreTrainedModel,
     windows: Windows | None,
     *,
-    statistics: Statistics | None = None,
+    findings: Findings | None = None,
     batch_size: int = 4,
     progress: Progress = no_progress,
     store: Files | None = None,
 ) -> Outcome:
     """Carry out a plan. Consumes `model`: its tensors are cut or zeroed, so that memory never holds two models.
 
-    `statistics` of an earlier run on the same model and windows spare the pass of methods whose statistics are dense.
+    `findings` of an earlier run on the same model and windows spare the passes over the dense model (see `findings.wanted`).
     `store` is what `streaming.open_` gave with the model, if its weights are in files.
     """
     if plan.parts:
@@ -44,13 +45,13 @@ def one_shot_(
         for index, part in enumerate(plan.parts):
             if outcomes:
                 part = combination.part_plan(plan.request, plan.anatomy, index, outcomes[-1].target)
-                model, statistics = outcomes[-1].model, None
+                model, findings = outcomes[-1].model, None
             outcomes.append(
                 one_shot_(
                     part,
                     model,
                     windows,
-                    statistics=statistics,
+                    findings=findings,
                     batch_size=batch_size,
                     progress=partial(_named, progress, part.method.name),
                     store=store,
@@ -58,28 +59,35 @@ def one_shot_(
             )
         return combination.joined(plan, outcomes)
     tensors = hf.weights(model, plan.anatomy) if store is None else store.weights
-    job = Job(plan, model, tensors, windows, batch_size, progress, statistics, store=store or InMemory())
+    job = Job(plan, model, tensors, windows, batch_size, progress, findings, store=store or InMemory())
     if plan.method.is_sparse:
         return weights.run_(job)
     if plan.method.criterion == "output-error":
         return surgeon.run_(job)
     if set(plan.method.axes) <= {"layers", *hf.SUBLAYERS}:
         return depth.run_(job)
-    if plan.method.allocator == "rotation":
-        return rotation.run_(job)
-    return units.run_sequential_(job) if plan.method.allocator == "uniform" else units.run_(job)
+    return rotation.run_(job) if plan.allocator == "rotation" else units.run_(job)
 
 
 def _named(progress: Progress, part: str, stage: str, done: int, total: int) -> None:
     progress(f"{part}: {stage}", done, total)
 
 
-def wanted_statistics(plan: Plan) -> Mapping[str, frozenset[str]] | None:
-    """What a dense method's pass collects; None for methods that must sweep again for every target.
-
-    Of a combination the first part's: only this one sees the source.
-    """
-    return units.wanted_statistics(plan.parts[0] if plan.parts else plan)
+def decided(plan: Plan, config: Any, findings: Findings) -> Plan:
+    """The plan with its target, where findings settle it without a model; UserError where the loss must be asked."""
+    if plan.parts or plan.target is not None:
+        return plan
+    if findings.curves:
+        keep = Keep({name: tuple(range(n)) for name, n in surgeon.decided(plan, findings.curves).items()})
+    elif findings.scores is not None and not plan.candidates and plan.allocator != "search" and plan.run is None:
+        keep, _ = units.decided(plan, findings.scores)
+    else:
+        raise UserError(
+            f"statistics: {plan.method.name} settles its sizes by losses that only the model can tell; drop them"
+        )
+    stock = plan.request.uniform or not plan.out_bias
+    target = hf.target_for(config, plan.anatomy, keep.validated(plan.anatomy), out_bias=plan.out_bias, stock=stock)
+    return replace(plan, target=target, notes=target.notes)
 
 
 def describe_keep(keep: Keep, anatomy: Anatomy) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def method(row: Method) -> dict[str, Any]:
         comes_out, engine = "same size, zeros stored densely", "yes, no faster"
     elif row.uniform:
         comes_out, engine = "smaller, layers alike", "yes"
-    elif row.allocator == "greedy-sublayers":
+    elif "greedy-sublayers" in row.allocators:
         comes_out, engine = "smaller, some layers without attention or MLP", "only if whole layers went"
     else:
         comes_out, engine = "smaller, layers of their own sizes", "with --uniform"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from .anatomy import Anatomy
 from .errors import UserError
@@ -133,3 +135,20 @@ def adaptive_counts(anatomy: Anatomy, ratios: Sequence[float], budget: int, mult
 def _chunk(sizes: Sizes, kept: tuple[int, int]) -> int:
     """What the next chunk of channels costs; 0 if there is none."""
     return min(sizes.multiple_of, sizes.channels - kept[1]) * sizes.channel
+
+
+def candidate_pairs(
+    params: Callable[[int, int], int], goal: float, firsts: Iterable[int], seconds: Sequence[int], near: float
+) -> list[tuple[int, int]]:
+    """For every first size the second that comes nearest to `goal` parameters, if that is within a share `near` of it.
+
+    `params` grows with the second size; `seconds` ascend. The comparison study takes its shapes so (table of candidates).
+    """
+    out = []
+    for first in firsts:
+        counted = partial(params, first)
+        at = bisect_left(seconds, goal, key=counted)
+        tried = {abs(counted(second) / goal - 1): second for second in reversed(seconds[max(at - 1, 0) : at + 1])}
+        if tried and min(tried) <= near:
+            out.append((first, tried[min(tried)]))
+    return out

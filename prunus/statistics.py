@@ -235,6 +235,14 @@ class Sweep:
                 each(hidden, out)
             self.hidden[i] = out
 
+    def gather(self, layer: int, collectors: Mapping[str, Collector], *, onwards: bool) -> None:
+        """Collect what the modules of one block read; `onwards` also takes the windows through it, unless it is the last."""
+        if onwards and layer + 1 < len(self.blocks):
+            with self.collecting(collectors):
+                self.run(layer)
+        else:
+            self.observe(layer, collectors)
+
     def observe(self, layer: int, collectors: Mapping[str, Collector]) -> None:
         """Collect what the modules of one block read and leave the windows where they are.
 
@@ -313,11 +321,7 @@ def collect(
     count = len(sweep.blocks)
     for layer in range(count):
         named, modules = layer_moments(sweep, layer, wants)
-        if layer + 1 < count:
-            with sweep.collecting(modules):
-                sweep.run(layer)
-        else:
-            sweep.observe(layer, modules)  # nobody reads what the last block gives
+        sweep.gather(layer, modules, onwards=True)
         out |= named
         progress(layer + 1, count)
     return out

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .allocate import Curve, least_error
-from .anatomy import Anatomy
 from .axes import Axis, kind_of
 from .compensate import INPUT_OF, reader_moments
 from .cut import zero_
+from .findings import Findings, wanted
 from .job import Job, Outcome, finish_
 from .keep import Keep
 from .planning import Plan, biased_anatomy
@@ -42,19 +42,25 @@ _FROM_AFAR = 3.0
 @torch.no_grad()
 def run_(job: Job) -> Outcome:
     """Carry out a plan: curves, sizes, then cut and refit sub-layer by sub-layer."""
-    plan = job.plan
     with job.timed("score"):
-        metric = {name: _root(fisher_DD) for name, fisher_DD in output_fisher(job).items()}
-        curves = error_curves(job, metric)
+        findings = job.findings or Findings(wanted(job.plan) or "", fisher=output_fisher(job))
+        metric = {name: _root(fisher_DD) for name, fisher_DD in findings.fisher.items()}
+        findings.curves = curves = findings.curves or error_curves(job, metric)
     with job.timed("allocate"):
-        priced = {name: _priced(curve, kind_of(name)) for name, curve in curves.items()}
-        sizes = _alike(plan, priced) if plan.request.uniform else _each(plan, priced)
+        sizes = decided(job.plan, curves)
     keep, extra = cut_and_refit_(job, sizes, metric)
     outcome = finish_(job, keep, extra)
+    outcome.findings = findings
     outcome.measured = {
         "curves": {name: {"sizes": list(curve.sizes), "nats": list(curve.error)} for name, curve in curves.items()}
     }
     return outcome
+
+
+def decided(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
+    """Sizes of every axis that the plan may cut; needs no model."""
+    priced = {name: _priced(curve, kind_of(name)) for name, curve in curves.items()}
+    return _alike(plan, priced) if plan.request.uniform else _each(plan, priced)
 
 
 # -- 1: what an error costs -----------------------------------------------------------------------------------------------
@@ -86,16 +92,11 @@ def error_curves(job: Job, metric: Mapping[str, Tensor]) -> dict[str, Curve]:
     `metric`: matrix name -> R [D, D] with R^T R = F.
     """
     anatomy, sweep = job.plan.anatomy, job.sweep()
-    costs = biased_anatomy(job.plan)
     count = len(sweep.blocks)
     curves: dict[str, Curve] = {}
     for layer in range(count):
         statistics, modules = layer_moments(sweep, layer, _WANTS)
-        if layer + 1 < count:
-            with sweep.collecting(modules):
-                sweep.run(layer)
-        else:
-            sweep.observe(layer, modules)
+        sweep.gather(layer, modules, onwards=True)
         for axis in _axes(job.plan, layer):
             reader = anatomy.reader(axis.name)
             moments = reader_moments(statistics, axis)
@@ -103,7 +104,7 @@ def error_curves(job: Job, metric: Mapping[str, Tensor]) -> dict[str, Curve]:
             weight = metric[reader.param] @ job.tensors[reader.param].double()
             found = eliminate(weight, _gram(job.plan, moments), reader.rows(range(axis.size)), levels[0])
             error = _error_at(found, axis.size, levels) / (2 * moments.count)
-            curves[axis.name] = Curve(tuple(levels), tuple(error.tolist()), costs.unit_params(axis.name))
+            curves[axis.name] = Curve(tuple(levels), tuple(error.tolist()))
         job.progress("score", layer + 1, count)
     return curves
 
@@ -150,35 +151,34 @@ def _priced(curve: Curve, kind: str) -> Curve:
 
 def _each(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
     """Sizes of every axis; what the programme's levels leave of the budget buys chunks where they help most."""
-    assert plan.budget is not None
-    biased = biased_anatomy(plan)
-    sizes = least_error(curves, room := plan.budget - _fixed(biased, curves))
-    left = room - sum(curve.unit_cost * sizes[name] for name, curve in curves.items())
+    prices, budget = plan.prices, plan.budget
+    assert prices is not None and budget is not None
+    room = budget - prices.fixed(curves)
+    sizes = least_error(curves, prices.of, room)
+    left = room - sum(prices.of[name][sizes[name]] for name in curves)
     while True:
         gains = {name: gain for name in curves if (gain := _next_gain(plan, curves[name], name, sizes[name], left)) > 0}
         if not gains:
             return sizes
         name = max(gains, key=lambda n: gains[n])
-        more = min(_chunk(plan, name), curves[name].sizes[-1] - sizes[name])
-        sizes[name] += more
-        left -= more * curves[name].unit_cost
+        before = sizes[name]
+        sizes[name] += _next(plan, curves[name], name, before)
+        left -= prices.of[name][sizes[name]] - prices.of[name][before]
 
 
-def _fixed(anatomy: Anatomy, curves: Mapping[str, Curve]) -> int:
-    """Block parameters that no curve's axis owns."""
-    return anatomy.block_params - sum(curve.unit_cost * curve.sizes[-1] for curve in curves.values())
-
-
-def _chunk(plan: Plan, name: str) -> int:
-    return plan.multiple_of if kind_of(name) == "intermediate" else 1
+def _next(plan: Plan, curve: Curve, name: str, size: int) -> int:
+    """Units of the next chunk of an axis; 0 if there is none."""
+    return min(plan.multiple_of if kind_of(name) == "intermediate" else 1, curve.sizes[-1] - size)
 
 
 def _next_gain(plan: Plan, curve: Curve, name: str, size: int, left: int) -> float:
-    """Error saved per parameter by the next chunk of an axis; 0 if there is none or it costs more than `left`."""
-    more = min(_chunk(plan, name), curve.sizes[-1] - size)
-    if not 0 < more * curve.unit_cost <= left:
+    """Error saved per cost of the next chunk of an axis; 0 if there is none or it costs more than `left`."""
+    assert plan.prices is not None
+    more, prices = _next(plan, curve, name, size), plan.prices.of[name]
+    cost = prices[size + more] - prices[size]
+    if not more or cost > left:
         return 0.0
-    return max(_at(curve, size) - _at(curve, size + more), 1e-30) / (more * curve.unit_cost)
+    return max(_at(curve, size) - _at(curve, size + more), 1e-30) / max(cost, 1e-9)
 
 
 def _at(curve: Curve, size: int) -> float:

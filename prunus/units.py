@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -11,14 +13,17 @@ from torch import Tensor
 
 from .allocate import adaptive_ratios, global_budget, standardised, to_counts
 from .anatomy import Anatomy
-from .axes import layer_of
-from .compensate import measured_gains, output_bias, reader_moments, refit_readers_
+from .axes import kind_of, layer_of
+from .compensate import measured_gains, output_bias, reader_moments, refit_readers_, set_biases_
 from .criteria import UNIT_CRITERIA, Scores
 from .cut import zero_
 from .errors import UserError
-from .job import Job, Outcome, finish_
+from .evaluation import mean_loss
+from .findings import Findings, wanted
+from .job import Job, Outcome, finish_, trial
 from .keep import Keep
 from .planning import Plan, biased_anatomy
+from .search import Gene, evolve
 from .sizes import Sizes, adaptive_counts, alike_counts
 from .solve import stay_after_swaps, stay_one_by_one
 from .statistics import BlockCosine, Statistics, collect, layer_moments
@@ -26,56 +31,69 @@ from .taylor import unit_taylor
 
 
 def run_(job: Job) -> Outcome:
-    """Carry out a plan whose units are scored on the dense model: score, allocate, compensate, slice."""
+    """Carry out a plan: gather scores, allocate, then cut and repair, all at once or block by block.
+
+    Of a sequential plan whose sizes are known nothing is gathered on the dense model.
+    """
     plan = job.plan
-    scores, statistics = _GATHERED.get(plan.method.criterion, _from_statistics)(job)
-    with job.timed("allocate"):
-        keep, measured = _allocate(plan, scores)
-    if plan.compensator == "least-squares":
+    if plan.method.criterion in _CHOICES:
+        return finish_(job, *block_by_block_(job, partial(_chosen, job), _GRAM))
+    findings: Findings | None = None
+    measured: Mapping[str, Any] = {}
+    counts: Mapping[str, int] = plan.counts
+    if not (plan.sequential and counts):
+        findings = job.findings or _gathered(job)
+        with job.timed("allocate"):
+            keep, measured = _allocate(job, findings)
+        counts = {name: len(units) for name, units in keep.units.items()}
+    scores = findings.scores if findings else None
+    gains, extra = None, dict[str, Tensor]()
+    if plan.sequential:
+        keep, extra, scores = _rescored_(job, counts)
+    elif plan.compensator == "least-squares":
+        keep, extra = block_by_block_(job, lambda layer, _: _of_layer(keep, layer), {})
+    else:
         with job.timed("compensate"):
-            block_by_block_(job, lambda layer, _: _of_layer(keep, layer), {})
-    with job.timed("compensate"):
-        extra = output_bias(plan.anatomy, job.tensors, statistics or {}, keep) if plan.compensator == "bias" else {}
-        gains = None
-        if plan.compensator == "gain" and "hidden" in keep.units:
-            gains = measured_gains(job.sweep(), keep, job.model.config.rms_norm_eps)
+            extra = _bias(job, findings, keep)
+            if plan.compensator == "gain" and "hidden" in keep.units:
+                gains = measured_gains(job.sweep(), keep, job.model.config.rms_norm_eps)
     outcome = finish_(job, keep, extra, gains)
-    outcome.scores, outcome.statistics, outcome.measured = scores, statistics, measured
+    outcome.scores, outcome.findings, outcome.measured = scores, findings, measured
     return outcome
+
+
+def _bias(job: Job, findings: Findings | None, keep: Keep) -> dict[str, Tensor]:
+    if job.plan.compensator != "bias" or findings is None:
+        return {}
+    return output_bias(job.plan.anatomy, job.tensors, findings.statistics, keep)
 
 
 # -- how scores are gathered ----------------------------------------------------------------------------------------------
 
 
-def _from_statistics(job: Job) -> tuple[Scores, Statistics | None]:
-    """By a criterion of the inputs' statistics, from one sweep or an earlier run."""
-    criterion, statistics = UNIT_CRITERIA[_criterion_name(job.plan)], job.statistics
-    if statistics is None:
+def _gathered(job: Job) -> Findings:
+    """What the passes over the dense model give."""
+    what, criterion = wanted(job.plan) or "", job.plan.method.criterion
+    if criterion in _BY_GRADIENT:
         with job.timed("score"):
-            statistics = collect(job.sweep(), criterion.wants, lambda done, total: job.progress("score", done, total))
+            return Findings(what, _BY_GRADIENT[criterion](job))
+    row, statistics = UNIT_CRITERIA[_criterion_name(job.plan)], Statistics()
+    if row.wants:
+        with job.timed("score"):
+            statistics = collect(job.sweep(), row.wants, lambda done, total: job.progress("score", done, total))
     with job.timed("allocate"):
-        return criterion.score(job.plan.anatomy, job.tensors, statistics), statistics
+        return Findings(what, row.score(job.plan.anatomy, job.tensors, statistics), statistics)
 
 
-def _from_gradients(job: Job) -> tuple[Scores, Statistics | None]:
-    """LLM-Pruner: Taylor scores."""
-    with job.timed("score"):
-        return unit_taylor(job), None
-
-
-def _from_gradients_and_cosines(job: Job) -> tuple[Scores, Statistics | None]:
+def _gradients_and_cosines(job: Job) -> Scores:
     """Adapt-Pruner: Taylor scores of units, and for ``layers`` how far each block turns the stream, on the same way."""
     cosines = [BlockCosine() for _ in job.plan.anatomy.shape.layers]
-    with job.timed("score"):
-        scores = unit_taylor(job, lambda layer, before, after: cosines[layer](before, after))
+    scores = unit_taylor(job, lambda layer, before, after: cosines[layer](before, after))
     turned = torch.tensor([1.0 - cosine.mean for cosine in cosines], dtype=torch.float64)
-    return Scores({**scores.values, "layers": turned}), None
+    return Scores({**scores.values, "layers": turned})
 
 
-_GATHERED: Mapping[str, Callable[[Job], tuple[Scores, Statistics | None]]] = {
-    "taylor-units": _from_gradients,
-    "cosine-taylor": _from_gradients_and_cosines,
-}
+_BY_GRADIENT: Mapping[str, Callable[[Job], Scores]] = {"taylor-units": unit_taylor, "cosine-taylor": _gradients_and_cosines}
 
 
 def _of_layer(keep: Keep, layer: int) -> Keep:
@@ -83,31 +101,136 @@ def _of_layer(keep: Keep, layer: int) -> Keep:
 
 
 def _criterion_name(plan: Plan) -> str:
-    return ":".join([plan.method.criterion, *plan.options.values()])
-
-
-def wanted_statistics(plan: Plan) -> Mapping[str, frozenset[str]] | None:
-    """What a dense method's pass collects; None for methods that must sweep again for every target."""
-    criterion = UNIT_CRITERIA.get(_criterion_name(plan))
-    return None if criterion is None else criterion.wants
+    reduction = plan.options.get("reduction")
+    return plan.method.criterion if reduction is None else f"{plan.method.criterion}:{reduction}"
 
 
 # -- where the cut falls --------------------------------------------------------------------------------------------------
 
 
-def _allocate(plan: Plan, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
+def _allocate(job: Job, findings: Findings) -> tuple[Keep, Mapping[str, Any]]:
     """The decision, and what is saved beside the model of how it came about."""
+    plan, scores = job.plan, findings.scores
+    assert scores is not None
+    if plan.candidates:
+        return _best_candidate(job, findings, scores)
+    if plan.allocator == "search":
+        return _searched(job, findings, scores)
+    return decided(plan, scores)
+
+
+def decided(plan: Plan, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
+    """As `_allocate`, by allocators that need no loss, and so no model."""
     if plan.counts:
         return to_counts(scores, plan.counts), {}
-    if plan.method.allocator == "adaptive":
+    if plan.allocator == "adaptive":
         return _adaptive(plan, scores)
-    assert plan.budget is not None
-    biased = biased_anatomy(plan)
-    costs = {name: biased.unit_params(name) for name in scores.values}
-    removable = sum(costs[name] * len(values) for name, values in scores.values.items())
-    budget = plan.budget - (biased.block_params - removable)
-    keep = global_budget(standardised(scores), costs, budget, multiple_of={"intermediate": plan.multiple_of})
-    return (_uniform(plan, biased, scores, keep) if plan.request.uniform else keep), {}
+    keep = _global(plan, scores, by_cost=plan.allocator == "global")
+    return (_uniform(plan, biased_anatomy(plan), scores, keep) if plan.request.uniform else keep), {}
+
+
+def _global(plan: Plan, scores: Scores, *, by_cost: bool) -> Keep:
+    """All units ranked together: by their score for what they cost if the plan names a cost, or as FLAP standardises them."""
+    prices, budget = plan.prices, plan.budget
+    assert prices is not None and budget is not None
+    values = {name: value for name, value in scores.values.items() if name in prices.of}
+    costs = {name: prices.unit(name) for name in values}
+    if not by_cost:
+        ranked = standardised(Scores(values, scores.spread))
+    elif plan.request.cost is None:
+        ranked = {name: value.double() for name, value in values.items()}
+    else:  # what costs nothing never goes
+        ranked = {
+            n: v.double() / c if (c := costs[n]) else torch.full_like(v, torch.inf).double() for n, v in values.items()
+        }
+    return global_budget(ranked, costs, budget - prices.fixed(values), multiple_of={"intermediate": plan.multiple_of})
+
+
+# -- by the loss ----------------------------------------------------------------------------------------------------------
+
+
+def _loss_of(job: Job, findings: Findings) -> Callable[[Keep, int], float]:
+    """`loss(keep, windows)`: nats a token, on the first calibration windows, of the model that `keep` would leave."""
+
+    def loss(keep: Keep, windows: int) -> float:
+        assert job.windows is not None
+        return mean_loss(trial(job, keep, _bias(job, findings, keep)), job.windows.ids_NT[:windows])
+
+    return loss
+
+
+def _most_windows(job: Job) -> int:
+    assert job.windows is not None
+    return min(_LOSS_WINDOWS, job.windows.num_windows)
+
+
+_LOSS_WINDOWS, _FEW = 8, 2  # calibration windows that a loss is measured on, and a search's first look
+_SECONDS = 1800.0  # after which a search stops
+
+
+def _best_candidate(job: Job, findings: Findings, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
+    """The candidate shape with the least loss, each with its best units."""
+    plan, loss = job.plan, _loss_of(job, findings)
+    keeps = [to_counts(scores, counts) for counts in plan.candidates]
+    losses = []
+    for done, keep in enumerate(keeps):
+        job.progress("try", done, len(keeps))
+        losses.append(loss(keep, _most_windows(job)))
+    job.progress("try", len(keeps), len(keeps))
+    best = min(range(len(keeps)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    rows = [
+        {**plan.candidate_sizes(counts), "loss": value if math.isfinite(value) else None}
+        for counts, value in zip(plan.candidates, losses, strict=True)
+    ]
+    return keeps[best], {"candidates": {"tried": rows, "windows": _most_windows(job)}}
+
+
+def _searched(job: Job, findings: Findings, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
+    """Evolution of per-layer sizes, from the better of the two global rankings; the best units of every axis stay."""
+    plan, loss = job.plan, _loss_of(job, findings)
+    assert plan.prices is not None
+    names = [name for name in scores.values if name in plan.prices.of]
+    genes = {name: _gene(plan, name) for name in names}
+    generations, offspring = int(plan.options["generations"]), int(plan.options["offspring"])
+
+    def sized(keep: Keep) -> dict[str, int]:
+        return {name: len(keep.units.get(name, scores.values[name])) for name in names}
+
+    def loss_at(sizes: Mapping[str, int], whole: bool) -> float:
+        return loss(to_counts(scores, sizes), _most_windows(job) if whole else min(_FEW, _most_windows(job)))
+
+    started = time.perf_counter()
+
+    def go_on(generation: int) -> bool:
+        job.progress("search", generation, generations)
+        if time.perf_counter() - started < _SECONDS:
+            return True
+        job.notes.append(
+            f"the search stopped at {_SECONDS / 60:.0f} minutes, after {generation} of {generations} generations"
+        )
+        return False
+
+    starts = [sized(_global(plan, scores, by_cost=by_cost)) for by_cost in (False, True)]
+    start = min(starts, key=lambda sizes: loss_at(sizes, True))
+    found = evolve(start, genes, loss_at, generations=generations, offspring=offspring, seed=_SEED, go_on=go_on)
+    job.progress("search", generations, generations)
+    history = [value if math.isfinite(value) else None for value in found.history]
+    return to_counts(scores, found.sizes), {"search": {"loss": history, "windows": _most_windows(job), "seed": _SEED}}
+
+
+_SEED = 0  # of the search's draws
+
+
+def _gene(plan: Plan, name: str) -> Gene:
+    """What an axis may have. Axes whose units cost alike exchange them."""
+    size, kind = plan.anatomy.axes[name].size, kind_of(name)
+    chunk = plan.multiple_of if kind == "intermediate" else 1
+    step = chunk * max(1, round(size / chunk / _STEPS))
+    assert plan.prices is not None
+    return Gene(min(chunk, size), size, step, (kind, tuple(plan.prices.of[name][1:2]), plan.prices.unit(name)))
+
+
+_STEPS = 48  # of an axis, that a search tells apart
 
 
 def _adaptive(plan: Plan, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
@@ -138,26 +261,20 @@ def _uniform(plan: Plan, biased: Anatomy, scores: Scores, keep: Keep) -> Keep:
 # -- block by block -------------------------------------------------------------------------------------------------------
 
 
-def run_sequential_(job: Job) -> Outcome:
-    """Carry out a plan whose sizes are known: score each block on what the pruned blocks before it give, cut, go on."""
-    if job.plan.method.criterion in _CHOICES:
-        return finish_(job, block_by_block_(job, partial(_chosen, job), {}))
+def _rescored_(job: Job, counts: Mapping[str, int]) -> tuple[Keep, dict[str, Tensor], Scores]:
+    """Cut each block to `counts` by scores taken behind the cut blocks before it."""
     plan, criterion = job.plan, UNIT_CRITERIA[_criterion_name(job.plan)]
+    assert criterion.score_layer is not None
     values: dict[str, Tensor] = {}
 
     def decide(layer: int, statistics: Statistics) -> Keep:
+        assert criterion.score_layer is not None
         scores = criterion.score_layer(plan.anatomy, job.tensors, statistics, layer)
-        values.update(scores)
-        counts = {name: plan.counts[name] for name in scores if name in plan.counts}
-        return to_counts(Scores(scores), counts)
+        values.update(scores.values)
+        return to_counts(scores, {name: counts[name] for name in scores.values if name in counts})
 
-    if not criterion.wants and plan.compensator == "none":
-        keep = _all(decide(layer, {}) for layer in range(plan.anatomy.shape.num_hidden_layers))
-    else:
-        keep = block_by_block_(job, decide, criterion.wants)
-    outcome = finish_(job, keep)
-    outcome.scores = Scores(values)
-    return outcome
+    keep, extra = block_by_block_(job, decide, criterion.wants)
+    return keep, extra, Scores(values)
 
 
 _CHOICES: Mapping[str, Callable[[Tensor, Tensor, Tensor, int], tuple[int, ...]]] = {
@@ -182,31 +299,43 @@ def _all(keeps: Iterable[Keep]) -> Keep:
     return Keep({name: units for keep in keeps for name, units in keep.units.items()})
 
 
-@torch.no_grad()
-def block_by_block_(job: Job, decide: Callable[[int, Statistics], Keep], wants: Mapping[str, frozenset[str]]) -> Keep:
-    """Changes the job's weights: every block's dropped units become zero, and its readers are refitted if asked.
+_GRAM: Mapping[str, frozenset[str]] = dict.fromkeys(("q", "intermediate"), frozenset({"gram"}))
 
-    `decide` gives the units of one layer from the statistics of its inputs, which come through the cut blocks before it.
+
+@torch.no_grad()
+def block_by_block_(
+    job: Job, decide: Callable[[int, Statistics], Keep], wants: Mapping[str, frozenset[str]]
+) -> tuple[Keep, dict[str, Tensor]]:
+    """Changes the job's weights and model: every block's dropped units become zero, and what reads them is repaired.
+
+    `decide` gives the units of one layer from the statistics of its inputs, which come through the cut blocks before it if
+    the plan is sequential or repairs by least squares. Returns the decision and the biases that repair it.
     """
-    anatomy, tensors = job.plan.anatomy, job.tensors
-    refits = job.plan.compensator == "least-squares"
-    gram: dict[str, frozenset[str]] = dict.fromkeys(("q", "intermediate"), frozenset({"gram"})) if refits else {}
-    all_wants = {segment: wants.get(segment, frozenset()) | gram.get(segment, frozenset()) for segment in {**wants, **gram}}
+    plan, anatomy, tensors = job.plan, job.plan.anatomy, job.tensors
+    refits = plan.compensator == "least-squares"
+    more = _GRAM if refits else {}
+    all_wants = {segment: wants.get(segment, frozenset()) | more.get(segment, frozenset()) for segment in {**wants, **more}}
+    behind = plan.sequential or (refits and plan.request.order is None)
     sweep = job.sweep()
     count = len(sweep.blocks)
     kept: list[Keep] = []
+    extra: dict[str, Tensor] = {}
     for layer in range(count):
         with job.timed("score"):
             statistics, modules = layer_moments(sweep, layer, all_wants)
-            sweep.observe(layer, modules)
+            sweep.gather(layer, modules, onwards=not behind)
         with job.timed("cut"):
             keep = decide(layer, statistics)
             if refits:
                 refit_readers_(anatomy, tensors, statistics, keep)
+            if plan.compensator == "bias":
+                biases = output_bias(anatomy, tensors, statistics, keep, layer)
+                set_biases_(job.model, biases)
+                extra |= biases
             zero_(tensors, anatomy, keep)
             kept.append(keep)
-        if layer + 1 < count:
+        if behind and layer + 1 < count:
             with job.timed("score"):
                 sweep.run(layer)
         job.progress("score", layer + 1, count)
-    return _all(kept)
+    return _all(kept), extra

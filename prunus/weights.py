@@ -36,7 +36,7 @@ def run_(job: Job) -> Outcome:
         if sweep is not None:
             with job.timed("score"):
                 named, modules = layer_moments(sweep, layer, wants)
-                sweep.observe(layer, modules)
+                sweep.gather(layer, modules, onwards=not job.plan.sequential)
         sparsity = job.plan.sparsity if levels is None else levels[layer]
         with job.timed("cut"):
             for (sublayer, segment), matrices in reading_points(anatomy, layer).items():
@@ -53,7 +53,7 @@ def run_(job: Job) -> Outcome:
                     kept = _kept(job.plan, criterion.score(tensors[name], moments), sparsity)
                     zero_weights_({name: tensors[name]}, WeightMask({name: kept}))
                     masks[name] = kept
-        if sweep is not None and layer + 1 < count:
+        if sweep is not None and job.plan.sequential and layer + 1 < count:
             with job.timed("score"):
                 sweep.run(layer)
         job.progress("score", layer + 1, count)
@@ -66,7 +66,7 @@ def _kept(plan: Plan, scores: Tensor, sparsity: float | None) -> Tensor:
     if plan.pattern is not None:
         return kept_n_of_m(scores, *plan.pattern)
     assert sparsity is not None
-    if plan.method.allocator == "per-row":
+    if plan.allocator == "per-row":
         return kept_in_rows(scores, sparsity)
     return kept_in_matrix(scores, sparsity)
 

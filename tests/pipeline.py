@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from prunus.anatomy import Anatomy
+from prunus.builders import make_plan
 from prunus.data.windows import Windows
 from prunus.planning import Plan, Request
 
@@ -114,7 +115,7 @@ def windows(count: int = 5, seq_len: int = SEQ_LEN, seed: int = 0) -> Windows:
 def plan_for(of: Any, **request: Any) -> Plan:
     """The plan of a request for a model or a config."""
     config = getattr(of, "config", of)
-    return Plan.make(config, Anatomy.of(config), Request(**request))
+    return make_plan(config, Anatomy.of(config), Request(**request))
 
 
 # -- naive references ---------------------------------------------------------------------------------------------------

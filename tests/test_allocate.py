@@ -288,42 +288,44 @@ def test_shares_take_exactly_what_is_asked(layers, ratio, amplitude):
 @hs.composite
 def programmes(draw):
     """A few small curves, in general neither falling nor convex, and a budget."""
-    curves = {}
+    curves, prices = {}, {}
     for name in draw(hs.lists(hs.sampled_from(AXES), min_size=1, max_size=4, unique=True)):
         sizes = tuple(sorted(draw(hs.sets(hs.integers(1, 12), min_size=1, max_size=5))))
         error = tuple(draw(hs.one_of(FEW, hs.floats(0, 3))) for _ in sizes)
-        curves[name] = Curve(sizes, error, draw(hs.integers(1, 9)))
-    most = sum(curve.sizes[-1] * curve.unit_cost for curve in curves.values())
-    return curves, draw(hs.integers(-5, most + 5))
+        curves[name] = Curve(sizes, error)
+        steps = draw(hs.lists(hs.integers(0, 9), min_size=sizes[-1], max_size=sizes[-1]))  # in general not alike
+        prices[name] = [0, *itertools.accumulate(steps)]
+    most = sum(prices[name][-1] for name in curves)
+    return curves, prices, draw(hs.integers(-5, most + 5))
 
 
-def cost_of(curves, sizes):
-    return sum(curves[name].unit_cost * size for name, size in sizes.items())
+def cost_of(prices, sizes):
+    return sum(prices[name][size] for name, size in sizes.items())
 
 
 def error_of(curves, sizes):
     return sum(curves[name].error[curves[name].sizes.index(size)] for name, size in sizes.items())
 
 
-def least_by_hand(curves, budget):
+def least_by_hand(curves, prices, budget):
     """The least sum of errors of all combinations that fit; infinite if none does."""
     combinations = (
         dict(zip(curves, chosen, strict=True)) for chosen in itertools.product(*(c.sizes for c in curves.values()))
     )
-    return min((error_of(curves, s) for s in combinations if cost_of(curves, s) <= budget), default=math.inf)
+    return min((error_of(curves, s) for s in combinations if cost_of(prices, s) <= budget), default=math.inf)
 
 
 @settings(max_examples=300)
 @given(programmes())
 def test_the_programme_is_the_best_of_all_combinations(case):
-    curves, budget = case
-    best = least_by_hand(curves, budget)
+    curves, prices, budget = case
+    best = least_by_hand(curves, prices, budget)
     if best == math.inf:
-        with pytest.raises(UserError, match=rf"ratio: even the smallest sizes take more than the {budget:,} parameters"):
-            least_error(curves, budget)
+        with pytest.raises(UserError, match=rf"ratio: even the smallest sizes cost more than the {budget:,} that"):
+            least_error(curves, prices, budget)
         return
-    sizes = least_error(curves, budget)
-    assert set(sizes) == set(curves) and cost_of(curves, sizes) <= budget
+    sizes = least_error(curves, prices, budget)
+    assert set(sizes) == set(curves) and cost_of(prices, sizes) <= budget
     assert error_of(curves, sizes) == pytest.approx(best, abs=1e-12)
 
 
@@ -331,13 +333,13 @@ def test_the_programme_is_the_best_of_all_combinations(case):
 @given(programmes(), hs.integers(1, 30))
 def test_a_coarser_grain_never_exceeds_the_budget(case, states):
     """Costs rounded up lose at most a grain an axis; where not even the smallest sizes fit so, they are what is left."""
-    curves, budget = case
-    assume(least_by_hand(curves, budget) < math.inf)
-    exact = math.gcd(*(size * curve.unit_cost for curve in curves.values() for size in curve.sizes))
+    curves, prices, budget = case
+    assume(least_by_hand(curves, prices, budget) < math.inf)
+    exact = math.gcd(*(prices[name][size] for name, curve in curves.items() for size in curve.sizes)) or 1
     grain = exact * max(1, math.ceil(budget / exact / states))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(allocate, "_MOST_STATES", states)
-        sizes = least_error(curves, budget)
-    assert cost_of(curves, sizes) <= budget
+        sizes = least_error(curves, prices, budget)
+    assert cost_of(prices, sizes) <= budget
     rounded_away = grain * (len(curves) + 1) if grain > exact else 0
-    assert error_of(curves, sizes) <= least_by_hand(curves, budget - rounded_away) + 1e-12
+    assert error_of(curves, sizes) <= least_by_hand(curves, prices, budget - rounded_away) + 1e-12

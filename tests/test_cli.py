@@ -117,6 +117,7 @@ def test_prune_takes_every_option_to_its_place(tmp_path, monkeypatch):
         "none", "--option", "reduction=l2", "--sparsity", 0.5, "--split", "0.25,0.75",
         "--windows", 7, "--seq-len", 9, "--seed", 3, "--documents", ":5", "--field",
         "body", "--batch-size", 2, "--statistics", "s", "--dtype", "bfloat16", "--online", "--stream",
+        "--allocate", "search", "--cost", "flops", "--dense",
     )  # fmt: skip
     assert code == 130 and out == "" and err == "prunus: stopped; nothing half-written was left behind\n"
     del seen["progress"]
@@ -133,6 +134,9 @@ def test_prune_takes_every_option_to_its_place(tmp_path, monkeypatch):
         "options": {"reduction": "l2"},
         "sparsity": 0.5,
         "split": (0.25, 0.75),
+        "allocate": "search",
+        "cost": "flops",
+        "order": "dense",
         "text": api.TextOptions(7, 9, 3, ":5", "body"),
         "statistics": Path("s"),
         "batch_size": 2,

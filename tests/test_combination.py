@@ -299,7 +299,8 @@ def test_the_command_line_refuses_before_any_work(monkeypatch, tmp_path):
         ("-m", "shortgpt+flap", "--split", "0.5;0.5"): "--split: '0.5;0.5' is no list of shares such as 0.5,0.5",
         ("-m", "flap+shortgpt"): "write shortgpt+flap",
         ("-m", "sleb+flap", "--stream"): "stream: sleb+flap runs the whole model",
-        ("-m", "shortgpt+flap", "--statistics", tmp_path / "s"): "statistics: shortgpt+flap must sweep again",
+        ("-m", "minitron-depth+flap", "--statistics", tmp_path / "s"): "statistics: minitron-depth+flap must sweep again",
+        ("-m", "shortgpt+flap", "--cost", "flops"): "cost: parts of a combination allocate as is their way; drop --cost",
     }.items():
         code, out, err = cli(*words, *more)
         assert code == 2 and out == "" and message in err, err
@@ -387,7 +388,7 @@ def test_scores_and_losses_speak_of_the_source():
     assert torch.equal(whole.scores.values["layers"], depth.scores.values["layers"])
     named = {name for name in whole.scores.values if name != "layers"}
     assert named == {f"layers.{i}.{kind}" for i in kept for kind in ("kv_heads", "intermediate")}
-    assert whole.measured == depth.measured and whole.statistics is None
+    assert whole.measured == depth.measured and whole.findings.scores is not None
     stem = prune(folder(), method="minitron-width+flap", ratio=0.4).outcome
     first = prune(folder(), method="minitron-width", ratio=stem.plan.parts[0].request.ratio).outcome
     for i in range(LAYERS):

@@ -117,9 +117,9 @@ def test_ratios_share_the_pass_and_count_it(tmp_path, monkeypatch):
     seen = []
     real = oneshot.one_shot_
 
-    def watched(plan, model, windows, *, statistics=None, **rest):
-        seen.append((plan.method.name, plan.request.ratio, statistics is not None))
-        return real(plan, model, windows, statistics=statistics, **rest)
+    def watched(plan, model, windows, *, findings=None, **rest):
+        seen.append((plan.method.name, plan.request.ratio, findings is not None))
+        return real(plan, model, windows, findings=findings, **rest)
 
     monkeypatch.setattr(comparison, "one_shot_", watched)
     assert ask(tmp_path / "cmp", "flap,flap+uniform+compensate=none,wanda-sp", (0.3, 0.4))[0] == 0

@@ -103,7 +103,7 @@ def test_fluctuation_by_hand():
     """X5: the variances are 0 and 4/3, and so are the scores, because the second column of W has norm 1."""
     anatomy, tensors, seen, _, _ = by_hand()
     assert seen["layers.0.mlp.intermediate"].var_C.tolist() == pytest.approx([0, 4 / 3], abs=1e-12)
-    scores = fluctuation(anatomy, tensors, seen)
+    scores = fluctuation(anatomy, tensors, seen, 0)
     assert scores.values["layers.0.intermediate"].tolist() == pytest.approx([0, 4 / 3], rel=1e-7)
     assert scores.spread["layers.0.intermediate"] == pytest.approx((2 / 3, st.stdev([0, 4 / 3])), rel=1e-7)
     assert scores.values["layers.0.kv_heads"].tolist() == [0.0] * 4

@@ -679,8 +679,8 @@ def test_statistics_cannot_be_used_again(tmp_path):
         "statistics": tmp_path / "s.safetensors",
         "text": api.TextOptions(3, 16),
     }
-    with pytest.raises(UserError, match="statistics: shortgpt must sweep again for every target; drop --statistics"):
-        api.prune(str(pipeline.folder()), method="shortgpt", ratio=0.4, **ask)
+    with pytest.raises(UserError, match="statistics: minitron-depth must sweep again for every target; drop --statistics"):
+        api.prune(str(pipeline.folder()), method="minitron-depth", ratio=0.4, **ask)
 
 
 def test_text_is_needed():

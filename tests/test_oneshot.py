@@ -422,8 +422,8 @@ def test_bfloat16_models_stay_bfloat16(method, ratio):
     outcome, dense = cut("llama", dtype=torch.bfloat16, method=method, ratio=ratio)
     assert {p.dtype for p in outcome.model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(tiny.logits_of(outcome.model, WINDOWS.ids_NT)).all()
-    if outcome.statistics is not None:
-        assert all(v.dtype == torch.float64 for m in outcome.statistics.values() for v in m.sums.values())
+    if outcome.findings is not None:
+        assert all(v.dtype == torch.float64 for m in outcome.findings.statistics.values() for v in m.sums.values())
     assert block_params(outcome.model) <= block_params(dense)
 
 
@@ -533,7 +533,7 @@ def test_statistics_spare_the_pass(method, monkeypatch):
     monkeypatch.setattr(Sweep, "__init__", refuse)
     model = pipeline.model("llama")
     plan = plan_for(model, method=method, ratio=0.4)
-    again = one_shot_(plan, model, WINDOWS, statistics=first.statistics)
+    again = one_shot_(plan, model, WINDOWS, findings=first.findings)
     assert again.keep == direct.keep != first.keep
     for name, value in pipeline.state(direct.model).items():
         assert torch.equal(value, pipeline.state(again.model)[name]), name

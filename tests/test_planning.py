@@ -10,12 +10,13 @@ import tiny
 from pipeline import plan_for
 
 from prunus.anatomy import Anatomy
+from prunus.builders import parse_pattern, proportional_width
 from prunus.errors import UserError
 from prunus.families import AXES
 from prunus.hf import target_for
 from prunus.keep import Keep
 from prunus.methods import METHODS, method_named
-from prunus.planning import Request, parse_pattern, proportional_width
+from prunus.planning import Request
 
 LLAMA = pipeline.config("llama")  # hidden 32, 8 heads, 4 groups, 24 channels, 3 layers
 
@@ -36,7 +37,7 @@ def layer_params(hidden=32, groups=4, per_group=2, head_dim=8, channels=24):
         ({"method": "wanda"}, r"ratio: wanda needs to know how much to cut; give --ratio$"),
         ({"method": "minitron-width"}, r"ratio: minitron-width needs to know how much to cut; give --ratio or --target"),
         ({"method": "minitron-depth"}, r"give --ratio or --target"),
-        ({"method": "flap", "ratio": 0.2, "options": {"metric": "x"}}, r"option 'metric' does not exist for flap; it has none"),
+        ({"method": "flap", "ratio": 0.2, "options": {"metric": "x"}}, r"option 'metric' does not exist for flap; it has gen"),
         (
             {"method": "minitron-width", "ratio": 0.2, "options": {"reducton": "l2"}},
             r"option 'reducton' does not exist for minitron-width \(did you mean 'reduction'\?\); it has reduction",

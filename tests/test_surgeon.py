@@ -171,8 +171,8 @@ def test_curves_have_the_sizes_that_the_plan_may_give():
     sizes = curves["layers.1.intermediate"].sizes
     assert sizes[0] == 2 and sizes[-1] == 130 and all(n % 2 == 0 for n in sizes) and 20 < len(sizes) <= 49
     assert curves["layers.1.kv_heads"].sizes == (1, 2, 3, 4)
-    assert curves["layers.1.intermediate"].unit_cost == 3 * tiny.HIDDEN  # the output's biases are nobody's
-    assert curves["layers.1.kv_heads"].unit_cost == job.plan.anatomy.unit_params("layers.1.kv_heads")
+    assert job.plan.prices.unit("layers.1.intermediate") == 3 * tiny.HIDDEN  # the output's biases are nobody's
+    assert job.plan.prices.unit("layers.1.kv_heads") == job.plan.anatomy.unit_params("layers.1.kv_heads")
 
 
 # -- the cut --------------------------------------------------------------------------------------------------------------
@@ -399,14 +399,9 @@ def test_uniform_biases_need_a_config_that_has_them(case):
     )
 
 
-def test_inputs_that_are_refused(tmp_path):
+def test_inputs_that_are_refused():
     with pytest.raises(UserError, match="calibration: prunus needs text"):
         api.prune(str(pipeline.folder()), method="prunus", ratio=0.2, multiple_of=1)
-    with pytest.raises(UserError, match="statistics: prunus must sweep again for every target; drop --statistics"):
-        api.prune(
-            str(pipeline.folder()), method="prunus", ratio=0.2, multiple_of=1, calibration=str(pipeline.text_file()),
-            text=api.TextOptions(4, 16), statistics=tmp_path / "s.safetensors",
-        )  # fmt: skip
 
 
 def test_the_plan_says_what_it_knows():

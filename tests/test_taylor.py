@@ -390,17 +390,8 @@ def test_scores_that_are_no_numbers_are_refused():
         prune(model)
 
 
-def test_statistics_and_text():
+def test_text_is_needed():
     ask = {"ratio": 0.3, "options": options()}
-    with pytest.raises(UserError, match="statistics: llm-pruner must sweep again for every target; drop --statistics"):
-        api.prune(
-            str(pipeline.folder()),
-            method="llm-pruner",
-            calibration=str(pipeline.text_file()),
-            statistics="s",
-            text=api.TextOptions(3, 16),
-            **ask,
-        )
     with pytest.raises(UserError, match="calibration: llm-pruner needs text"):
         api.prune(str(pipeline.folder()), method="llm-pruner", **ask)
 

@@ -10,13 +10,18 @@ import argparse
 import gc
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prunus import api, record
+from prunus.builders import make_plan
+from prunus.data.windows import Windows
 from prunus.evaluation import perplexity
+from prunus.findings import Findings, wanted
 from prunus.network import offline
-from prunus.planning import Plan, Request
+from prunus.oneshot import one_shot_
+from prunus.planning import Request
 from prunus.progress import Progress
 from prunus.quickstart import default_source
 from prunus.source import Source
@@ -45,13 +50,13 @@ SPARSE = tuple(
 )
 RATIOS = (0.2, 0.5, 0.3, 0.1)
 RIVALS = ("flap", "shortgpt", "minitron-width", "wanda-sp", "llm-pruner", "adapt-pruner", "slicegpt", "sleb")
-STRUCTURED = tuple(
+STRUCTURED = tuple(  # method by method, so that ratios share what was found on the dense model
     request
+    for name in ("prunus", *RIVALS)
     for ratio in RATIOS
     for request in (
-        Request("prunus", ratio),
-        Request("prunus", ratio, uniform=True),
-        *(Request(name, ratio, multiple_of=1 if name == "slicegpt" else None) for name in RIVALS),  # equal within 0.5 %
+        *([Request(name, ratio, uniform=True)] if name == "prunus" else []),
+        Request(name, ratio, multiple_of=1 if name == "slicegpt" else None),  # equal within 0.5 %
     )
 )
 SEEDS = (None, 1, 2)  # None: the first windows of the file; else drawn from all documents that no evaluation reads
@@ -59,55 +64,72 @@ GRIDS = {"foundation": (FOUNDATION, (None,)), "sparse": (SPARSE, SEEDS), "struct
 FEW = {"sleb": 8}  # windows of methods that score by the whole model's loss, candidate by candidate
 
 
-def run(source: Source, request: Request | None, data: Path, out: Path, done: set[str], seed: int | None = None) -> None:
-    count = FEW.get(request.method, api.CALIBRATION_WINDOWS) if request else 0
-    text = api.TextOptions(count, api.CALIBRATION_SEQ_LEN, seed=seed, documents=None if seed is None else ":-100")
-    tokenizer = source.tokenizer()
-    windows = {name: text_options.pack(tokenizer, str(data / f), False) for name, (f, text_options) in EVALUATE.items()}
-    calibration = None
-    if request is not None and Plan.make(source.config, source.anatomy, request).needs_text:
-        calibration = text.pack(tokenizer, str(data / C4), False)
-    recipe: dict[str, Any] = {
-        "command": "oneshot",
-        "source": source.label,
-        "source_sha256": source.sha256,
-        "request": request.describe() if request else None,
-        "calibration": calibration.provenance() if calibration else None,
-        "evaluation": {name: w.provenance() for name, w in windows.items()},
-        "dtype": "float32",
-        "seed": seed,
-    }
-    if record.digest(recipe) in done:
-        return
-    with Progress() as progress:
-        start = time.perf_counter()
+@dataclass
+class Grid:
+    """The runs' common things. What a run found on the dense model serves the next one that wants the same."""
+
+    source: Source
+    data: Path
+    out: Path
+    done: set[str]
+    windows: dict[object, Windows] = field(default_factory=dict)
+    found: tuple[object, Findings | None] = (None, None)  # the last, and what it was of
+
+    def packed(self, file: str, options: api.TextOptions) -> Windows:
+        """Windows of a file, cut once."""
+        if (file, options) not in self.windows:
+            self.windows[file, options] = options.pack(self.source.tokenizer(), str(self.data / file), False)
+        return self.windows[file, options]
+
+    def run(self, request: Request | None, seed: int | None) -> None:
+        """One run, unless its record is there."""
+        source = self.source
+        evaluation = {name: self.packed(file, options) for name, (file, options) in EVALUATE.items()}
+        plan = None if request is None else make_plan(source.config, source.anatomy, request)
+        calibration = None
+        if plan is not None and plan.needs_text:
+            few = FEW.get(plan.method.name, api.CALIBRATION_WINDOWS)
+            documents = None if seed is None else ":-100"
+            calibration = self.packed(C4, api.TextOptions(few, api.CALIBRATION_SEQ_LEN, seed=seed, documents=documents))
+        recipe: dict[str, Any] = {
+            "command": "oneshot",
+            "source": source.label,
+            "source_sha256": source.sha256,
+            "request": request.describe() if request else None,
+            "calibration": calibration.provenance() if calibration else None,
+            "evaluation": {name: w.provenance() for name, w in evaluation.items()},
+            "dtype": "float32",
+            "seed": seed,
+        }
+        if record.digest(recipe) in self.done:
+            return
         figures: dict[str, Any] = {"params": source.anatomy.num_params, "block_params": source.anatomy.block_params}
-        if request is None:
+        with Progress() as progress:
             model = source.load()
-        else:
-            result = api.prune(
-                str(source.path),
-                calibration=str(data / C4) if calibration else None,
-                text=text,
-                progress=progress,
-                **vars(request),
-            )
-            model, after = result.model, result.outcome.target.anatomy
-            figures = {
-                "params": after.num_params,
-                "block_params": after.block_params,
-                "ratios": result.ratios,
-                "stages_s": result.outcome.seconds,
-                "shape": after.shape.describe(),
-                "model_type": result.outcome.target.config.model_type,
-            }
-        figures["prune_s"] = time.perf_counter() - start
-        for name, w in windows.items():
-            scored = perplexity(model, w, progress=lambda d, t, n=name: progress(f"score {n}", d, t))
-            figures[name] = scored.to_json()
-    record.append(out, "oneshot", recipe, figures)
-    del model
-    gc.collect()
+            if plan is not None:
+                start = time.perf_counter()
+                key = (wanted(plan), seed)
+                shared = self.found[1] if self.found[0] == key and key[0] is not None else None
+                outcome = one_shot_(plan, model, calibration, findings=shared, progress=progress)
+                self.found = (key, outcome.findings)
+                model, after = outcome.model, outcome.target.anatomy
+                figures = {
+                    "params": after.num_params,
+                    "block_params": after.block_params,
+                    "ratios": outcome.ratios,
+                    "stages_s": outcome.seconds,
+                    "prune_s": time.perf_counter() - start,
+                    "shared": shared is not None,
+                    "shape": after.shape.describe(),
+                    "model_type": outcome.target.config.model_type,
+                }
+                del outcome
+            for name, w in evaluation.items():
+                scored = perplexity(model, w, progress=lambda d, t, n=name: progress(f"score {n}", d, t))
+                figures[name] = scored.to_json()
+        record.append(self.out, "oneshot", recipe, figures)
+        del model
+        gc.collect()
 
 
 def main() -> None:
@@ -122,17 +144,18 @@ def main() -> None:
     offline(online=False)
     source = Source.open(default_source())
     done = {r["recipe_hash"] for r in record.read(arguments.out)} if arguments.out.exists() else set()
+    grid = Grid(source, arguments.data, arguments.out, done)
     todo = [
         (request, seed)
-        for grid in arguments.grid
-        for seed in GRIDS[grid][1][: arguments.seeds]
-        for request in GRIDS[grid][0]
-        if not (arguments.ratio and grid == "structured" and request.ratio not in arguments.ratio)
+        for name in arguments.grid
+        for seed in GRIDS[name][1][: arguments.seeds]
+        for request in GRIDS[name][0]
+        if not (arguments.ratio and name == "structured" and request.ratio not in arguments.ratio)
         if not arguments.methods or (request and request.method in arguments.methods)
     ]
     for i, (request, seed) in enumerate(todo):
         print(f"[{i + 1}/{len(todo)}] {request.describe() if request else 'dense'} seed {seed}", file=sys.stderr)
-        run(source, request, arguments.data, arguments.out, done, seed)
+        grid.run(request, seed)
 
 
 if __name__ == "__main__":
