@@ -53,7 +53,7 @@ def wanted(plan: Plan) -> str | None:
         return wanted(plan.parts[0])
     method, options = plan.method, {n: value for n, value in plan.options.items() if n not in _OF_THE_CUT}
     if method.criterion == "output-error":
-        options |= {"compensate": plan.compensator, "multiple_of": str(plan.multiple_of)}
+        options |= {"compensate": plan.compensator}
     elif plan.sequential and plan.counts:
         return None  # every block is scored behind the cut ones, and nothing needs scores of the dense model
     elif not method.needs_text or method.criterion not in (*UNIT_CRITERIA, *_BY_NAME) or plan.allocator == "contiguous":

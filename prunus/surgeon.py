@@ -15,7 +15,6 @@ Shapes: B windows in a batch, T tokens, D hidden size, C channels of a matrix's 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from .job import Job, Outcome, finish_
 from .keep import Keep
 from .planning import Plan, biased_anatomy
 from .sizes import Sizes, named
-from .solve import Elimination, eliminate, refit
+from .solve import eliminate, refit
 from .statistics import Moments, layer_moments
 from .taylor import walk_back
 
@@ -51,16 +50,19 @@ def run_(job: Job) -> Outcome:
     keep, extra = cut_and_refit_(job, sizes, metric)
     outcome = finish_(job, keep, extra)
     outcome.findings = findings
+    thinned = {name: _levels(curve.sizes[-1], 1) for name, curve in curves.items()}
     outcome.measured = {
-        "curves": {name: {"sizes": list(curve.sizes), "nats": list(curve.error)} for name, curve in curves.items()}
+        "curves": {
+            n: {"sizes": sizes, "nats": [curves[n].error[size - 1] for size in sizes]} for n, sizes in thinned.items()
+        }
     }
     return outcome
 
 
 def decided(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
     """Sizes of every axis that the plan may cut; needs no model."""
-    priced = {name: _priced(curve, kind_of(name)) for name, curve in curves.items()}
-    return _alike(plan, priced) if plan.request.uniform else _each(plan, priced)
+    levels = {name: _at_levels(plan, name, curve) for name, curve in curves.items()}
+    return _alike(plan, levels) if plan.request.uniform else _each(plan, levels)
 
 
 # -- 1: what an error costs -----------------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ def output_fisher(job: Job) -> dict[str, Tensor]:
 
 
 def error_curves(job: Job, metric: Mapping[str, Tensor]) -> dict[str, Curve]:
-    """Axis name -> nats a token that each of its sizes costs, by itself, once the matrix that reads it is refitted.
+    """Axis name -> nats a token that each size from 1 to the whole costs, by itself, once what reads it is refitted.
 
     `metric`: matrix name -> R [D, D] with R^T R = F.
     """
@@ -100,11 +102,10 @@ def error_curves(job: Job, metric: Mapping[str, Tensor]) -> dict[str, Curve]:
         for axis in _axes(job.plan, layer):
             reader = anatomy.reader(axis.name)
             moments = reader_moments(statistics, axis)
-            levels = _levels(axis.size, job.plan.multiple_of if kind_of(axis.name) == "intermediate" else 1)
             weight = metric[reader.param] @ job.tensors[reader.param].double()
-            found = eliminate(weight, _gram(job.plan, moments), reader.rows(range(axis.size)), levels[0])
-            error = _error_at(found, axis.size, levels) / (2 * moments.count)
-            curves[axis.name] = Curve(tuple(levels), tuple(error.tolist()))
+            found = eliminate(weight, _gram(job.plan, moments), reader.rows(range(axis.size)), 1)
+            added = torch.cat([torch.zeros(1, dtype=torch.float64), found.added.cumsum(0)]) / (2 * moments.count)
+            curves[axis.name] = Curve(tuple(range(1, axis.size + 1)), tuple(added.flip(0).tolist()))
         job.progress("score", layer + 1, count)
     return curves
 
@@ -135,18 +136,15 @@ def _levels(size: int, multiple_of: int) -> list[int]:
     return sorted({min(n, size) for n in range(step, size + step, step)} | {min(multiple_of, size)})
 
 
-def _error_at(found: Elimination, size: int, levels: list[int]) -> Tensor:
-    """Error added once only `levels` units are left, float64, none at the whole size."""
-    total = torch.cat([torch.zeros(1, dtype=torch.float64), found.added.cumsum(0)])
-    return total[torch.tensor([size - level for level in levels])]
+def _at_levels(plan: Plan, name: str, curve: Curve) -> Curve:
+    """A curve at the sizes that the plan tells apart, with its errors as the programme sees them."""
+    channels = kind_of(name) == "intermediate"
+    levels = _levels(curve.sizes[-1], plan.multiple_of if channels else 1)
+    weight = 1.0 if channels else _FROM_AFAR
+    return Curve(tuple(levels), tuple(weight * curve.error[level - 1] for level in levels))
 
 
 # -- 3: sizes -------------------------------------------------------------------------------------------------------------
-
-
-def _priced(curve: Curve, kind: str) -> Curve:
-    """The curve as the programme sees it."""
-    return replace(curve, error=tuple(_FROM_AFAR * error for error in curve.error)) if kind == "kv_heads" else curve
 
 
 def _each(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:

@@ -27,7 +27,7 @@ from prunus.job import Job
 from prunus.keep import Keep
 from prunus.oneshot import one_shot_
 from prunus.planning import biased_anatomy
-from prunus.surgeon import _FROM_AFAR, _root, error_curves, output_fisher
+from prunus.surgeon import _FROM_AFAR, _at_levels, _root, error_curves, output_fisher
 
 WINDOWS = pipeline.windows(5)
 CLOSE = 1e-5  # the families' norms compute in float32, so gradients agree to some 1e-7 of their size
@@ -168,7 +168,8 @@ def test_curves_have_the_sizes_that_the_plan_may_give():
     model = pipeline.model("llama", intermediate_size=130)
     job = job_for(model, multiple_of=2)
     curves = error_curves(job, {name: _root(f) for name, f in output_fisher(job).items()})
-    sizes = curves["layers.1.intermediate"].sizes
+    assert curves["layers.1.intermediate"].sizes == tuple(range(1, 131))
+    sizes = _at_levels(job.plan, "layers.1.intermediate", curves["layers.1.intermediate"]).sizes
     assert sizes[0] == 2 and sizes[-1] == 130 and all(n % 2 == 0 for n in sizes) and 20 < len(sizes) <= 49
     assert curves["layers.1.kv_heads"].sizes == (1, 2, 3, 4)
     assert job.plan.prices.unit("layers.1.intermediate") == 3 * tiny.HIDDEN  # the output's biases are nobody's

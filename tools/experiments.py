@@ -55,8 +55,8 @@ STRUCTURED = tuple(  # method by method, so that ratios share what was found on 
     for name in ("prunus", *RIVALS)
     for ratio in RATIOS
     for request in (
-        *([Request(name, ratio, uniform=True)] if name == "prunus" else []),
-        Request(name, ratio, multiple_of=1 if name == "slicegpt" else None),  # equal within 0.5 %
+        *([Request(name, ratio, uniform=True, multiple_of=1)] if name == "prunus" else []),
+        Request(name, ratio, multiple_of=1 if name == "slicegpt" else None),  # multiples of 1: equal within 0.5 %
     )
 )
 SEEDS = (None, 1, 2)  # None: the first windows of the file; else drawn from all documents that no evaluation reads
