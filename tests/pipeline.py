@@ -112,6 +112,11 @@ def windows(count: int = 5, seq_len: int = SEQ_LEN, seed: int = 0) -> Windows:
     return Windows(ids, "random", None, seed, "0" * 64, None, ids.numel())
 
 
+def shared(case: str) -> Any:
+    """The float64 model of a case, the same one for all: never change it."""
+    return _model(case, torch.float64, 0, ())
+
+
 def plan_for(of: Any, **request: Any) -> Plan:
     """The plan of a request for a model or a config."""
     config = getattr(of, "config", of)
