@@ -11,7 +11,19 @@ import math
 import pytest
 import torch
 
-from prunus.solve import admm, eliminate, factor, inverse_upper, refit, sparsegpt, stay_after_swaps, stay_one_by_one
+from prunus.solve import (
+    _GRADUAL,
+    _ITERATIONS,
+    _RHO,
+    admm,
+    eliminate,
+    factor,
+    inverse_upper,
+    refit,
+    sparsegpt,
+    stay_after_swaps,
+    stay_one_by_one,
+)
 
 
 def problem(inputs=64, outputs=40, seed=0):
@@ -163,6 +175,52 @@ def best_on_mask(weight, gram, kept):
         s = kept[i].nonzero().squeeze(1)
         out[i, s] = torch.linalg.solve(h[s][:, s], h[s] @ row)
     return out
+
+
+def naive_admm(weight, gram, *, sparsity=None, pattern=None):
+    """Boza's algorithm in its own terms: inputs of norm 1, the mask grows by a cubic schedule, then rests; float64."""
+    norms = gram.double().diagonal().sqrt()
+    norms = torch.where(norms == 0, 1.0, norms)
+    g = gram.double() / norms.outer(norms) + 0.01 * torch.eye(len(norms), dtype=torch.double)
+    w0 = weight.double() * norms * (gram.diagonal() > 0)
+    w, u = w0.clone(), torch.zeros_like(w0)
+    for step in range(_ITERATIONS):
+        if step <= _GRADUAL:
+            share, scores = 1 - (1 - step / _GRADUAL) ** 3, (w + u).abs()
+            if pattern is not None:  # the n best of every m stay whatever happens
+                of_m = scores.view(-1, pattern[1])
+                of_m.scatter_(1, of_m.argsort(1, descending=True)[:, : pattern[0]], math.inf)
+            goes = (sparsity if pattern is None else 1 - pattern[0] / pattern[1]) * share
+            gone = scores.reshape(-1).argsort()[: round(goes * scores.numel())]
+            kept = torch.ones(scores.numel(), dtype=torch.bool)
+            kept[gone] = False
+            kept = kept.view_as(scores)
+        z = torch.where(kept, w + u, 0.0)
+        u = u + w - z
+        # the minimiser of |X (w - w0)|^2 / 2 + rho / 2 |w - z + u|^2, row by row
+        w = torch.linalg.solve(g + _RHO * torch.eye(len(norms), dtype=torch.double), (w0 @ g + _RHO * (z - u)).T).T
+    return torch.where(kept, w + u, 0.0) / norms, kept
+
+
+@pytest.mark.parametrize("kind", [{"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": (2, 4)}, {"pattern": (4, 8)}])
+def test_admm_is_its_loop(kind):
+    weight, x = problem()
+    expected, kept = naive_admm(weight, x.T @ x, **kind)
+    [(got, mask)] = admm([weight], x.T @ x, **kind)
+    assert int((mask != kept).sum()) <= 4  # of 2560: float32 steps tip what lies at the threshold
+    rows = (mask == kept).all(1)
+    assert (got - expected)[rows].abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_admm_closed_form_case():
+    """H = [[2, 1], [1, 2]], w = [3, 1], half goes: the second, the first takes over 1 / (2 + damping) of it, 3.495.
+
+    The steps on the last mask halve what is left of the way: ten of them leave a thousandth of the half that it moves.
+    """
+    gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    [(got, kept)] = admm([torch.tensor([[3.0, 1.0]])], gram, sparsity=0.5)
+    assert kept.tolist() == [[True, False]]
+    assert got.tolist() == [[pytest.approx(3 + 1 / 2.02, abs=1e-3), 0.0]]
 
 
 @pytest.mark.parametrize("kind", [{"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": (2, 4)}, {"pattern": (4, 8)}])
