@@ -163,6 +163,20 @@ def test_error_curves_are_removal_and_refit(case, compensate):
         assert list(curve.error) == sorted(curve.error, reverse=True) and curve.error[-1] == 0
 
 
+def test_the_curve_of_two_channels_by_hand():
+    """Without the other, channel j's part that the other cannot tell is lost: v_j (1 - rho^2), times w_j^T F w_j / 2 nats."""
+    model = pipeline.model("llama", num_hidden_layers=1, intermediate_size=2)
+    job, module = job_for(model), "model.layers.0.mlp.down_proj"
+    fisher = output_fisher(job)
+    x = pipeline.inputs_of(model, WINDOWS.ids_NT, [module])[module].flatten(0, 1)
+    v, rho = x.var(0, correction=0), torch.corrcoef(x.T)[0, 1]
+    w = model.get_submodule(module).weight.detach()
+    nats = [float(v[j] * (1 - rho**2) * (w[:, j] @ fisher[f"{module}.weight"] @ w[:, j])) / 2 for j in (0, 1)]
+    curve = error_curves(job, {name: _root(f) for name, f in fisher.items()})["layers.0.intermediate"]
+    assert curve.sizes == (1, 2)
+    assert curve.error == pytest.approx([min(nats), 0.0], rel=5e-3)  # the damping is a thousandth of the mean variance
+
+
 def test_curves_have_the_sizes_that_the_plan_may_give():
     """Chunks of `multiple_of`, the whole, and nothing below one chunk."""
     model = pipeline.model("llama", intermediate_size=130)
