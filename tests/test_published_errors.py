@@ -97,6 +97,9 @@ def test_a_kv_group_is_scored_with_its_own_query_heads(name, case):
     outcome = run(name, model, WINDOWS)
     kept = [outcome.keep.units.get(f"layers.{i}.kv_heads") for i in range(tiny.LAYERS)]
     assert any(kept) and all(1 in units for units in kept if units is not None)
+    if outcome.scores is not None and METHODS[name].needs_text:  # magnitudes do not see where a head leads
+        for i in range(tiny.LAYERS):
+            assert outcome.scores.values[f"layers.{i}.kv_heads"].nonzero().flatten().tolist() == [1]
 
 
 # -- SliceGPT (B14) -------------------------------------------------------------------------------------------------------
