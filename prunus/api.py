@@ -288,6 +288,11 @@ def _scratch(made: Plan, source: Source, stream: bool, scratch: str | Path | Non
             f"stream: {made.method.name} runs the whole model for every candidate, or back through it, so its weights must be "
             f"in memory; drop it or use {', '.join(name for name, row in METHODS.items() if row.streams)}"
         )
+    if made.candidates or made.allocator == "search":
+        raise UserError(
+            f"stream: {made.method.name} with --allocate {made.allocator} runs whole models to compare them, so they must be in "
+            "memory; drop one of the two"
+        )
     if source.kind == "gguf":
         raise UserError(
             f"stream: {source.label} is a GGUF file, which is dequantised as a whole; give a Hugging Face folder with "

@@ -178,7 +178,8 @@ def _global(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
     prices = prices_of(anatomy, biased_anatomy(plan), plan.cost, times)
     scored = [axis for axis in plan.scored_axes if axis.name in prices.of]
     chunk = {axis.name: min(plan.multiple_of if axis.name.endswith(".intermediate") else 1, axis.size) for axis in scored}
-    step = min((p for name, size in chunk.items() if (p := prices.of[name][size]) > 0), default=0)
+    freed = [prices.of[name][-1] - prices.of[name][-1 - size] for name, size in chunk.items()]
+    step = min((price for price in freed if price > 0), default=0)
     if not step:
         raise UserError(f"cost: none of the units that {plan.method.name} cuts costs any {plan.cost}; give another --cost")
     step *= anatomy.shape.num_hidden_layers if plan.request.uniform else 1

@@ -95,9 +95,7 @@ def _with(anatomy: Anatomy, axis: Axis, size: int) -> Anatomy:
 
 def rungs(size: int) -> list[int]:
     """Sizes of an axis that are measured, from the least to the whole."""
-    return sorted(
-        {1, *(max(1, round(size * step / _RUNGS)) for step in range(1, _RUNGS + 1))} - ({1} if size > 64 else set())
-    )
+    return sorted({1, *(max(1, round(size * step / _RUNGS)) for step in range(1, _RUNGS + 1))})
 
 
 def _time(anatomy: Anatomy, layer: int, cost: str, times: Mapping[str, Timing]) -> float:

@@ -56,7 +56,7 @@ def wanted(plan: Plan) -> str | None:
         options |= {"compensate": plan.compensator}
     elif plan.sequential and plan.counts:
         return None  # every block is scored behind the cut ones, and nothing needs scores of the dense model
-    elif not method.needs_text or method.criterion not in (*UNIT_CRITERIA, *_BY_NAME) or plan.allocator == "contiguous":
+    elif not method.needs_text or plan.criterion not in (*UNIT_CRITERIA, *_BY_NAME) or plan.allocator == "contiguous":
         return None
     return " ".join([method.criterion, *(f"{name}={value}" for name, value in sorted(options.items()) if value)])
 

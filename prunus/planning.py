@@ -12,11 +12,14 @@ from typing import Any
 from . import hf
 from .anatomy import Anatomy
 from .axes import Axis
-from .costs import Prices
+from .costs import Prices, is_timed
 from .criteria import TAYLOR_RULES
 from .hf import Target
 from .keep import Keep
 from .methods import Method
+from .search import SURVIVORS
+
+LOSS_WINDOWS, FEW_WINDOWS = 8, 2  # calibration windows that a loss is measured on, and a search's first look
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ class Plan:
     def cost(self) -> str:
         """What `budget` counts."""
         return self.request.cost or "params"
+
+    @property
+    def criterion(self) -> str:
+        """The method's criterion, with the reduction that it is used with."""
+        reduction = self.options.get("reduction")
+        return self.method.criterion if reduction is None else f"{self.method.criterion}:{reduction}"
 
     @property
     def out_bias(self) -> frozenset[str]:
@@ -179,7 +188,16 @@ class Plan:
             layers, heads = count * (self.method.sweeps + more), 0
         else:
             layers, heads = _depth_passes(self)
-        return round(windows * (blocks * layers / count + head * heads))
+        tried = sum(share * windows for share in self._tried(windows))
+        return round(windows * (blocks * layers / count + head * heads) + tried * (blocks + head))
+
+    def _tried(self, windows: int) -> list[float]:
+        """Of every whole model whose loss is asked, the share of `windows` that it is asked on."""
+        whole, few = min(LOSS_WINDOWS, windows) / windows, min(FEW_WINDOWS, windows) / windows
+        if self.allocator != "search":
+            return [whole] * len(self.candidates)
+        children = int(self.options["generations"]) * int(self.options["offspring"])
+        return [whole] * (2 + children // SURVIVORS) + [few] * children
 
     def describe(self, seq_len: int, bytes_per_element: int) -> dict[str, Any]:
         """The plan as plain data."""
@@ -202,7 +220,8 @@ class Plan:
             out["model_type"] = self.target.config.model_type
         elif self.cost != "params":
             assert self.prices is not None
-            out["after"] = {self.cost: self.budget, "of": self.prices.source, "at_most": True}
+            unit = " ns" if is_timed(self.cost) else ""
+            out["budget"] = {"cost": self.cost, "at_most": self.budget, "of": self.prices.source, "unit": unit}
         elif self.budget is not None:
             fixed = last.num_params - last.block_params
             out["after"] = {"block_params": self.budget, "params": self.budget + fixed, "at_most": True}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 Sizes = dict[str, int]  # axis -> units kept
 Loss = Callable[[Sizes, bool], float]  # sizes; whether on all windows, or on a few
 _SWITCHES = 3  # of a child: the lesser of two draws from 1 to this
-_SURVIVORS = 4  # one in so many children is scored on all windows
+SURVIVORS = 4  # one in so many children is scored on all windows
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def evolve(
                 seen.add(_key(child))
                 children.append(child)
         ranked = sorted(children, key=lambda child: _finite(loss(child, False)))
-        for child in ranked[: -(-offspring // _SURVIVORS)]:
+        for child in ranked[: -(-offspring // SURVIVORS)]:
             whole = _finite(loss(child, True))
             if whole < best.loss:
                 best.sizes, best.loss = child, whole

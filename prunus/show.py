@@ -85,11 +85,18 @@ def plan(result: dict[str, Any]) -> None:
     """A plan: sizes and counts before and after, and what it will take."""
     console = _console()
     console.print(f"{result['method']} on {result['source']}  ({result['citation']})")
-    table = _before_after(result["before"], result.get("after", result["before"]))
+    table = _before_after(
+        result["before"], {} if {"candidates", "budget"} & result.keys() else result.get("after", result["before"])
+    )
     _add_latency(table, result.get("latency", {}))
     console.print(table)
     if "parts" in result:
         console.print(_parts(result["parts"]))
+    if "candidates" in result:
+        console.print(_candidates(result["candidates"]))
+    if "budget" in result:
+        budget = result["budget"]
+        console.print(f"{budget['cost']} of the blocks: at most {budget['at_most']:,} of {budget['of']:,}{budget['unit']}")
     if "sparsity" in result:
         free = result["flops_if_zeros_were_free"]
         console.print(f"zeros in block matrices: {result['sparsity']:.2%}")
@@ -103,6 +110,14 @@ def plan(result: dict[str, Any]) -> None:
         f"({estimate['basis']})"
     )
     _notes(console, result["notes"])
+
+
+def _candidates(candidates: list[dict[str, Any]]) -> Table:
+    """Shapes that the loss will choose from."""
+    table = _table(*("candidate " + name if not i else name for i, name in enumerate(candidates[0])), left=0)
+    for row in candidates:
+        table.add_row(*(f"{value:,}" for value in row.values()))
+    return table
 
 
 def _parts(parts: list[dict[str, Any]]) -> Table:

@@ -22,7 +22,7 @@ from .evaluation import mean_loss
 from .findings import Findings, wanted
 from .job import Job, Outcome, finish_, trial
 from .keep import Keep
-from .planning import Plan, biased_anatomy
+from .planning import FEW_WINDOWS, LOSS_WINDOWS, Plan, biased_anatomy
 from .search import Gene, evolve
 from .sizes import Sizes, adaptive_counts, alike_counts
 from .solve import stay_after_swaps, stay_one_by_one
@@ -77,7 +77,7 @@ def _gathered(job: Job) -> Findings:
     if criterion in _BY_GRADIENT:
         with job.timed("score"):
             return Findings(what, _BY_GRADIENT[criterion](job))
-    row, statistics = UNIT_CRITERIA[_criterion_name(job.plan)], Statistics()
+    row, statistics = UNIT_CRITERIA[job.plan.criterion], Statistics()
     if row.wants:
         with job.timed("score"):
             statistics = collect(job.sweep(), row.wants, lambda done, total: job.progress("score", done, total))
@@ -98,11 +98,6 @@ _BY_GRADIENT: Mapping[str, Callable[[Job], Scores]] = {"taylor-units": unit_tayl
 
 def _of_layer(keep: Keep, layer: int) -> Keep:
     return Keep({name: units for name, units in keep.units.items() if layer_of(name) == layer})
-
-
-def _criterion_name(plan: Plan) -> str:
-    reduction = plan.options.get("reduction")
-    return plan.method.criterion if reduction is None else f"{plan.method.criterion}:{reduction}"
 
 
 # -- where the cut falls --------------------------------------------------------------------------------------------------
@@ -161,10 +156,9 @@ def _loss_of(job: Job, findings: Findings) -> Callable[[Keep, int], float]:
 
 def _most_windows(job: Job) -> int:
     assert job.windows is not None
-    return min(_LOSS_WINDOWS, job.windows.num_windows)
+    return min(LOSS_WINDOWS, job.windows.num_windows)
 
 
-_LOSS_WINDOWS, _FEW = 8, 2  # calibration windows that a loss is measured on, and a search's first look
 _SECONDS = 1800.0  # after which a search stops
 
 
@@ -197,7 +191,7 @@ def _searched(job: Job, findings: Findings, scores: Scores) -> tuple[Keep, Mappi
         return {name: len(keep.units.get(name, scores.values[name])) for name in names}
 
     def loss_at(sizes: Mapping[str, int], whole: bool) -> float:
-        return loss(to_counts(scores, sizes), _most_windows(job) if whole else min(_FEW, _most_windows(job)))
+        return loss(to_counts(scores, sizes), _most_windows(job) if whole else min(FEW_WINDOWS, _most_windows(job)))
 
     started = time.perf_counter()
 
@@ -263,7 +257,7 @@ def _uniform(plan: Plan, biased: Anatomy, scores: Scores, keep: Keep) -> Keep:
 
 def _rescored_(job: Job, counts: Mapping[str, int]) -> tuple[Keep, dict[str, Tensor], Scores]:
     """Cut each block to `counts` by scores taken behind the cut blocks before it."""
-    plan, criterion = job.plan, UNIT_CRITERIA[_criterion_name(job.plan)]
+    plan, criterion = job.plan, UNIT_CRITERIA[job.plan.criterion]
     assert criterion.score_layer is not None
     values: dict[str, Tensor] = {}
 

@@ -33,7 +33,7 @@ WINDOWS = pipeline.windows(3, 8)
 # (0.0 or 1e-16 measured), and the biases of flap and prunus, which are added up in float32 (1e-7).
 EXACT = 1e-6
 GROUPED = ["llama_mha", "llama", "llama_gqa4"]  # 1, 2 and 4 query heads a group
-CHOSEN = [name for name, row in METHODS.items() if row.allocator != "rotation"]  # these choose among what the model has
+CHOSEN = [name for name, row in METHODS.items() if "rotation" not in row.allocators]  # these choose among what the model has
 
 
 def request_for(name, config, **more):
@@ -75,7 +75,7 @@ def same_decision(one, other):
 def declared_refusals(row, anatomy):
     """Why the family has nothing for the method, in the family's own words. Without heads, channels alone will do."""
     refused = [anatomy.refused[axis] for axis in row.axes if axis in anatomy.refused]
-    if row.allocator == "rotation" and anatomy.family.unrotatable:
+    if "rotation" in row.allocators and anatomy.family.unrotatable:
         return [*refused, anatomy.family.unrotatable]
     return refused if "hidden" in row.axes or len(refused) == len(row.axes) else []
 
@@ -99,7 +99,7 @@ def test_every_family_is_cut_as_promised_or_refuses_for_a_declared_reason(name, 
         check_zeros(outcome, dense)
     else:
         check_size(outcome, anatomy)
-        if row.allocator != "rotation":  # a turned stream has no weight of the source left: test_rotation
+        if "rotation" not in row.allocators:  # a turned stream has no weight of the source left: test_rotation
             check_slices(outcome, dense)
 
 

@@ -12,9 +12,10 @@ import pytest
 import tiny
 import torch
 
+from prunus import findings
 from prunus.anatomy import Anatomy
-from prunus.checkpoint import load_statistics, save_statistics
 from prunus.errors import UserError
+from prunus.findings import Findings
 from prunus.keep import Keep
 from prunus.statistics import BlockCosine, Moments, Sweep, collect, layer_moments, logits_from, reading_points
 
@@ -131,8 +132,8 @@ def test_updating_leaves_its_argument_alone():
 def test_saved_and_loaded(tmp_path):
     path = tmp_path / "deep" / "statistics.safetensors"
     statistics = {"layers.0.mlp.intermediate": moments(data(), 2), "layers.1.attention.q": moments(data(seed=1), 2)}
-    save_statistics(statistics, path, "key")
-    back = load_statistics(path, "key", {"q": frozenset({"var"})})
+    findings.save(Findings("this", statistics=statistics), path, "key")
+    back = findings.load(path, "key", "this").statistics
     assert set(back) == set(statistics)
     for name, m in statistics.items():
         assert back[name].count == m.count == 77
@@ -142,9 +143,9 @@ def test_saved_and_loaded(tmp_path):
     both = moments(torch.cat([data(seed=1), data(seed=2)]), 2)
     assert torch.equal(back["layers.1.attention.q"].var_C, both.var_C)
     with pytest.raises(UserError, match=r"statistics\.safetensors: holds statistics of another model, other windows or"):
-        load_statistics(path, "another key", {"q": frozenset({"var"})})
-    save_statistics({"layers.0.attention.q": moments(data(), 2, frozenset({"sumsq"}))}, path, "key")
-    assert load_statistics(path, "key", {"q": frozenset({"var"})}) is None  # what is wanted is not there
+        findings.load(path, "another key", "this")
+    with pytest.raises(UserError, match=r"holds what was gathered for 'this', not 'that'; give another file"):
+        findings.load(path, "key", "that")
 
 
 # -- the sweep ----------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def by_hand(criterion, weights, x):
     for name, values in {"mlp.intermediate": x, "attention.q": [[0.0] * 64]}.items():
         seen[f"layers.0.{name}"] = Moments(frozenset({"sumsq"}))
         seen[f"layers.0.{name}"].update(torch.tensor([values]))
-    return UNIT_CRITERIA[criterion].score_layer(anatomy, tensors, seen, 0)["layers.0.intermediate"].tolist()
+    return UNIT_CRITERIA[criterion].score_layer(anatomy, tensors, seen, 0).values["layers.0.intermediate"].tolist()
 
 
 def test_wanda_sp_by_hand():
