@@ -329,12 +329,13 @@ def _width(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
         _check_size("intermediate_size", width, widest)
     else:
         hidden, width = proportional_width(anatomy, _ratio(plan, allow_target=True), plan.multiple_of)
-    if plan.compensator == "gain" and anatomy.family.centred:
+    cut_stem = hidden < shape.hidden_size
+    if plan.compensator in ("gain", "least-squares") and cut_stem and anatomy.family.centred:
         raise UserError(
-            f"compensate: gain mends RMSNorms, but the norms of {anatomy.family.name} subtract the mean, so no gain mends "
-            "them; drop it"
+            f"compensate: {plan.compensator} mends RMSNorms, but the norms of {anatomy.family.name} subtract the mean, so no "
+            "gain mends them; drop it"
         )
-    if plan.compensator == "gain" and hidden == shape.hidden_size:
+    if plan.compensator == "gain" and not cut_stem:
         raise UserError("compensate: gain repairs the norms of a cut stem, but this plan leaves the stem whole; drop it")
     if hidden == shape.hidden_size and all(layer.intermediate_size == width for layer in shape.layers):
         raise UserError("target: these are the source's own sizes, so nothing would be cut; give smaller ones")

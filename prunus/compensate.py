@@ -13,7 +13,7 @@ from .anatomy import Anatomy
 from .axes import Axis, kind_of
 from .keep import Keep
 from .solve import refit
-from .statistics import Moments, Statistics, Sweep
+from .statistics import Moments, Statistics, Sweep, reading_points
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,17 +61,20 @@ def set_biases_(model: PreTrainedModel, biases: Mapping[str, Tensor]) -> None:
         module.bias = torch.nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
 
 
-def refit_readers_(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, keep: Keep) -> None:
-    """Changes the matrices that read cut heads and channels: least squares on the inputs that stay (see `solve.refit`)."""
-    for name in keep.units:
-        axis = anatomy.axes[name]
-        dropped = keep.dropped(name, axis.size)
-        if not dropped or kind_of(name) not in INPUT_OF:
+def refit_readers_(anatomy: Anatomy, tensors: Mapping[str, Tensor], statistics: Statistics, keep: Keep, layer: int) -> None:
+    """Changes every matrix of one block that reads a cut axis: least squares on the inputs that stay (see `solve.refit`)."""
+    for (sublayer, segment), matrices in reading_points(anatomy, layer).items():
+        name = segment if segment == "hidden" else f"layers.{layer}.{_AXIS_OF.get(segment, segment)}"
+        if name not in keep.units or not keep.dropped(name, anatomy.axes[name].size):
             continue
-        reader = anatomy.reader(name)
-        weight = tensors[reader.param]
-        rows = reader.rows(keep.units[name]).reshape(-1)
-        weight[:, rows] = refit(weight, reader_moments(statistics, axis).gram_CC, rows).to(weight.dtype)
+        gram = statistics[f"layers.{layer}.{sublayer}.{segment}"].gram_CC
+        for span in anatomy.axes[name].spans:
+            if span.param in matrices and span.dim == 1:
+                weight, rows = tensors[span.param], span.rows(keep.units[name]).reshape(-1)
+                weight[:, rows] = refit(weight, gram, rows).to(weight.dtype)
+
+
+_AXIS_OF = {segment: kind for kind, (_, segment) in INPUT_OF.items()}
 
 
 @dataclass

@@ -259,13 +259,14 @@ _ROWS = (
         allocators=("target-shape", "candidates"),
         citation="Muralidharan et al. 2024, arXiv 2407.14679",
         streams=True,
-        compensators=("none", "gain"),
+        compensators=("none", "gain", "least-squares"),
         sweeps=1.0,
         options={"reduction": ("mean-l2", "l2")},
         deviations=(
             "without --target, stem and channels shrink by the same factor; heads stay",
             "l2 scores the stem on what q and gate read (the comparison study: on block outputs)",
             "gain is ours: every norm is multiplied by the measured rms_kept / rms_all",
+            "least-squares is ours: with gain, and every matrix of a block that reads what was cut is solved again",
         ),
     ),
     Method(

@@ -51,15 +51,20 @@ def run_(job: Job) -> Outcome:
     if plan.sequential:
         keep, extra, scores = _rescored_(job, counts)
     elif plan.compensator == "least-squares":
-        keep, extra = block_by_block_(job, lambda layer, _: _of_layer(keep, layer), {})
+        gains, stem = _gains(job, keep), Keep({name: units for name, units in keep.units.items() if name == "hidden"})
+        keep, extra = block_by_block_(job, lambda layer, _: _all([_of_layer(keep, layer), stem]), {})
     else:
         with job.timed("compensate"):
             extra = _bias(job, findings, keep)
-            if plan.compensator == "gain" and "hidden" in keep.units:
-                gains = measured_gains(job.sweep(), keep, job.model.config.rms_norm_eps)
+            gains = _gains(job, keep) if plan.compensator == "gain" else None
     outcome = finish_(job, keep, extra, gains)
     outcome.scores, outcome.findings, outcome.measured = scores, findings, measured
     return outcome
+
+
+def _gains(job: Job, keep: Keep) -> dict[str, float] | None:
+    """Factors for the norms over a cut stem; None where it is whole."""
+    return measured_gains(job.sweep(), keep, job.model.config.rms_norm_eps) if "hidden" in keep.units else None
 
 
 def _bias(job: Job, findings: Findings | None, keep: Keep) -> dict[str, Tensor]:
@@ -303,13 +308,17 @@ def block_by_block_(
     """Changes the job's weights and model: every block's dropped units become zero, and what reads them is repaired.
 
     `decide` gives the units of one layer from the statistics of its inputs, which come through the cut blocks before it if
-    the plan is sequential or repairs by least squares. Returns the decision and the biases that repair it.
+    the plan is sequential or repairs by least squares; where the stem is cut, through the whole ones, whose stream is the
+    one that the norms' gains restore. Returns the decision and the biases that repair it.
     """
     plan, anatomy, tensors = job.plan, job.plan.anatomy, job.tensors
     refits = plan.compensator == "least-squares"
     more = _GRAM if refits else {}
+    stem = "hidden" in plan.method.axes
+    if refits and stem:
+        more = {"intermediate": _GRAM["intermediate"], "hidden": _GRAM["intermediate"]}
     all_wants = {segment: wants.get(segment, frozenset()) | more.get(segment, frozenset()) for segment in {**wants, **more}}
-    behind = plan.sequential or (refits and plan.request.order is None)
+    behind = plan.sequential or (refits and plan.request.order is None and not stem)
     sweep = job.sweep()
     count = len(sweep.blocks)
     kept: list[Keep] = []
@@ -321,12 +330,12 @@ def block_by_block_(
         with job.timed("cut"):
             keep = decide(layer, statistics)
             if refits:
-                refit_readers_(anatomy, tensors, statistics, keep)
+                refit_readers_(anatomy, tensors, statistics, keep, layer)
             if plan.compensator == "bias":
                 biases = output_bias(anatomy, tensors, statistics, keep, layer)
                 set_biases_(job.model, biases)
                 extra |= biases
-            zero_(tensors, anatomy, keep)
+            zero_(tensors, anatomy, _of_layer(keep, layer))
             kept.append(keep)
         if behind and layer + 1 < count:
             with job.timed("score"):

@@ -158,7 +158,20 @@ def test_a_cut_by_milliseconds_end_to_end(table, tmp_path):
 
 
 def test_a_plan_measures_only_when_asked(table):
-    words = ("plan", pipeline.folder(), "-m", "prunus", "--multiple-of", 1, "-r", 0.3, "--cost", "decode-ms", "--seq-len", 16)
+    words = (
+        "plan",
+        pipeline.folder(),
+        "-m",
+        "prunus",
+        "--multiple-of",
+        1,
+        "-r",
+        0.3,
+        "--cost",
+        "decode-ms",
+        "--seq-len",
+        16,
+    )
     code, _, err = cli(*words)
     assert code == 2 and "cost: decode-ms needs what a layer of these sizes takes here" in err and "add --latency" in err
     code, out, err = cli(*words, "--latency")

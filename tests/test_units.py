@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pipeline
 import pytest
 import tiny
 import torch
+from pipeline import plan_for
 from test_solve import naive_admm, naive_sparsegpt
 
 from prunus.anatomy import Anatomy
@@ -279,3 +281,34 @@ def test_owl_gives_layers_different_sparsities_around_the_same_mean(method):
     assert max(levels) - min(levels) > 0.05
     assert max(levels) - min(levels) < 0.16 + 0.05  # 2 lambda, and rows hold whole weights
     assert sum(levels) / len(levels) == pytest.approx(0.5, abs=0.02)
+
+
+@torch.no_grad()
+def test_width_s_least_squares_is_lstsq_on_the_dense_inputs_that_stay():
+    """Every matrix that reads the cut stem or FFN, against numpy's solver; the layer's error is never worse than unrepaired."""
+    dense, model = pipeline.model("llama"), pipeline.model("llama")
+    plan = plan_for(model, method="minitron-width", ratio=0.4, compensate="least-squares")
+    outcome = one_shot_(plan, model, IDS)
+    stem = list(outcome.keep.units["hidden"])
+    for layer in range(tiny.LAYERS):
+        ffn = list(outcome.keep.units[f"layers.{layer}.intermediate"])
+        for module, inputs, rows in (
+            ("self_attn.q_proj", stem, None), ("self_attn.v_proj", stem, None), ("mlp.gate_proj", stem, ffn),
+            ("mlp.up_proj", stem, ffn), ("mlp.down_proj", ffn, stem),
+        ):  # fmt: skip
+            name = f"model.layers.{layer}.{module}"
+            x = pipeline.inputs_of(dense, IDS.ids_NT, [name])[name].flatten(0, 1)
+            wanted = x @ dense.get_submodule(name).weight.T
+            solved = torch.from_numpy(np.linalg.lstsq(x[:, inputs].numpy(), wanted.numpy(), rcond=None)[0]).T
+            found = outcome.model.get_submodule(name).weight
+            solved = solved if rows is None else solved[rows]
+            assert (found - solved).abs().max() < 0.02 * solved.abs().max(), name  # damping of 1e-4 of the mean diagonal
+            plain = dense.get_submodule(name).weight[:, inputs]
+            left = [float((x[:, inputs] @ w.T - (wanted if rows is None else wanted[:, rows])).square().sum())
+                    for w in (found, plain if rows is None else plain[rows])]  # fmt: skip
+            assert left[0] <= left[1] * (1 + 1e-9), name
+
+
+def test_width_s_least_squares_is_refused_where_no_gain_mends_the_norms():
+    with pytest.raises(UserError, match="compensate: least-squares mends RMSNorms, but the norms of phi subtract the mean"):
+        plan_for(pipeline.config("phi"), method="minitron-width", ratio=0.4, compensate="least-squares")
