@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _TOGETHER = 8  # windows whose Gram matrix is summed in float32: a float64 sum a window would cost a third of the product
+_PANEL = 384  # rows of a Gram matrix that one product makes; what stands above the diagonal is copied from below it
 
 
 class Collector(Protocol):
@@ -82,19 +83,35 @@ class Moments:
 
     def _add_product(self, x_TC: Tensor) -> None:
         """One window's X^T X. The product adds to what is there, and every `_TOGETHER` windows that goes to the sum."""
+        size = x_TC.shape[1]
         if self.pending_CC is None:
-            self.pending_CC, self.pending_windows = x_TC.T @ x_TC, 1
-        else:
-            self.pending_CC.addmm_(x_TC.T, x_TC)
-            self.pending_windows += 1
+            self.pending_CC = x_TC.new_zeros(size, size)
+        for start in range(0, size, _PANEL):
+            end = min(start + _PANEL, size)
+            self.pending_CC[start:end, :end].addmm_(x_TC[:, start:end].T, x_TC[:, :end])
+        self.pending_windows += 1
         if self.pending_windows == _TOGETHER:
-            self.settle()
+            self._add_pending()
+            self.pending_CC.zero_()
+
+    def _add_pending(self) -> None:
+        """Bring the float64 sum up to date below the diagonal."""
+        assert self.pending_CC is not None
+        if self.pending_windows and "gram" in self.sums:
+            self.sums["gram"] += self.pending_CC
+        elif self.pending_windows:
+            self.sums["gram"] = self.pending_CC.double()
+        self.pending_windows = 0
 
     def settle(self) -> None:
         """Nothing more is to come: let go of what only adding needs."""
-        if self.pending_CC is not None:
-            self._add("gram", self.pending_CC[None])
-            self.pending_CC = None
+        if self.pending_CC is None:
+            return
+        self._add_pending()
+        self.pending_CC = None
+        gram_CC = self.sums["gram"]
+        for start in range(_PANEL, len(gram_CC), _PANEL):
+            gram_CC[:start, start : start + _PANEL] = gram_CC[start : start + _PANEL, :start].T
 
     @property
     def gram_CC(self) -> Tensor:

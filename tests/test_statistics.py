@@ -59,6 +59,19 @@ def seen(m):
     return {"mean": m.mean_C, "var": m.var_C} | {k: m.sums[k] for k in ("sumsq", "abs", "window_abs")} | {"gram": m.gram_CC}
 
 
+def test_gram_matrices_made_panel_by_panel(monkeypatch):
+    """Several panels, a last one that is narrow, more windows than are summed in float32, and more after `settle`."""
+    monkeypatch.setattr("prunus.statistics._PANEL", 8)
+    x = torch.randn(11, 13, 21, generator=torch.Generator().manual_seed(0))
+    expected = torch.einsum("ntc,ntd->cd", x.double(), x.double())
+    m = moments(x[:9], 2, frozenset({"gram"}))
+    m.settle()
+    m.update(x[9:])
+    # 11 * 13 products of numbers of order 1, in float32
+    torch.testing.assert_close(m.gram_CC, expected, rtol=0, atol=1e-4)
+    assert m.gram_CC.dtype == torch.float64 and torch.equal(m.gram_CC, m.gram_CC.T)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_moments_are_the_formulas(batch):
     x = data()
