@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .allocate import kept_in_matrix, kept_n_of_m
+
 DAMP = 0.01  # of the mean diagonal (SparseGPT)
 ESCALATE, MOST = 10.0, 5
 
@@ -106,10 +108,7 @@ def sparsegpt(
         if masks is None and sparsity is not None:
             scores = w_IO[start:end].square() / scale[start:end, None]
             for part, kept in zip(scores.split(sizes, 1), kept_IO[start:end].split(sizes, 1), strict=True):
-                flat = torch.ones(part.numel(), dtype=torch.bool)
-                count = round(sparsity * part.numel())
-                flat[torch.topk(part.reshape(-1), count, largest=False, sorted=False).indices] = False
-                kept.copy_(flat.view(part.shape))
+                kept.copy_(kept_in_matrix(part, sparsity))
         errors = torch.zeros(end - start, rows)
         for inner in range(start, end, _INNER):
             stop = min(inner + _INNER, end)
@@ -169,16 +168,18 @@ def admm(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
     pull = start @ unit @ inverse
     inverse *= _RHO
-    w, u, z = start, torch.zeros_like(start), start
+    # fresh memory for every sum would take longer than the sums: four tensors serve all steps
+    w, u, z, sum_ = start.clone(), torch.zeros_like(start), torch.empty_like(start), torch.empty_like(start)
     kept = torch.ones(start.shape, dtype=torch.bool)
     for step in range(_ITERATIONS):
+        torch.add(w, u, out=sum_)
         if step <= _GRADUAL:
             share = 1 - (1 - step / _GRADUAL) ** 3
-            scores = (w + u).abs_()
+            scores = torch.abs(sum_, out=z)
             kept = torch.cat([_kept_share(s, share, sparsity, pattern) for s in scores.split(sizes)])
-        z = (w + u) * kept
-        u += w - z
-        w = torch.addmm(pull, z - u, inverse)
+        torch.mul(sum_, kept, out=z)
+        torch.sub(sum_, z, out=u)
+        torch.addmm(pull, torch.sub(z, u, out=sum_), inverse, out=w)
     z = (w + u) * kept / norms
     parts = zip(z.split(sizes), kept.split(sizes), strict=True)
     return [(weight.contiguous(), mask.contiguous()) for weight, mask in parts]
@@ -188,16 +189,10 @@ def _kept_share(scores: Tensor, share: float, sparsity: float | None, pattern: t
     """Bool mask [out, in] with `share` of the weights gone that are to go in the end, the lowest scores first."""
     if pattern is None:
         assert sparsity is not None
-        candidates, count = scores, round(share * sparsity * scores.numel())
-    else:
-        n, m = pattern
-        order = torch.argsort(scores.unflatten(1, (-1, m)), dim=-1, descending=True, stable=True)
-        stays = torch.zeros(order.shape, dtype=torch.bool).scatter_(-1, order[..., :n], True).flatten(1)
-        candidates = scores.masked_fill(stays, torch.inf)
-        count = round(share * (1 - n / m) * scores.numel())
-    kept = torch.ones(scores.numel(), dtype=torch.bool)
-    kept[torch.topk(candidates.reshape(-1), count, largest=False, sorted=False).indices] = False
-    return kept.view(scores.shape)
+        return kept_in_matrix(scores, share * sparsity)
+    n, m = pattern
+    candidates = scores.masked_fill(kept_n_of_m(scores, n, m), torch.inf)
+    return kept_in_matrix(candidates, share * (1 - n / m))
 
 
 @dataclass(frozen=True)
@@ -221,31 +216,83 @@ def eliminate(
     units, size = rows.shape
     inputs = rows.reshape(-1)
     inverse = torch.cholesky_inverse(factor(gram[inputs][:, inputs].double(), damp).lower)
-    matrix = _alive(weight, gram, inputs)
-    alive, here = torch.arange(units), torch.ones(units, dtype=torch.bool)
-    order, added = [], []
+    dense = _alive(weight, gram, inputs)
+    left = _Left(inverse, dense.T @ dense, size)
+    order: list[Tensor] = []
+    added: list[Tensor] = []
     at_once = max(1, math.ceil((units - keep) * step))
-    while (count := min(at_once, int(here.sum()) - keep)) > 0:
-        costs = _unit_costs(matrix, inverse, size).masked_fill_(~here, math.inf)
-        goes = torch.argsort(costs, descending=True, stable=True)[len(alive) - count :].flip(0)  # of equals the first stays
-        gone = _inputs_of(goes, size)
-        corner = torch.linalg.cholesky(inverse[gone][:, gone])
-        both = torch.cat([matrix[:, gone].T, inverse[gone]], 1)
-        of_weight, of_inverse = torch.linalg.solve_triangular(corner, both, upper=False).split(
-            [matrix.shape[0], matrix.shape[1]], 1
-        )
-        order.append(alive[goes])
-        added.append(of_weight.square().sum(1).view(-1, size).sum(1))
-        matrix.addmm_(of_weight.T, of_inverse, alpha=-1)
-        inverse.addmm_(of_inverse.T, of_inverse, alpha=-1)
-        matrix[:, gone] = inverse[:, gone] = inverse[gone] = 0
-        inverse[gone, gone] = 1
-        here[goes] = False
-        if int(here.sum()) < _CROWDED * len(here):
-            rest = _inputs_of(here.nonzero().squeeze(1), size)
-            matrix, inverse, alive, here = matrix[:, rest], inverse[rest][:, rest], alive[here], here[here]
+    for start in range(0, units - keep, at_once):
+        count = min(at_once, units - keep - start)
+        goes = torch.argsort(left.costs(), descending=True, stable=True)[-count:].flip(0)  # of equals the first stays
+        order.append(left.alive[goes])
+        added.append(left.remove_(goes))
+        left.tidy_(most=_TOGETHER)
     none = torch.zeros(0)
     return Elimination(torch.cat([none.long(), *order]), torch.cat([none.double(), *added]))
+
+
+_TOGETHER = 64  # inputs: G^-1 and W^T W are as large as memory is slow, so removals wait until one product does for many
+_CROWDED = 0.8  # of the units in the matrices must be alive: those that went are taken out together, as copies cost more
+
+
+class _Left:
+    """What is left of a matrix on its way through `eliminate`: G^-1 and W^T W of the inputs that stay, float64.
+
+    Of the weights the costs ask no more than K = W^T W, however many rows W has. With P = G^-1 and L L^T = P_gg, B = L^-1 P[g]
+    and Q = L^-1 K[g], the inputs g leave P - B^T B and K - B^T Z - Z^T B behind, Z = Q - R B / 2, where the diagonal of
+    R = L^-1 K_gg L^-T is the error that each adds. P and K are brought up to date by `tidy_`; until then their rows are
+    worked out when they are asked for, and only the blocks on their diagonals are kept as they are now.
+    """
+
+    def __init__(self, inverse: Tensor, square: Tensor, size: int) -> None:
+        self.inverse, self.square, self.size = inverse, square, size
+        self.alive = torch.arange(len(inverse) // size)  # the unit that stands at each place
+        self.here = torch.ones(len(self.alive), dtype=torch.bool)
+        self._start()
+
+    def _start(self) -> None:
+        self.b_GC = self.z_GC = torch.zeros(0, len(self.inverse), dtype=torch.float64)
+        self.corners_USS = _corners(self.inverse, self.size).clone()
+        self.squares_USS = _corners(self.square, self.size).clone()
+
+    def costs(self) -> Tensor:
+        """tr(W_u (G^-1)_uu^-1 W_u^T) of every place, infinite where the unit is gone."""
+        return _quotients(self.squares_USS, self.corners_USS).masked_fill_(~self.here, math.inf)
+
+    def remove_(self, goes: Tensor) -> Tensor:
+        """Take the units at these places out, and return the error that each adds after those before it."""
+        gone = _inputs_of(goes, self.size)
+        b_then, z_then = self.b_GC[:, gone].T, self.z_GC[:, gone].T
+        inverse_gC = self.inverse[gone].addmm_(b_then, self.b_GC, alpha=-1)
+        square_gC = self.square[gone].addmm_(b_then, self.z_GC, alpha=-1).addmm_(z_then, self.b_GC, alpha=-1)
+        root = torch.linalg.cholesky(inverse_gC[:, gone])
+        both = torch.linalg.solve_triangular(root, torch.cat([inverse_gC, square_gC], 1), upper=False)
+        b_gC, q_gC = both.split(len(self.inverse), 1)
+        r_gg = torch.linalg.solve_triangular(root, q_gC[:, gone].T, upper=False)
+        z_gC = torch.addmm(q_gC, r_gg, b_gC, alpha=-0.5)
+        self.b_GC, self.z_GC = torch.cat([self.b_GC, b_gC]), torch.cat([self.z_GC, z_gC])
+        crossed_USS = _corner_products(b_gC, z_gC, self.size)
+        self.corners_USS -= _corner_products(b_gC, b_gC, self.size)
+        self.squares_USS -= crossed_USS + crossed_USS.mT
+        self.here[goes] = False
+        self.corners_USS[goes], self.squares_USS[goes] = torch.eye(self.size, dtype=torch.float64), 0.0
+        return r_gg.diagonal().clamp_min(0).view(-1, self.size).sum(1)
+
+    def tidy_(self, most: int) -> None:
+        """Once `most` removals wait, carry them out; those that are gone leave the matrices when they crowd them."""
+        if len(self.b_GC) < most:
+            return
+        b_GC, z_GC = self.b_GC, self.z_GC
+        if int(self.here.sum()) < _CROWDED * len(self.here):
+            rest = _inputs_of(self.here.nonzero().squeeze(1), self.size)
+            self.inverse, self.square = self.inverse[rest][:, rest], self.square[rest][:, rest]
+            self.alive, self.here = self.alive[self.here], self.here[self.here]
+            b_GC, z_GC = b_GC[:, rest], z_GC[:, rest]
+        self.inverse.addmm_(b_GC.T, b_GC, alpha=-1)
+        self.square.addmm_(b_GC.T, z_GC, alpha=-1).addmm_(z_GC.T, b_GC, alpha=-1)
+        gone = ~self.here
+        self._start()
+        self.corners_USS[gone], self.squares_USS[gone] = torch.eye(self.size, dtype=torch.float64), 0.0
 
 
 def _alive(weight: Tensor, gram: Tensor, inputs: Tensor) -> Tensor:
@@ -253,36 +300,30 @@ def _alive(weight: Tensor, gram: Tensor, inputs: Tensor) -> Tensor:
     return weight[:, inputs].double() * (gram.diagonal()[inputs] > 0)
 
 
-_CROWDED = 0.8  # of the units in the matrices must be alive: those that went are taken out together, as copies cost more
-
-
 def _inputs_of(units: Tensor, size: int) -> Tensor:
     """Inputs of units that own `size` neighbouring ones each, int64."""
     return (units[:, None] * size + torch.arange(size)).reshape(-1)
 
 
-def _unit_costs(matrix: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """tr(W_u (G^-1)_uu^-1 W_u^T) of every unit of `size` neighbouring inputs, float64 [U]."""
-    return _quotients(_by_unit(matrix, size), _corners(inverse, size))
-
-
 def _corners(square: Tensor, size: int) -> Tensor:
-    """The blocks on the diagonal [U, S, S]."""
+    """The blocks on the diagonal [U, S, S], a view."""
     units = square.shape[0] // size
-    return square.reshape(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return square.unflatten(0, (units, size)).unflatten(2, (units, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _by_unit(matrix: Tensor, size: int) -> Tensor:
-    """[O, U * S] -> [U, S, O]."""
-    return matrix.reshape(matrix.shape[0], -1, size).permute(1, 2, 0)
+def _corner_products(a_GC: Tensor, b_GC: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonal of A^T B [U, S, S]."""
+    if size == 1:
+        return (a_GC * b_GC).sum(0)[:, None, None]
+    return torch.einsum("gus,gut->ust", a_GC.unflatten(1, (-1, size)), b_GC.unflatten(1, (-1, size)))
 
 
-def _quotients(weights_USO: Tensor, blocks_USS: Tensor) -> Tensor:
-    """tr(W_u^T B_u^-1 W_u) of every unit, float64 [U]."""
-    if blocks_USS.shape[1] == 1:
-        return weights_USO[:, 0].square().sum(1) / blocks_USS[:, 0, 0]
-    root = torch.linalg.cholesky(blocks_USS)
-    return torch.linalg.solve_triangular(root, weights_USO, upper=False).square().sum((1, 2))
+def _quotients(squares: Tensor, blocks: Tensor) -> Tensor:
+    """tr(B^-1 K) of blocks [..., S, S], float64 [...]; rounding makes none of them negative."""
+    if blocks.shape[-1] == 1:
+        return (squares / blocks)[..., 0, 0].clamp_min(0)
+    solved = torch.cholesky_solve(squares, torch.linalg.cholesky(blocks))
+    return solved.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)
 
 
 # -- which units stay -----------------------------------------------------------------------------------------------------
@@ -303,17 +344,17 @@ def stay_after_swaps(
     """
     units, size = rows.shape
     inputs = rows.reshape(-1)
-    dense, whole = _alive(weight, gram, inputs), gram[inputs][:, inputs].double()
+    whole = gram[inputs][:, inputs].double()
     whole.diagonal().add_(damp * float(whole.diagonal().mean()) or 1.0)
-    inside = torch.tensor(_all_but(eliminate(weight, gram, rows, keep, damp=damp).order, units))
+    inside = torch.ones(units, dtype=torch.bool)
+    inside[eliminate(weight, gram, rows, keep, damp=damp).order] = False
+    choice = _Choice(_alive(weight, gram, inputs), whole, inside, size)
     for _ in range(swaps):
-        found = _swap(dense, whole, inside, size)
-        if found is None:
+        swap = choice.best_swap()
+        if swap is None:
             break
-        goes, comes = found
-        inside[goes] = comes
-        inside = inside.sort().values
-    return tuple(inside.tolist())
+        choice.swap_(*swap)
+    return tuple(choice.inside.nonzero().squeeze(1).tolist())
 
 
 def _all_but(gone: Tensor, units: int) -> tuple[int, ...]:
@@ -325,31 +366,84 @@ def _all_but(gone: Tensor, units: int) -> tuple[int, ...]:
 _LESS = 1.0 - 1e-9  # a swap that gains less than rounding could go round in circles
 
 
-def _swap(dense: Tensor, gram: Tensor, inside: Tensor, size: int) -> tuple[int, int] | None:
-    """(index into `inside`, unit) of a swap that lowers the error; None if there is none.
+class _Choice:
+    """Units S inside and J outside, the best weights on S, and what a swap of two units would do to the error. Float64.
 
-    With unit j among the inputs S, its Schur complement D_j and R_j = W G_:j - W'_S G_Sj, the error falls by
-    tr(R_j D_j^-1 R_j^T). The weights become W'_S - R_j D_j^-1 U_j^T and the inverse G_SS^-1 + U_j D_j^-1 U_j^T, with
-    U_j = G_SS^-1 G_Sj, which gives the costs of all units of S.
+    T = [[-P, U], [U^T, D]] with P = G_SS^-1, U = P G_SJ and the Schur complement D of G_SS; V = [W_S, R_J] with the best
+    weights W_S = W G_:S P and R_J = W G_:J - W_S G_SJ, which is what the outside has to say that the inside has not. With j
+    taken in the error falls by tr(R_j D_jj^-1 R_j^T). A swap is one pivot on its two units.
     """
-    units = gram.shape[0] // size
-    stays = _inputs_of(inside, size)
-    outside = torch.tensor([u for u in range(units) if u not in set(inside.tolist())], dtype=torch.int64)
-    if not len(outside):
-        return None
-    away = _inputs_of(outside, size)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[stays][:, stays]))
-    matrix = dense @ gram[:, stays] @ inverse
-    solved = inverse @ gram[stays][:, away]
-    missing_JSO = _by_unit(dense @ gram[:, away] - matrix @ gram[stays][:, away], size)
-    schur_JSS = _corners(gram[away][:, away] - gram[away][:, stays] @ solved, size)
-    gains = _quotients(missing_JSO, schur_JSS)
-    weights_USO, corners_USS = _by_unit(matrix, size), _corners(inverse, size)
-    for j in torch.argsort(gains, descending=True, stable=True).tolist():
-        u_USS = solved[:, j * size : (j + 1) * size].view(len(inside), size, size)
-        moved_USS = torch.linalg.solve(schur_JSS[j], u_USS.mT).mT  # U_j D_j^-1
-        costs = _quotients(weights_USO - moved_USS @ missing_JSO[j], corners_USS + moved_USS @ u_USS.mT)
-        goes = int(costs.argmin())
-        if float(costs[goes]) < _LESS * float(gains[j]):
-            return goes, int(outside[j])
-    return None
+
+    def __init__(self, dense: Tensor, gram: Tensor, inside: Tensor, size: int) -> None:
+        self.inside, self.size = inside, size
+        stays, away = self._inputs()
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[stays][:, stays]))
+        across = gram[stays][:, away]
+        solved = inverse @ across
+        self.table = torch.empty_like(gram)
+        self.table[stays[:, None], stays], self.table[stays[:, None], away] = -inverse, solved
+        self.table[away[:, None], stays] = solved.T
+        self.table[away[:, None], away] = gram[away][:, away] - across.T @ solved
+        reach = dense @ gram
+        self.values = torch.empty_like(reach)
+        self.values[:, stays] = best = reach[:, stays] @ inverse
+        self.values[:, away] = reach[:, away] - best @ across
+
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        """Of the units inside and outside."""
+        inside, outside = self.inside.nonzero().squeeze(1), (~self.inside).nonzero().squeeze(1)
+        return _inputs_of(inside, self.size), _inputs_of(outside, self.size)
+
+    def best_swap(self) -> tuple[int, int] | None:
+        """(unit that goes, unit that comes) of a swap that lowers the error; None if there is none.
+
+        Once j is in, W_i becomes W_i - M R_j and P_ii becomes P_ii + M U_ij^T, with M = U_ij D_jj^-1, and i costs
+        tr(W_i P_ii^-1 W_i^T) to take out.
+        """
+        stays, away = self._inputs()
+        if not len(away):
+            return None
+        size, best, missing = self.size, self.values[:, stays], self.values[:, away]
+        units = (len(stays) // size, len(away) // size)
+        schur_JSS = _corners(self.table, size)[~self.inside]
+        missing_JSS = _corner_products(missing, missing, size)
+        gains_J = _quotients(missing_JSS, schur_JSS)
+        u_IJSS = _blocks(self.table[stays][:, away], units, size)
+        m_IJSS = _times(u_IJSS, torch.linalg.inv(schur_JSS))
+        crossed_IJSS = _times(m_IJSS, _blocks(best.T @ missing, units, size).mT)  # M R_j W_i^T
+        squares_IJSS = _times(_times(m_IJSS, missing_JSS), m_IJSS.mT) - crossed_IJSS - crossed_IJSS.mT
+        squares_IJSS += _corner_products(best, best, size)[:, None]
+        corners_IJSS = _times(m_IJSS, u_IJSS.mT) - _corners(self.table, size)[self.inside][:, None]
+        costs_J, goes_J = _quotients(squares_IJSS, corners_IJSS).min(0)
+        pays_J = costs_J < _LESS * gains_J
+        if not bool(pays_J.any()):
+            return None
+        j = int(gains_J.masked_fill(~pays_J, -math.inf).argmax())
+        return int(self.inside.nonzero()[goes_J[j]]), int((~self.inside).nonzero()[j])
+
+    def swap_(self, goes: int, comes: int) -> None:
+        """T_PP^-1 turns the two units P over; the signs of the one that goes change."""
+        pivot = _inputs_of(torch.tensor([goes, comes]), self.size)
+        sign = torch.ones(len(pivot), 1, dtype=torch.float64)
+        sign[: self.size] = -1
+        turned = torch.linalg.inv(self.table[pivot][:, pivot])
+        rows = self.table[pivot]
+        over = turned @ rows
+        values = self.values[:, pivot]
+        self.values.addmm_(values, over, alpha=-1)
+        self.values[:, pivot] = values @ turned * sign.T
+        self.table.addmm_(rows.T, over, alpha=-1)
+        self.table[pivot] = sign * over
+        self.table[:, pivot] = (sign * over).T
+        self.table[pivot[:, None], pivot] = -sign * turned * sign.T
+        self.inside[goes], self.inside[comes] = False, True
+
+
+def _blocks(matrix: Tensor, units: tuple[int, int], size: int) -> Tensor:
+    """[I * S, J * S] -> [I, J, S, S]."""
+    return matrix.view(units[0], size, units[1], size).transpose(1, 2)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Products of blocks [..., S, S]; of numbers where S is 1, of which there are a great many."""
+    return a * b if a.shape[-1] == 1 else a @ b

@@ -393,6 +393,20 @@ def test_elimination_after_many_removals_is_as_exact_as_at_the_start():
     assert float(one.added.sum()) < float(all_.added.sum())  # looking again pays
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_removals_that_wait_are_removals(monkeypatch, size):
+    """Carried out one by one, a few together, or never: the same units for the same errors, to rounding."""
+    weight, x = problem(inputs=48)
+    gram, rows = (x.T @ x).double(), units_of(size, 48)
+    found = []
+    for together in (1, 5, 10**6):
+        monkeypatch.setattr("prunus.solve._TOGETHER", together)
+        found.append(eliminate(weight, gram, rows, 2, damp=1e-9, step=0.0))
+    for other in found[1:]:
+        assert torch.equal(other.order, found[0].order)
+        torch.testing.assert_close(other.added, found[0].added, rtol=1e-8, atol=0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("size", [1, 2])
 def test_after_swaps_no_swap_helps(size, seed):
