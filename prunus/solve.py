@@ -168,19 +168,19 @@ def admm(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
     pull = start @ unit @ inverse
     inverse *= _RHO
-    # fresh memory for every sum would take longer than the sums: four tensors serve all steps
-    w, u, z, sum_ = start.clone(), torch.zeros_like(start), torch.empty_like(start), torch.empty_like(start)
-    kept = torch.ones(start.shape, dtype=torch.bool)
+    # v is W + U. What goes of it is the next U, and Z - U is v with the sign of that turned. Memory is slow beside the
+    # products, so all steps share four tensors
+    v, u, right, goes = start.clone(), torch.empty_like(start), torch.empty_like(start), torch.zeros_like(start)
     for step in range(_ITERATIONS):
-        torch.add(w, u, out=sum_)
         if step <= _GRADUAL:
             share = 1 - (1 - step / _GRADUAL) ** 3
-            scores = torch.abs(sum_, out=z)
+            scores = torch.abs(v, out=u)
             kept = torch.cat([_kept_share(s, share, sparsity, pattern) for s in scores.split(sizes)])
-        torch.mul(sum_, kept, out=z)
-        torch.sub(sum_, z, out=u)
-        torch.addmm(pull, torch.sub(z, u, out=sum_), inverse, out=w)
-    z = (w + u) * kept / norms
+            goes.copy_(~kept)
+        torch.mul(v, goes, out=u)
+        torch.sub(v, u, alpha=2, out=right)
+        torch.add(pull, u, out=v).addmm_(right, inverse)
+    z = v.mul_(kept).div_(norms)
     parts = zip(z.split(sizes), kept.split(sizes), strict=True)
     return [(weight.contiguous(), mask.contiguous()) for weight, mask in parts]
 
