@@ -102,26 +102,36 @@ def page(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+BARE = {"forward": "bare forward", "back": "bare forward and backward"}
+
+
 def cost_table(rows: list[dict[str, Any]]) -> list[str]:
-    """The benchmark: ratios to one bare forward of the blocks over the same windows, in one run."""
-    header = ["method", "seconds", "bare forward, s", "ratio", "peak, GiB", "above load and bare forward, GiB", "commit"]
+    """The benchmark: ratios to the bare pass over the same windows, in one run."""
+    header = ["method", "seconds", "bare pass", "its seconds", "ratio", "limit", "peak, GiB"]
+    header += ["above load and bare forward, GiB", "windows", "WikiText-2 perplexity", "commit"]
     cells = [
         [
             f["method"],
             f"{f['method_s']:.2f}",
+            BARE[f.get("bare", "forward")],
             f"{f['bare_s']:.2f}",
             f"{f['ratio']:.2f}",
+            "" if f.get("limit") is None else f"{f['limit']:.2f}" + ("" if f["met"] else ", missed"),
             f"{f['peak_gib']:.2f}",
             f"{f['peak_above_gib']:.2f}",
+            str(f["windows"]),
+            number(f["wikitext2"]["perplexity"]) if "wikitext2" in f else "",
             r["commit"] or "",
         ]
         for r in rows
         for f in [r["figures"]]
     ]
     f, m = rows[0]["figures"], rows[0]["machine"]
+    scored = next((r["figures"]["evaluation"] for r in rows if "evaluation" in r["figures"]), None)
     return [
-        f"`make bench`: scoring and cutting on {f['windows']} windows of {f['seq_len']} tokens, batches of {f['batch_size']}, "
-        f"float32, {m['cpu']}, {m['threads']} threads.",
+        f"`make bench`: scoring and cutting on windows of {f['seq_len']} tokens, batches of {f['batch_size']}, "
+        f"float32, {m['cpu']}, {m['threads']} threads."
+        + (f" Perplexity is of {scored['windows']} windows of {scored['seq_len']:,} tokens." if scored else ""),
         "",
         *markdown(header, cells),
     ]

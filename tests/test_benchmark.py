@@ -1,0 +1,75 @@
+"""The benchmark asks for every method what it should, and its bare work runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pipeline
+import pytest
+import tiny
+import torch
+
+from prunus.anatomy import Anatomy
+from prunus.builders import make_plan
+from prunus.methods import METHODS
+
+SPEC = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "benchmarks" / "oneshot.py")
+assert SPEC is not None and SPEC.loader is not None
+bench = importlib.util.module_from_spec(SPEC)
+sys.modules["bench"] = bench  # dataclasses look their module up
+SPEC.loader.exec_module(bench)
+
+
+def plan(name: str, config) -> Plan:
+    return make_plan(config, Anatomy.of(config), bench.REQUESTS[name])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_request_and_a_floor(name):
+    """SmolLM2's depth, so that the ratio removes whole layers and protected layers leave some."""
+    config = tiny.tiny_config("llama", num_hidden_layers=30, intermediate_size=128)
+    made = plan(name, config)
+    floor = bench.Floor.of(made)
+    if floor is None:
+        assert made.method.criterion == "loss-without" and bench.windows_of(made) * made.method.sweeps <= bench.TRIES
+        return
+    assert bench.windows_of(made) == 32
+    assert (floor.limit(10.0, 40.0, 5.0) > 0) == made.needs_text
+    gradients = bool(made.graded_tensors | made.graded_outputs)
+    assert (floor.backs > 0) == gradients  # a row that needs them and is not known to would be held to a forward pass
+
+
+def test_limits_are_those_of_the_protocol():
+    config = tiny.tiny_config("llama", num_hidden_layers=30, intermediate_size=128)
+    limits = {n: bench.Floor.of(plan(n, config)).limit(20.0, 70.0, 10.0) for n in ("flap", "wanda", "llm-pruner", "ziplm")}
+    assert limits == {"flap": 25.0, "wanda": 50.0, "llm-pruner": 87.5, "ziplm": 52.5}
+    sparsegpt = bench.Floor.of(plan("sparsegpt", config))
+    assert sparsegpt.limit(20.0, 0.0, 10.0) == 60.0 and sparsegpt.limit(20.0, 0.0, 100.0) == pytest.approx(66.0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bare_algebra_runs_at_the_sizes_of_a_block(name):
+    made = plan(name, tiny.tiny_config("llama", num_hidden_layers=30, intermediate_size=128))
+    floor = bench.Floor.of(made)
+    if floor is None or floor.solve is None:
+        return
+    calls = list(bench.algebra(floor, made, seq_len=160, windows=2))
+    assert len(calls) == len(floor.points)
+    for call in calls:
+        call()
+
+
+def test_bare_gradients_are_of_block_matrices_alone():
+    model = pipeline.model("llama", dtype=torch.float32)
+    before = [p.requires_grad for p in model.parameters()]
+    anatomy = Anatomy.of(model.config)
+    seen = []
+    model.model.layers[0].mlp.down_proj.weight.register_hook(lambda g: seen.append(float(g.abs().sum())))
+    bench.back(model, anatomy, tiny.tokens(3, 8), 2)
+    assert len(seen) == 2 and all(value > 0 for value in seen)
+    wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert wanted == {n for n, t in anatomy.tensors.items() if t.is_matrix and t.layer is not None}
+    for parameter, flag in zip(model.parameters(), before, strict=True):
+        parameter.requires_grad_(flag)
