@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .job import Job
 
-Take = Callable[[str, Tensor, float], None]  # parameter, gradient of a batch's mean loss, the batch's share of the windows
+# parameter, gradient of a batch's mean loss (to keep or to change), the batch's share of the windows
+Take = Callable[[str, Tensor, float], None]
 Look = Callable[[int, Tensor, Tensor], None]  # layer, its input, its output [B, T, D]
 _LOSS_SCALE = 2.0**10  # the way back starts with this: float16 would round many gradients of a mean loss to zero
 
@@ -35,7 +36,7 @@ def layer_taylor(job: Job) -> list[float]:
     """
     anatomy = job.plan.anatomy
     sums: dict[str, Tensor] = {}
-    walk_back(job, lambda name, gradient, share: _add(sums, name, gradient * share))
+    walk_back(job, lambda name, gradient, share: _add(sums, name, gradient.mul_(share)))
     scores = [0.0] * anatomy.shape.num_hidden_layers
     for name, total in sums.items():
         owner = anatomy.tensors[name].layer
