@@ -20,7 +20,7 @@ from prunus.errors import UserError
 from prunus.job import Job
 from prunus.oneshot import one_shot_
 from prunus.statistics import Sweep
-from prunus.taylor import UnitSums, unit_taylor
+from prunus.taylor import UnitSums, _unread, unit_taylor
 
 WINDOWS = pipeline.windows(5)
 # the families' norms compute in float32 whatever the model's dtype, so gradients agree to some 1e-7 of their size
@@ -321,6 +321,21 @@ def test_least_squares_refits_what_reads_the_survivors():
 
 
 # -- precision ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_nobody_reads_has_its_gradients_all_the_same():
+    """Of the last matrix of a block, in float64 against autograd; where a norm stands behind it, its value is read."""
+    x, weight = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    bias, back = torch.randn(4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    linear = torch.nn.Linear(3, 4, dtype=torch.float64)
+    linear.weight.data, linear.bias.data = weight, bias
+    leaves = [x.requires_grad_(), linear.weight, linear.bias]
+    out = _unread(linear, x)
+    assert torch.equal(out, bias.expand(2, 5, 4))
+    for got, expected in zip(
+        torch.autograd.grad(out, leaves, back), torch.autograd.grad(linear(x), leaves, back), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_way_back_leaves_no_gradients_and_no_flags():
