@@ -14,6 +14,7 @@ import torch
 from prunus.anatomy import Anatomy
 from prunus.builders import make_plan
 from prunus.methods import METHODS
+from prunus.planning import Plan
 
 SPEC = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "benchmarks" / "oneshot.py")
 assert SPEC is not None and SPEC.loader is not None
