@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import cli_data
 from .errors import UserError, VerificationError
 from .methods import METHODS
 from .network import offline
@@ -26,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(cli_data.app, name="data")
+app.command(name="ledger")(cli_data.ledger)
 
 _METHOD_HELP = (
     "One of: "

@@ -18,18 +18,19 @@ ROOT = Path(prunus.__file__).parent
 LAYERS = (  # the lowest first; a new module is placed here
     "errors place tables network axes shape families anatomy keep cut",
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
+    "data.tokenizer data.encode data.shards data.prepare data.mixing data.order data.overlap ledger",
     "statistics criteria allocate compensate solve sizes",
     "record latency costs search",
     "planning builders findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
     "saliency reload verification checkpoint measure",
     "api",
     "plots report checkpoint_plots comparison",
-    "show progress quickstart cli",
+    "show show_data progress quickstart cli_data cli",
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 TOP = len(LAYERS)  # where the package itself stands
 PURE = "axes shape keep cut allocate anatomy solve criteria statistics".split()  # torch and the standard library
-LIGHT = "cli errors methods network progress".split()
+LIGHT = "cli cli_data errors methods network progress".split()
 HEAVY = {"torch", "transformers", "pydantic", "numpy", "safetensors", "datasets", "accelerate", "gguf", "yaml", "rich"}
 
 

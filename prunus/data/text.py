@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ PARQUET_SUFFIXES = (".parquet",)
 SEPARATOR = "\n\n"
 
 
-def documents(source: str, *, field: str = "text", online: bool = False) -> Iterator[str]:
+def documents(source: str, *, field: str = "text", separator: str | None = None, online: bool = False) -> Iterator[str]:
     """Yield the documents of `source` one by one.
 
-    A plain text file is one document, its blank lines dropped (WikiText's raw files space every line); each line of a
-    JSONL file and each row of a Parquet file is one. UserError names the file, the line and what is wrong there.
+    A plain text file is one document, its blank lines dropped (WikiText's raw files space every line), or, with a
+    `separator` such as ``<|endoftext|>``, many, as they stand; each line of a JSONL file and each row of a Parquet file is
+    one. UserError names the file, the line and what is wrong there.
     """
     if source.startswith(HUB):
         yield from _hub(source, online)
@@ -34,6 +36,8 @@ def documents(source: str, *, field: str = "text", online: bool = False) -> Iter
         yield from _jsonl(path, field)
     elif suffix in PARQUET_SUFFIXES:
         yield from _parquet(path, field)
+    elif suffix in TEXT_SUFFIXES and separator is not None:
+        yield from _separated(path, separator)
     elif suffix in TEXT_SUFFIXES:
         yield "\n".join(line for line in _lines(path) if line.strip())
     else:
@@ -67,6 +71,63 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start} of a block: {error.reason})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def is_plain(source: str) -> bool:
+    """Whether it is plain text, which alone may have a separator."""
+    return not source.startswith(HUB) and Path(source).suffix.lower() in TEXT_SUFFIXES
+
+
+def check(source: str, *, separator: str | None = None, online: bool = False) -> Path | None:
+    """The file of `source`, None for a hub data set; UserError, before any work, if no text can be read from it."""
+    if separator is not None and (not separator.strip() or "\n" in separator):
+        raise UserError(f"separator: {separator!r} is not a mark within one line, such as <|endoftext|>")
+    if source.startswith(HUB):
+        next(iter(documents(source, online=online)), None)
+        return None
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"{source}: no such file or folder; give a .txt, .jsonl or .parquet file, or {HUB}NAME")
+    if not path.is_file() or path.suffix.lower() not in (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES):
+        raise UserError(f"{source}: is no text; give a .txt, .jsonl or .parquet file, or {HUB}NAME")
+    if separator is not None and not is_plain(source):
+        raise UserError(f"separator: {source} has its own documents; only plain text is separated by a mark")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{source}: cannot be read: no right to")
+    if path.stat().st_size == 0:
+        raise UserError(f"{source}: there is no text in it")
+    return path
+
+
+def count(source: str, *, separator: str | None = None) -> int | None:
+    """About how many documents there are, for showing progress; None where only reading them would tell."""
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if source.startswith(HUB):
+        return None
+    if suffix in PARQUET_SUFFIXES:
+        try:
+            import pyarrow.parquet as pq
+
+            return pq.ParquetFile(path).metadata.num_rows
+        except (ImportError, OSError, ValueError):  # reading it will say what is wrong
+            return None
+    mark = "\n" if suffix in JSONL_SUFFIXES else separator
+    if mark is None:
+        return 1
+    with path.open("rb") as file:
+        return sum(line.count(mark.encode()) for line in file) + 1
+
+
+def _separated(path: Path, separator: str) -> Iterator[str]:
+    parts: list[str] = []
+    for line in _lines(path):
+        first, *rest = line.split(separator)
+        parts.append(first)
+        for part in rest:
+            yield "\n".join(parts).strip("\n")
+            parts = [part]
+    yield "\n".join(parts).strip("\n")
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
