@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_data
+from . import cli_data, cli_train
 from .errors import UserError, VerificationError
 from .methods import METHODS
 from .network import offline
@@ -395,6 +395,11 @@ def quickstart(
     with Progress(quiet=as_json) as progress:
         result = run.run(out, source=source, text=text, progress=progress)
     _print(result, as_json, show.quickstart)
+
+
+app.command()(cli_train.train)
+app.command()(cli_train.runs)
+app.add_typer(cli_train.recipes)
 
 
 def main() -> None:

@@ -24,13 +24,15 @@ LAYERS = (  # the lowest first; a new module is placed here
     "planning builders findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
     "saliency reload verification checkpoint measure",
     "api",
+    "train train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop train.feeds "
+    "train.run train.listing",
     "plots report checkpoint_plots comparison",
-    "show show_data progress quickstart cli_data cli",
+    "show show_data show_train progress quickstart cli_data cli_train cli",
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 TOP = len(LAYERS)  # where the package itself stands
 PURE = "axes shape keep cut allocate anatomy solve criteria statistics".split()  # torch and the standard library
-LIGHT = "cli cli_data errors methods network progress".split()
+LIGHT = "cli cli_data cli_train errors methods network progress".split()
 HEAVY = {"torch", "transformers", "pydantic", "numpy", "safetensors", "datasets", "accelerate", "gguf", "yaml", "rich"}
 
 

@@ -1,0 +1,109 @@
+"""The commands of training: `prunus train`, `prunus runs`, `prunus recipe`. Imports nothing heavy at the top."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import UserError
+
+recipes = typer.Typer(name="recipe", help="Training recipes.", no_args_is_help=True)
+
+SetOpt = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE with a dotted name, such as optimizer.lr=1e-3.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+RecipeArg = Annotated[str, typer.Argument(help="A .yaml file, or the bare name of a recipe that ships.", metavar="RECIPE")]
+
+
+def _fields(source: str | None, data: str | None, tokens: str | None, tokenizer: str | None) -> dict[str, Any]:
+    """Flags as the fields that they stand for."""
+    named: dict[str, Any] = {
+        "model.source": source,
+        "data.domains": [{"folder": data}] if data else None,
+        "model.tokenizer": tokenizer,
+        "tokens": None if tokens is None else _count(tokens),
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _count(text: str) -> int:
+    """``4M`` -> 4,000,000."""
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
+    try:
+        return round(float(text[:-1]) * scale) if scale else int(text)
+    except ValueError as error:
+        raise UserError(f"--tokens: '{text}' is no number of tokens; write for example 200000, 200k or 4M") from error
+
+
+def train(
+    recipe: RecipeArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; one that is there goes on.")],
+    changes: SetOpt = None,
+    source: Annotated[str | None, typer.Option("--source", help="Short for model.source.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Short for data.domains: one folder of prepared data.")] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="Short for tokens, such as 200k or 4M.")] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Short for model.tokenizer.")] = None,
+    online: Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Train by a recipe: from fresh weights, on from a checkpoint, or taught by a parent. Stopped anywhere, it goes on."""
+    from . import show_train
+    from .train import recipe as recipes_
+    from .train.run import StoppedError, execute, prepare
+
+    asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer))
+    run = prepare(asked, out, online=online)
+    try:
+        result = execute(run, say=(lambda line: None) if as_json else show_train.line)
+    except StoppedError as stop:
+        print(f"prunus: {stop}", file=sys.stderr)
+        raise typer.Exit(stop.code) from stop
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        show_train.result(result, out)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="A folder whose sub-folders are runs.")] = Path("runs"),
+    as_json: JsonOpt = False,
+) -> None:
+    """List the training runs of a folder, side by side: where each stands, and what it reached."""
+    from . import show_train
+    from .train.listing import listed
+
+    rows = listed(folder)
+    if as_json:
+        print(json.dumps({"runs": rows}, allow_nan=False))
+    else:
+        show_train.table(rows)
+
+
+@recipes.command()
+def schema() -> None:
+    """Print the JSON schema of recipes."""
+    from .train.recipe import schema as of_recipes
+
+    print(json.dumps(of_recipes(), indent=1))
+
+
+@recipes.command(name="list")
+def names() -> None:
+    """List the recipes that ship."""
+    from .train.recipe import shipped
+
+    for name, text in shipped().items():
+        print(f"{name:<16} {text.splitlines()[0].removeprefix('# ')}")
+
+
+@recipes.command()
+def show(recipe: RecipeArg, changes: SetOpt = None) -> None:
+    """Print a recipe with every field said."""
+    import yaml
+
+    from .train.recipe import read
+
+    print(yaml.safe_dump(read(recipe, changes or ()).plain(), sort_keys=False), end="")

@@ -1,0 +1,59 @@
+"""What training prints for people: one line an interval, and tables of runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .tables import big
+
+
+def line(found: Mapping[str, Any]) -> None:
+    """One interval, on standard error."""
+    if "validation" in found:
+        text = f"step {found['step']:>6}  validation loss {found['validation']['loss']:.4f}"
+    else:
+        left = found["seconds_left"]
+        text = (
+            f"step {found['step']:>6}  {big(found['tokens'])} tokens  loss {found['loss']:.4f}  lr {found['lr']:.2e}  "
+            f"{big(found['params'])} params  {found['tokens_per_s']:,.0f} tokens/s  {found['share_of_peak']:.0%} of peak  "
+            f"{left / 60:.0f} min left"
+        )
+    print(text, file=sys.stderr, flush=True)
+
+
+def result(record: Mapping[str, Any], out: Path) -> None:
+    """A finished run."""
+    figures = record["figures"]
+    cost = sum(figures["flops"].values())
+    print(f"{out}: {big(figures['tokens'])} tokens in {figures['seconds'] / 60:.1f} min, {cost:.3g} FLOPs")
+    if figures["validation"]:
+        first, last = figures["validation"][0]["validation"]["loss"], figures["validation"][-1]["validation"]["loss"]
+        print(f"validation loss {first:.4f} at the first look, {last:.4f} at the end")
+    print(f"model: {out / 'model'} (loads in a clean process: {figures['verified']['class']})")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Runs side by side."""
+    console = Console(highlight=False, soft_wrap=True)
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(("run", "recipe", "state", "tokens", "of", "loss", "best validation", "tokens/s")):
+        made.add_column(name, justify="left" if i < 3 else "right")
+    for row in rows:
+        loss, best, speed = row["loss"], row["best"], row["tokens_per_s"]
+        made.add_row(
+            row["run"],
+            row["recipe"],
+            row["state"],
+            big(row["tokens"]),
+            big(row["budget"]),
+            "" if loss is None else f"{loss:.4f}",
+            "" if best is None else f"{best:.4f}",
+            "" if speed is None else f"{speed:,.0f}",
+        )
+    console.print(made)

@@ -1,0 +1,126 @@
+"""Where a run's sequences come from, and what it has to say of them: opened before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.order import Batch, Domain, Stream
+from ..data.overlap import text_overlap
+from ..data.shards import Shards
+from ..data.text import documents
+from ..data.tokenizer import fingerprint
+from ..errors import UserError
+from ..ledger import Data, Ledger, Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..source import Source
+    from .recipe import DataPart, Recipe
+
+VALIDATION = "validation"
+
+
+@dataclass
+class Feeds:
+    """The training stream, and the sequences that the loss is watched on."""
+
+    training: Stream
+    validation: Stream
+    validation_sequences: int
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Feeds:
+        """UserError for shards that are missing, of another tokenizer, or too few for the budget."""
+        part, key = recipe.data, fingerprint(tokenizer)
+        training = Stream(_domains(part, part.range, key), part.seq_len, part.seed, part.epochs)
+        training.check_budget(recipe.steps * recipe.sequences)
+        validation = Stream(_domains(part, VALIDATION, key), part.seq_len, seed=0)
+        notes = [note for text in part.evaluation for note in _overlap(text, part)]
+        return cls(training, validation, min(recipe.validate_.sequences, validation.num_sequences), tuple(notes))
+
+    def starts(self, batch: Any) -> Tensor:
+        """First tokens of documents among what is read, bool [B, T]; a sequence's first token starts one."""
+        segments = self.training.segments(batch)[:, :-1]
+        return torch.cat([torch.ones_like(segments[:, :1], dtype=torch.bool), segments[:, 1:] != segments[:, :-1]], 1)
+
+    def identity(self) -> dict[str, Any]:
+        """What records keep of the data."""
+        return {domain.name: _identity(domain) for domain in self.training.domains}
+
+    def ledger(
+        self, recipe: Recipe, sequences: int, flops: dict[str, int], params: int, source: Source | None
+    ) -> dict[str, Any]:
+        """The run's ledger: what the first `sequences` of the stream were, what it cost, and the parent's own."""
+        stage = Stage(
+            name=recipe.name,
+            params=params,
+            seed=recipe.data.seed,
+            seq_len=recipe.data.seq_len,
+            positions=(0, sequences),
+            history=self.training.history,
+            data={name: Data(**identity) for name, identity in self.identity().items()},
+        )
+        for batch in self._batches(sequences):
+            stage.consume(batch.ranges)
+        for kind, count in flops.items():
+            stage.spend(kind, count)  # type: ignore[arg-type]
+        parent, unrecorded = _parent(source)
+        return Ledger(stages=[stage], parent=parent, unrecorded=unrecorded).model_dump(mode="json")
+
+    def _batches(self, sequences: int) -> Iterator[Batch]:
+        for first in range(0, sequences, _TOGETHER):
+            yield self.training.take(first, min(_TOGETHER, sequences - first))
+
+
+_TOGETHER = 1024  # sequences whose ranges are looked up at a time
+
+
+def _domains(part: DataPart, which: str, key: str) -> list[Domain]:
+    out = []
+    for place, domain in enumerate(part.domains):
+        folder = Path(domain.folder).expanduser()
+        try:
+            shards = Shards.open(folder, which, tokenizer=key)
+        except UserError as error:
+            raise UserError(f"data.domains.{place}: {error}") from error
+        out.append(Domain(domain.name or folder.name, shards, domain.weight))
+    total = sum(domain.weight for domain in out)
+    return [Domain(domain.name, domain.shards, domain.weight / total) for domain in out]
+
+
+def _identity(domain: Domain) -> dict[str, Any]:
+    assert isinstance(domain.shards, Shards)
+    return domain.shards.identity()
+
+
+def _overlap(text: str, part: DataPart) -> list[str]:
+    """A word of warning if much of an evaluation text lies in the training text."""
+    from ..data.shards import prepared_documents
+
+    notes = []
+    for domain in part.domains:
+        theirs = prepared_documents(domain.folder)
+        if theirs is None:
+            continue
+        found = text_overlap(documents(text), theirs)
+        if warning := found.warning(Path(text).name, Path(domain.folder).name):
+            notes.append(warning)
+    return notes
+
+
+def _parent(source: Source | None) -> tuple[Ledger | None, str | None]:
+    """The ledger of the checkpoint that was gone on from, or what to call it if it has none."""
+    if source is None:
+        return None, None
+    for folder in (source.path, source.path.parent):
+        if (folder / "ledger.json").is_file():
+            return Ledger.read(folder), None
+    return None, source.label

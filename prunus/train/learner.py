@@ -1,0 +1,94 @@
+"""What is trained: a causal language model from token ids to a loss, without logits of all tokens at once.
+
+Shapes: B sequences, T tokens, N = B * T, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .loss import Mix, head_loss, head_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Taught = Callable[..., Mix]  # ids [B, T] and positions -> what the loss is mixed with
+
+
+@dataclass
+class Teacher:
+    """A parent that is asked for its next-token distribution; it is never trained."""
+
+    learner: Learner
+    mix: float
+    temperature: float
+
+    @torch.no_grad()
+    def __call__(self, ids_BT: Tensor, **positions: Tensor) -> Mix:
+        """Its logits are made chunk by chunk, when the student's are."""
+        hidden_ND = self.learner.hidden(ids_BT, **positions).flatten(0, 1)
+        head: Any = self.learner.model.get_output_embeddings()
+        weight_VD, cap = head.weight.detach().to(hidden_ND.dtype), self.learner.cap
+
+        def logits(part: slice) -> Tensor:
+            raw = (hidden_ND[part] @ weight_VD.T).float()
+            raw = raw if head.bias is None else raw + head.bias
+            return raw if cap is None else cap * torch.tanh(raw / cap)
+
+        return Mix(logits, self.mix, self.temperature)
+
+
+class Learner(nn.Module):
+    """The model with its loss. One module, so that sharding finds every parameter inside one forward."""
+
+    def __init__(self, model: PreTrainedModel, *, precision: str = "float32", compiled: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        decoder: Any = model.get_decoder()
+        self.decode = torch.compile(decoder, dynamic=False) if compiled else decoder
+
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor, *, teacher: Taught | None = None, **positions: Tensor) -> Tensor:
+        """Sum over tokens of the loss in nats, float32 or wider."""
+        hidden_ND, targets_N = self.hidden(ids_BT, **positions).flatten(0, 1), targets_BT.flatten()
+        mix = None if teacher is None else teacher(ids_BT, **positions)
+        head: Any = self.model.get_output_embeddings()
+        return head_loss(hidden_ND, head.weight, targets_N, bias_V=head.bias, cap=self.cap, mix=mix)
+
+    @torch.no_grad()
+    def nll(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy of every token in nats [B, T], float64."""
+        hidden_ND = self.hidden(ids_BT).flatten(0, 1)
+        head: Any = self.model.get_output_embeddings()
+        return head_nll(hidden_ND, head.weight, targets_BT.flatten(), head.bias, self.cap).reshape(targets_BT.shape)
+
+    def hidden(self, ids_BT: Tensor, **positions: Tensor) -> Tensor:
+        """What the head reads [B, T, D]."""
+        mask = positions.get("attention_mask")
+        if mask is not None and self.model.config._attn_implementation == "eager":  # which adds masks, and takes no bools
+            dtype = self.model.dtype
+            positions["attention_mask"] = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        autocast = self.precision == "bfloat16-autocast"
+        with torch.autocast(ids_BT.device.type, torch.bfloat16) if autocast else nullcontext():
+            return self.decode(input_ids=ids_BT, use_cache=False, **positions).last_hidden_state
+
+
+def boundaries(starts_BT: Tensor) -> dict[str, Tensor]:
+    """Keywords that keep packed documents apart: positions that begin anew, and a mask [B, 1, T, T] (True: is seen).
+
+    `starts_BT` is True at the first token of a document.
+    """
+    length = starts_BT.shape[1]
+    document_BT = starts_BT.long().cumsum(1)
+    place_T = torch.arange(length)
+    first_BT = torch.where(starts_BT, place_T, 0).cummax(1).values
+    causal_TT = place_T[:, None] >= place_T[None]
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    return {"position_ids": place_T - first_BT, "attention_mask": (same_BTT & causal_TT)[:, None]}

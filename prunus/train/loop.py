@@ -1,0 +1,183 @@
+"""The training loop: batches in, updates out, and one seam through which others read gradients and change the model.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .learner import Learner, Taught, boundaries
+from .optim import set_lr_
+from .schedule import Schedule
+
+
+class Batch(Protocol):
+    """Sequences with one id more than they predict, and where they came from."""
+
+    @property
+    def ids(self) -> Tensor:
+        """[B, T + 1] int64."""
+
+
+class Feed(Protocol):
+    """Where sequences come from: a pure function of the position."""
+
+    def take(self, position: int, count: int) -> Batch:
+        """Sequences `position` to `position + count`."""
+
+
+class Hook(Protocol):
+    """What rides on the loop. Gradients are whole and not yet clipped in `before_clip`; weights are new in `after_step`."""
+
+    def before_clip(self, run: Training) -> None:
+        """Read, or change, gradients."""
+
+    def after_step(self, run: Training) -> None:
+        """Read, or change, weights and moments."""
+
+
+@dataclass
+class Training:
+    """A run on its way: what it changes, where it stands, and what it goes by."""
+
+    learner: Learner
+    optimizer: torch.optim.Optimizer
+    feed: Feed
+    schedule: Schedule
+    batch: int  # sequences of one update
+    micro: int  # sequences that go through the model together
+    clip: float = 1.0
+    teacher: Taught | None = None
+    starts: Callable[[Any], Tensor] | None = None  # [B, T] bool: first tokens of documents, where these are kept apart
+    spike: float | None = None
+    hooks: tuple[Hook, ...] = ()
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    usual: float | None = None  # running mean of the loss, which spikes are told by
+    last: dict[str, float] = field(default_factory=dict)  # loss, lr and grad_norm of the last update
+
+    @property
+    def position(self) -> int:
+        """The next sequence."""
+        return self.step * self.batch
+
+
+_USUAL = 0.98  # what the running mean keeps at each update
+
+
+def train_(run: Training, until: int, each: Callable[[Training], None] = lambda run: None) -> None:
+    """Changes `run`: updates until step `until`. `each` is called after every one; what it raises ends the loop.
+
+    UserError if the loss or a gradient is no number: nothing is updated then.
+    """
+    parameters = [p for p in run.learner.parameters() if p.requires_grad]
+    while run.step < until:
+        batch = run.feed.take(run.position, run.batch)
+        loss = _backward_(run, batch)
+        for hook in run.hooks:
+            hook.before_clip(run)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.clip, foreach=True))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            run.optimizer.zero_grad(set_to_none=True)
+            raise UserError(
+                f"the {'loss' if not math.isfinite(loss) else 'gradient'} of step {run.step + 1} is no number; the checkpoint "
+                "before stands: lower optimizer.lr or optimizer.clip, or use another precision"
+            )
+        tokens = run.tokens + batch.ids[:, 1:].numel()
+        rate = run.schedule(tokens)
+        spiked = run.spike is not None and run.usual is not None and loss > run.spike * run.usual
+        if spiked:
+            run.skipped += 1
+        else:
+            set_lr_(run.optimizer, rate)
+            run.optimizer.step()
+            run.usual = loss if run.usual is None else _USUAL * run.usual + (1 - _USUAL) * loss
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step, run.tokens = run.step + 1, tokens
+        run.last = {"loss": loss, "lr": rate, "grad_norm": norm, "skipped": float(spiked)}
+        for hook in run.hooks:
+            hook.after_step(run)
+        each(run)
+
+
+def _backward_(run: Training, batch: Batch) -> float:
+    """Adds up gradients of the batch's mean loss over micro-batches; returns that loss in nats a token."""
+    total, predictions = 0.0, batch.ids[:, 1:].numel()
+    starts_BT = run.starts(batch) if run.starts is not None else None
+    for first in range(0, len(batch.ids), run.micro):
+        ids = batch.ids[first : first + run.micro]
+        positions = {} if starts_BT is None else boundaries(starts_BT[first : first + run.micro])
+        loss = run.learner(ids[:, :-1], ids[:, 1:], teacher=run.teacher, **positions)
+        (loss / predictions).backward()
+        total += float(loss.detach())
+    return total / predictions
+
+
+class Sparse:
+    """A hook that keeps zeros zero: gradients, and so moments, outside the mask are none, and weights are set again."""
+
+    def __init__(self, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        self.pairs = [(weights[name], mask) for name, mask in kept.items()]
+
+    @torch.no_grad()
+    def before_clip(self, run: Training | None) -> None:
+        """Gradients of what is cut are zero, so they have no part in the norm."""
+        for weight, kept in self.pairs:
+            if weight.grad is not None:
+                weight.grad *= kept
+
+    @torch.no_grad()
+    def after_step(self, run: Training | None) -> None:
+        """Rounding in the update may not revive a weight."""
+        for weight, kept in self.pairs:
+            weight *= kept
+
+    def check(self) -> None:
+        """AssertionError if a weight outside the mask is not zero."""
+        assert all(not bool(weight.detach()[~kept].any()) for weight, kept in self.pairs), (
+            "a weight outside the mask is alive"
+        )
+
+
+@torch.no_grad()
+def validate(learner: Learner, feed: Feed, sequences: int, micro: int) -> dict[str, Any]:
+    """Mean cross-entropy in nats a token of the first sequences of a feed, and of each of its domains."""
+    sums: dict[int, list[float]] = {}
+    for first in range(0, sequences, micro):
+        batch = feed.take(first, min(micro, sequences - first))
+        losses_BT = learner.nll(batch.ids[:, :-1], batch.ids[:, 1:])
+        for domain, row in zip(_domains(batch), losses_BT, strict=True):
+            sums.setdefault(domain, []).append(float(row.mean()))
+    every = [value for values in sums.values() for value in values]
+    by_domain = {str(domain): sum(values) / len(values) for domain, values in sorted(sums.items())}
+    return {"loss": sum(every) / len(every), "by_domain": by_domain, "sequences": len(every)}
+
+
+def _domains(batch: Batch) -> Iterable[int]:
+    domains = getattr(batch, "domains", None)
+    return [0] * len(batch.ids) if domains is None else domains.tolist()
+
+
+class Clock:
+    """Seconds spent in updates: what is measured between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self.seconds, self._since = 0.0, time.perf_counter()
+
+    def start(self) -> None:
+        """From here on."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Up to here."""
+        self.seconds += time.perf_counter() - self._since

@@ -1,0 +1,405 @@
+"""One training run in a folder: begun, stopped anywhere, gone on with, finished with a model that is proven to load.
+
+RUN/recipe.json   what was asked for, every field said       RUN/checkpoints/   weights, moments and where it stood
+RUN/log.jsonl     one line an interval                       RUN/model/         the trained model, at the end
+RUN/ledger.json   tokens and FLOPs                           RUN/record.jsonl   the figures
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint, hf, measure, record
+from ..anatomy import Anatomy
+from ..errors import UserError
+from ..keep import WeightMask
+from ..place import staged_files
+from ..source import DTYPES, Source
+from ..verification import check_saved, probe
+from . import optim, saved
+from .feeds import Feeds
+from .learner import Learner, Teacher
+from .loop import Clock, Hook, Sparse, Training, train_, validate
+from .recipe import Recipe
+from .schedule import Schedule
+from .shapes import config_of, fresh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECIPE, LOG, LEDGER, RECORD, MODEL, CHECKPOINTS = (
+    "recipe.json", "log.jsonl", "ledger.json", "record.jsonl", "model", "checkpoints",
+)  # fmt: skip
+KIND = "train"
+Say = Callable[[Mapping[str, Any]], None]
+
+
+class StoppedError(Exception):
+    """The run was asked to stop, and has saved where it stands. `code` is the exit code."""
+
+    def __init__(self, code: int, step: int) -> None:
+        super().__init__(f"stopped after step {step}; the same command goes on from there")
+        self.code = code
+
+
+@dataclass
+class Run:
+    """A checked recipe with everything it names opened, and no weight read."""
+
+    recipe: Recipe
+    out: Path
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    feeds: Feeds
+    source: Source | None
+    teacher: Source | None
+    mask: WeightMask | None
+    best: dict[str, float] = field(default_factory=dict)  # loss and step of the best validation
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Of the model that is trained."""
+        return Anatomy.of(self.config)
+
+
+def prepare(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
+    """Open what the recipe names and check that it fits together; UserError otherwise. Reads no weight of a model."""
+    _check_folder(out, recipe)
+    source = None if recipe.model.source is None else Source.open(recipe.model.source, online=online)
+    named = recipe.model.tokenizer
+    tokenizer = source.tokenizer() if source is not None and named is None else _tokenizer(named or "")
+    config = source.config if source is not None else config_of(recipe.model.shape or "", len(tokenizer))
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and recipe.data.seq_len > limit:
+        raise UserError(f"data.seq_len: {recipe.data.seq_len} is more than the {limit} positions that the model knows")
+    feeds = Feeds.open(recipe, tokenizer)
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = Source.open(recipe.teacher.source, online=online)
+        if teacher.anatomy.shape.vocab_size != Anatomy.of(config).shape.vocab_size or (
+            teacher.tokenizer().get_vocab() != tokenizer.get_vocab()
+        ):
+            raise UserError(
+                f"teacher.source: {teacher.label} has another vocabulary than the model that it is to teach, so their "
+                "distributions cannot be compared; give a teacher of the same tokenizer"
+            )
+    mask = None if recipe.model.mask is None else _mask(Path(recipe.model.mask), Anatomy.of(config))
+    return Run(recipe, out, config, tokenizer, feeds, source, teacher, mask)
+
+
+def _check_folder(out: Path, recipe: Recipe) -> None:
+    """UserError unless the folder is free, or holds this very run."""
+    if not out.exists():
+        record.check_place(out / RECORD, "out")
+        return
+    try:
+        found = json.loads((out / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}: is there already and holds no run of prunus; give another --out") from error
+    if found != recipe.plain():
+        differing = _differing(found, recipe.plain())
+        raise UserError(
+            f"{out}: holds a run of another recipe ({differing} differs); give another --out, or the same recipe"
+        )
+
+
+def _differing(one: Any, other: Any, at: str = "") -> str:
+    """The first field in which two plain recipes differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in {**one, **other}:
+            if one.get(name) != other.get(name):
+                return _differing(one.get(name), other.get(name), f"{at}.{name}" if at else name)
+    return at
+
+
+def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        with hf.quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(f"model.tokenizer: {folder} holds no tokenizer that can be read") from error
+
+
+def _mask(folder: Path, anatomy: Anatomy) -> WeightMask:
+    from safetensors.torch import load_file
+
+    path = folder / checkpoint.EXTRA / "mask.safetensors"
+    if not path.is_file():
+        raise UserError(f"model.mask: {folder} has no {checkpoint.EXTRA}/{path.name}; give a sparse checkpoint of prunus")
+    packed = load_file(path)
+    for name, bits in packed.items():
+        if name not in anatomy.tensors or bits.numel() != -(-anatomy.tensors[name].numel // 8):
+            raise UserError(f"model.mask: '{name}' of {folder} does not fit the model; give the mask of the same shape")
+    return WeightMask.from_packed(packed, anatomy)
+
+
+# -- the run --------------------------------------------------------------------------------------------------------------
+
+
+def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] = ()) -> dict[str, Any]:
+    """Train to the end of the budget, from the last checkpoint if there is one; returns the record.
+
+    StoppedError is raised at Ctrl-C or SIGTERM, once a checkpoint stands.
+    """
+    recipe, out = run.recipe, run.out
+    with _locked(out):
+        _begin(run)
+        done = record.read(out / RECORD) if (out / RECORD).exists() else []
+        if done:
+            return done[-1]
+        training, tensors = _training(run, hooks)
+        _resume_(run, training, tensors)
+        rate, last_flops = measure.gemm_rate(), run.anatomy.flops(recipe.data.seq_len) / recipe.data.seq_len
+        with _asked_to_stop() as asked:
+            began = training.step
+
+            def each(training: Training) -> None:
+                run.clock.stop()
+                whole = training.step == recipe.steps
+                if training.step % recipe.log_every == 0 or whole:
+                    speed = (training.step - began) * recipe.batch_tokens / max(run.clock.seconds, 1e-9)
+                    tell(_line(run, training, speed, 3 * last_flops * speed / rate))
+                every = recipe.validate_.every
+                if every and (training.step % every == 0 or whole):
+                    tell(_validated(run, training))
+                stop = asked()
+                if stop or whole or (recipe.save.every and training.step % recipe.save.every == 0):
+                    _save(run, training, tensors)
+                if stop and not whole:
+                    raise StoppedError(stop, training.step)
+                run.clock.start()
+
+            def tell(line: Mapping[str, Any]) -> None:
+                _log(out, line)
+                say(line)
+
+            run.clock.start()
+            train_(training, recipe.steps, each)
+        return _finish(run, training)
+
+
+def _line(run: Run, training: Training, speed: float, share: float) -> dict[str, Any]:
+    """What is told of the last update."""
+    recipe = run.recipe
+    return {
+        "step": training.step,
+        "tokens": training.tokens,
+        **training.last,
+        "params": run.anatomy.num_params,
+        "tokens_per_s": speed,
+        "share_of_peak": share,
+        "seconds_left": (recipe.steps - training.step) * recipe.batch_tokens / speed,
+    }
+
+
+def _validated(run: Run, training: Training) -> dict[str, Any]:
+    """Loss on the validation range; remembers the best."""
+    feeds = run.feeds
+    found = validate(training.learner, feeds.validation, feeds.validation_sequences, run.recipe.micro_batch)
+    if not run.best or found["loss"] < run.best["loss"]:
+        run.best = {"loss": found["loss"], "step": training.step}
+    return {"step": training.step, "tokens": training.tokens, "validation": found}
+
+
+def _begin(run: Run) -> None:
+    run.out.mkdir(parents=True, exist_ok=True)
+    if not (run.out / RECIPE).exists():
+        with staged_files(run.out / RECIPE) as (stage,):
+            stage.write_text(json.dumps(run.recipe.plain(), indent=1) + "\n", encoding="utf-8")
+    saved.clear_partial(run.out / CHECKPOINTS)
+
+
+def _training(run: Run, hooks: tuple[Hook, ...]) -> tuple[Training, dict[str, Tensor]]:
+    """The run's live parts, and every tensor of a checkpoint by name."""
+    recipe, chosen = run.recipe, run.recipe.optimizer
+    dtype = DTYPES["bfloat16" if recipe.precision == "bfloat16" else "float32"]
+    if run.source is not None:
+        model = run.source.load(str(dtype).removeprefix("torch."))
+    else:
+        model = fresh(run.config, init=recipe.model.init, seed=recipe.seed, dtype=dtype)
+    model.train()
+    if recipe.checkpoint_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    learner = Learner(model, precision=recipe.precision, compiled=recipe.compile)
+    named = dict(model.named_parameters())
+    assert chosen.lr != "sweep", "a sweep has settled the rate before"
+    optimizer = optim.adamw(
+        named.items(), lr=chosen.lr, betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay
+    )
+    optim.start_slots_(optimizer, 0)
+    if run.mask is not None:
+        sparse = Sparse(hf.weights(model, run.anatomy), run.mask.kept)
+        sparse.after_step(None)
+        hooks = (*hooks, sparse)
+    teacher = None
+    if run.teacher is not None and recipe.teacher is not None:
+        parent = Learner(run.teacher.load(str(dtype).removeprefix("torch.")), precision=recipe.precision)
+        teacher = Teacher(parent, recipe.teacher.mix, recipe.teacher.temperature)
+    plan = recipe.schedule
+    schedule = Schedule(
+        plan.kind, chosen.lr, plan.total or plan.start + recipe.steps * recipe.batch_tokens, plan.start, plan.warmup,
+        plan.floor, plan.decay,
+    )  # fmt: skip
+    training = Training(
+        learner, optimizer, run.feeds.training, schedule, recipe.sequences, recipe.micro_batch, chosen.clip, teacher,
+        run.feeds.starts if recipe.data.separate_documents else None, recipe.skip_spikes, hooks,
+    )  # fmt: skip
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items()}
+    for slot, moments in optim.slots(optimizer, named).items():
+        tensors |= {f"{slot}.{name}": moment for name, moment in moments.items()}
+    return training, tensors
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def _save(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
+    for hook in training.hooks:
+        if isinstance(hook, Sparse):
+            hook.check()
+    state = {
+        "recipe": run.recipe.hash,
+        "step": training.step,
+        "tokens": training.tokens,
+        "updates": optim.steps_done(training.optimizer),
+        "skipped": training.skipped,
+        "usual": training.usual,
+        "best": run.best,
+        "seconds": run.clock.seconds,
+        "rng": torch.get_rng_state().numpy().tobytes().hex(),
+        "versions": record.versions(),
+    }
+    saved.write(run.out / CHECKPOINTS, training.step, tensors, state)
+    best = run.best.get("step")
+    saved.prune(run.out / CHECKPOINTS, run.recipe.save.keep, None if best is None else int(best))
+
+
+def _resume_(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
+    """Changes `training`: as it stood at the last checkpoint, if there is one; the log is cut back to it."""
+    steps = saved.steps(run.out / CHECKPOINTS)
+    at = steps[-1] if steps else 0
+    if steps:
+        folder = saved.folder_of(run.out / CHECKPOINTS, at)
+        state = saved.read_state(folder)
+        if state["recipe"] != run.recipe.hash:
+            raise UserError(f"{folder}: is of another recipe; delete it")
+        saved.read_(folder, tensors)
+        optim.start_slots_(training.optimizer, state["updates"])
+        training.step, training.tokens, training.skipped = state["step"], state["tokens"], state["skipped"]
+        training.usual, run.best, run.clock.seconds = state["usual"], state["best"], 0.0
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
+    _cut_log(run.out / LOG, at)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """What was logged after the checkpoint will be logged again."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    with staged_files(path) as (stage,):
+        stage.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the last line of a killed process may be cut short
+
+
+def _log(out: Path, line: Mapping[str, Any]) -> None:
+    with (out / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+# -- the end --------------------------------------------------------------------------------------------------------------
+
+
+def _finish(run: Run, training: Training) -> dict[str, Any]:
+    """Save the model, load it in a clean process, write ledger and record."""
+    model: PreTrainedModel = training.learner.model
+    model.eval()
+    with checkpoint.staged(run.out / MODEL, overwrite=True) as stage:
+        model.save_pretrained(stage)
+        run.tokenizer.save_pretrained(stage)
+        verified = check_saved(stage, probe(model))
+    seq_len = run.recipe.data.seq_len
+    flops = {"train": 3 * run.anatomy.flops(seq_len) * training.tokens // seq_len}
+    if run.teacher is not None:
+        flops["teacher"] = run.teacher.anatomy.flops(seq_len) * training.tokens // seq_len
+    ledger = run.feeds.ledger(run.recipe, training.tokens // seq_len, flops, run.anatomy.num_params, run.source)
+    with staged_files(run.out / LEDGER) as (stage,):
+        stage.write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
+    lines = [json.loads(line) for line in (run.out / LOG).read_text(encoding="utf-8").splitlines()]
+    figures = {
+        "params": run.anatomy.num_params,
+        "tokens": training.tokens,
+        "steps": training.step,
+        "skipped": training.skipped,
+        "flops": flops,
+        "loss": training.last["loss"] if training.last else None,
+        "validation": [line for line in lines if "validation" in line],
+        "best": run.best,
+        "seconds": run.clock.seconds,
+        "verified": verified,
+    }
+    recipe = {"command": KIND, "recipe": run.recipe.plain(), "data": run.feeds.identity()}
+    return record.append(run.out / RECORD, KIND, recipe, figures)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One process a run folder; UserError for the second."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{out}: another process is working on this run; wait for it, or give another --out") from error
+        yield
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], int]]:
+    """What tells whether Ctrl-C (130) or SIGTERM (143) came; 0 if none did. A second Ctrl-C stops at once."""
+    asked = 0
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = 128 + signum
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.signal(kind, note) for kind in kinds} if _in_main_thread() else {}
+    try:
+        yield lambda: asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def seconds_since(path: Path) -> float:
+    """Age of a file; runs are listed by it."""
+    return time.time() - os.stat(path).st_mtime

@@ -1,0 +1,129 @@
+"""Training checkpoints: weights and moments as safetensors by PyTorch's distributed checkpoint, all else as JSON.
+
+A checkpoint is a folder that appears whole: it is written under another name, its files' checksums are put into its
+`state.json` last, and it is renamed. Another number of processes can go on from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..headers import safetensors_shapes
+
+STATE, FORMAT = "state.json", 1
+_PREFIX = "step-"
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return checkpoints / f"{_PREFIX}{step:08d}"
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """Steps of the whole checkpoints, ascending."""
+    if not checkpoints.is_dir():
+        return []
+    found = (path.name.removeprefix(_PREFIX) for path in checkpoints.iterdir() if (path / STATE).is_file())
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def write(checkpoints: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write one checkpoint; what is there under that step is replaced. Nothing half-written is ever taken for whole."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    target = folder_of(checkpoints, step)
+    stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    clear_partial(checkpoints)
+    try:
+        stage.mkdir(parents=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(stage), save_distributed=True), no_dist=True)
+        files = {path.name: _sha256(path) for path in sorted(stage.glob("*.safetensors"))}
+        text = json.dumps({"format": FORMAT, **state, "files": files}, allow_nan=False)
+        (stage / STATE).write_text(text + "\n", encoding="utf-8")
+        _to_disk(stage)
+        if target.exists():
+            shutil.rmtree(target)
+        stage.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: the checkpoint cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return target
+
+
+def clear_partial(checkpoints: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in checkpoints.glob(f".{_PREFIX}*.partial-*") if checkpoints.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _to_disk(folder: Path) -> None:
+    """A rename is only worth something if what it shows is on the disk."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json`; UserError if it is not what we write."""
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}; delete the folder to go on from the one before") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
+    return state
+
+
+def read_(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Changes `tensors`: filled from the checkpoint. UserError if a part is missing, changed, or of another shape."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    found: dict[str, tuple[int, ...]] = {}
+    for name, digest in read_state(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder}: {name} is missing; delete the folder to go on from the checkpoint before")
+        if _sha256(path) != digest:
+            raise UserError(f"{path}: changed since it was written; delete the folder to go on from the checkpoint before")
+        found |= safetensors_shapes(path)
+    for name, tensor in tensors.items():
+        if found.get(name) != tuple(tensor.shape):
+            have = list(found[name]) if name in found else "nothing"
+            raise UserError(
+                f"{folder}: '{name}' is {have} there, but {list(tensor.shape)} in this run; it is of another model"
+            )
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prune(checkpoints: Path, keep: int, best: int | None) -> None:
+    """Remove all but the last `keep` checkpoints and the best."""
+    for step in steps(checkpoints)[:-keep]:
+        if step != best:
+            shutil.rmtree(folder_of(checkpoints, step))

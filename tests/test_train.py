@@ -1,0 +1,524 @@
+"""Training runs: against a bare loop, stopped anywhere and gone on with bit for bit, refused where something is wrong."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pipeline
+import pytest
+import tiny
+import torch
+from pipeline import cli
+
+from prunus import record
+from prunus.data.prepare import Text, prepare
+from prunus.errors import UserError
+from prunus.ledger import Ledger
+from prunus.train import recipe as recipes
+from prunus.train import run as runs
+from prunus.train import saved
+from prunus.train.learner import Learner, boundaries
+from prunus.train.loop import Training, train_
+from prunus.train.optim import adamw, start_slots_, steps_done
+from prunus.train.run import execute
+from prunus.train.run import prepare as opened
+from prunus.train.schedule import Schedule
+from prunus.train.shapes import SHAPES, config_of, fresh
+
+SEQ = 16
+
+
+@functools.cache
+def data() -> Path:
+    """The corpus as shards of the test tokenizer, half for each of two ranges."""
+    out = pipeline.scratch() / "tokens"
+    source = [Text(str(pipeline.text_file()))]
+    prepare(source, pipeline.tokenizer(), out, splits={"validation": 0.2, "parent": 0.3, "retrain": None})
+    return out
+
+
+@functools.cache
+def tokenizer() -> Path:
+    out = pipeline.scratch() / "tokenizer"
+    pipeline.tokenizer().save_pretrained(out)
+    return out
+
+
+def tiny_shape(**more):
+    config = pipeline.config("llama", **more)
+    names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
+    return {"model_type": "llama", **{n: getattr(config, n) for n in names.split()}, "max_position_embeddings": 64}
+
+
+def asked(**changes):
+    """A tiny run of eight updates from fresh weights."""
+    base = {
+        "model": {"shape": tiny_shape(), "tokenizer": str(tokenizer())},
+        "data": {"domains": [{"folder": str(data())}], "seq_len": SEQ},
+        "tokens": 8 * 4 * SEQ, "batch_tokens": 4 * SEQ, "micro_batch": 2, "log_every": 1,
+        "optimizer": {"lr": 0.01}, "save": {"every": 2, "keep": 2}, "validate": {"every": 4, "sequences": 4},
+    }  # fmt: skip
+    for name, value in changes.items():
+        at = base
+        *parents, last = name.split("__")
+        for part in parents:
+            at = at.setdefault(part, {})
+        at[last] = value
+    return recipes.parse(base, "test")
+
+
+def weights(out):
+    from safetensors.torch import load_file
+
+    return load_file(out / "model" / "model.safetensors")
+
+
+def run(out, recipe=None, **more):
+    return execute(opened(recipe or asked(), out), **more)
+
+
+@functools.cache
+def finished() -> Path:
+    out = pipeline.scratch() / "finished-run"
+    run(out)
+    return out
+
+
+# -- the loop -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _same(a, b):
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_the_loop_is_a_bare_loop(micro):
+    """Against autograd on all logits, torch's own clipping and AdamW, in float64: only the order of sums differs."""
+    config = tiny.tiny_config("llama")
+    ours, theirs = (fresh(config, init="standard", seed=3, dtype=torch.float64) for _ in range(2))
+    ids = torch.randint(0, config.vocab_size, (6, 4, SEQ + 1), generator=torch.Generator().manual_seed(0))
+
+    class Feed:
+        def take(self, position, count):
+            return type("B", (), {"ids": ids[position // 4]})
+
+    schedule = Schedule("cosine", 0.01, 6 * 4 * SEQ)
+    optimizer = adamw(ours.named_parameters(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    training = Training(Learner(ours), optimizer, Feed(), schedule, batch=4, micro=micro, clip=0.5)
+    losses = []
+    train_(training, 6, lambda t: losses.append(t.last["loss"]))
+    decay = [p for p in theirs.parameters() if p.dim() >= 2]
+    rest = [p for p in theirs.parameters() if p.dim() < 2]
+    plain = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95), foreach=False
+    )
+    for step in range(6):
+        logits = theirs(input_ids=ids[step][:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[step][:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        for group in plain.param_groups:
+            group["lr"] = schedule((step + 1) * 4 * SEQ)
+        plain.step()
+        plain.zero_grad()
+        assert losses[step] == pytest.approx(float(loss.detach()), rel=1e-6)  # norms compute in float32
+    for name, p in theirs.named_parameters():
+        assert (p - ours.get_parameter(name)).abs().max() < 1e-5, name
+
+
+def test_documents_kept_apart_are_documents_alone():
+    """Two documents in one sequence, each as if the other were not there."""
+    model = tiny.grown(tiny.tiny_config("llama"))
+    learner = Learner(model)
+    ids = tiny.tokens(1, 12, seed=1)
+    starts = torch.zeros(1, 12, dtype=torch.bool)
+    starts[0, [0, 5]] = True
+    packed = learner.hidden(ids, **boundaries(starts))
+    for first, end in ((0, 5), (5, 12)):
+        alone = learner.hidden(ids[:, first:end])
+        assert (packed[:, first:end] - alone).abs().max() < 1e-6
+
+
+def test_gradients_are_whole_and_unclipped_at_the_seam():
+    norms = []
+
+    class Look:
+        def before_clip(self, training):
+            norms.append(torch.stack([p.grad.norm() for p in training.learner.parameters()]).norm())
+
+        def after_step(self, training):
+            assert all(p.grad is None for p in training.learner.parameters())
+
+    out = pipeline.scratch() / "seam"
+    recipe = asked(optimizer__clip=1e-3, save__every=0, validate__every=0)
+    execute(opened(recipe, out), hooks=(Look(),))
+    told = [
+        line["grad_norm"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "grad_norm" in line
+    ]
+    assert len(norms) == 8 and told == pytest.approx([float(n) for n in norms], rel=1e-5) and min(told) > 1e-2
+
+
+def test_losses_that_are_no_number_change_nothing():
+    model = fresh(tiny.tiny_config("llama"), init="standard", seed=0, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = torch.inf
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    feed = type("F", (), {"take": lambda self, position, count: type("B", (), {"ids": tiny.tokens(2, 9)})})()
+    optimizer = adamw(model.named_parameters(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    training = Training(Learner(model), optimizer, feed, Schedule("constant", 0.1, 100), batch=2, micro=2)
+    with pytest.raises(
+        UserError, match=r"the loss of step 1 is no number; the checkpoint before stands: lower optimizer\.lr"
+    ):
+        train_(training, 3)
+    assert all(p.equal(before[name]) for name, p in model.named_parameters()) and training.step == 0
+
+
+def test_spikes_are_passed_over_and_counted(tmp_path):
+    recipe = asked(skip_spikes=1.0000001, optimizer__lr=0.5, save__every=0, validate__every=0, schedule__warmup=0.0)
+    figures = run(tmp_path / "run", recipe)["figures"]
+    lines = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert figures["skipped"] == sum(line["skipped"] for line in lines) > 0
+
+
+# -- schedules ------------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_by_hand():
+    """X21: the ends are exact; half way down a cosine is the mean of peak and floor."""
+    cosine = Schedule("cosine", 2.0, 1000, warmup=0.1, floor=0.1)
+    assert cosine(50) == 1.0 and cosine(100) == 2.0 and cosine(1000) == pytest.approx(0.2, abs=1e-12)
+    assert cosine(550) == pytest.approx(1.1, abs=1e-12)
+    wsd = Schedule("wsd", 2.0, 1000, warmup=0.1, floor=0.1, decay=0.2)
+    assert wsd(100) == wsd(799) == wsd(800) == 2.0 and wsd(900) == pytest.approx(1.1) and wsd(1000) == pytest.approx(0.2)
+    assert Schedule("constant", 2.0, 1000)(999) == 2.0
+
+
+def test_one_cosine_over_two_stages():
+    whole = Schedule("cosine", 1.0, 1000)
+    second = Schedule("cosine", 1.0, 1000, start=400)
+    assert [second(n) for n in range(0, 601, 50)] == [whole(400 + n) for n in range(0, 601, 50)]
+
+
+# -- stopped and gone on --------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As hard as a signal: nothing may catch it."""
+
+
+@pytest.mark.parametrize(
+    ("precision", "at"), [("float32", 1), ("float32", 2), ("float32", 7), ("bfloat16-autocast", 5), ("bfloat16", 5)]
+)
+def test_killed_after_any_step_it_ends_the_same(tmp_path, precision, at):
+    recipe = asked(precision=precision, validate__every=0)
+    straight = pipeline.scratch() / f"straight-{precision}"
+    if not straight.exists():
+        run(straight, recipe)
+
+    def say(line):
+        if line["step"] == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", recipe, say=say)
+    assert saved.steps(tmp_path / "run" / "checkpoints") == [s for s in (2, 4, 6) if s < at][-2:]
+    run(tmp_path / "run", recipe)
+    assert _same(weights(tmp_path / "run"), weights(straight))
+    mine, theirs = (
+        [
+            {k: v for k, v in json.loads(t).items() if k in ("step", "loss", "lr", "grad_norm")}
+            for t in f.read_text().splitlines()
+        ]
+        for f in (tmp_path / "run" / "log.jsonl", straight / "log.jsonl")
+    )
+    assert mine == theirs
+    assert (tmp_path / "run" / "ledger.json").read_bytes() == (straight / "ledger.json").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["dcp", "state", "rename"])
+def test_killed_inside_a_save_the_checkpoint_before_counts(tmp_path, monkeypatch, where):
+    import torch.distributed.checkpoint as dcp
+
+    calls = []
+
+    def dies(real):
+        def call(*arguments, **keywords):
+            calls.append(1)
+            if len(calls) == 2:
+                raise Killed
+            return real(*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        place, name = {"dcp": (dcp, "save"), "state": (saved, "_to_disk"), "rename": (Path, "rename")}[where]
+        patch.setattr(place, name, dies(getattr(place, name)))
+        with pytest.raises(Killed):
+            run(tmp_path / "run", asked())
+    assert saved.steps(tmp_path / "run" / "checkpoints") == [2]
+    run(tmp_path / "run", asked())
+    assert _same(weights(tmp_path / "run"), weights(finished()))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+_CHILD = """
+import sys, pathlib, torch
+torch.set_num_threads(1)
+from prunus.train import recipe, run
+import json
+asked = recipe.parse(json.loads(pathlib.Path(sys.argv[1]).read_text()), "child")
+def say(line):
+    print(line["step"], flush=True)
+try:
+    run.execute(run.prepare(asked, pathlib.Path(sys.argv[2])), say=say)
+except run.StoppedError as stop:
+    sys.exit(stop.code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_real_process_is_killed(tmp_path, kind, code):
+    """SIGTERM and Ctrl-C save where they stand; after SIGKILL the last checkpoint counts. The end is the same, bit for bit."""
+    recipe = asked(tokens=60 * 4 * SEQ, data__epochs=3, save__every=20, validate__every=0)
+    straight = pipeline.scratch() / "straight-long"
+    if not straight.exists():
+        run(straight, recipe)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.plain()))
+    command = [sys.executable, "-c", _CHILD, str(tmp_path / "recipe.json"), str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PRUNUS_CACHE": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as child:
+        for line in child.stdout:
+            if int(line) == 31:
+                child.send_signal(kind)
+                break
+        child.stdout.read()
+    assert child.returncode == code
+    steps = saved.steps(tmp_path / "run" / "checkpoints")
+    assert steps and (steps[-1] % 20 == 0) == (kind == signal.SIGKILL or steps[-1] % 20 == 0)
+    run(tmp_path / "run", recipe)
+    assert _same(weights(tmp_path / "run"), weights(straight))
+
+
+def test_a_finished_run_is_not_run_again(monkeypatch):
+    before = record.read(finished() / "record.jsonl")
+    monkeypatch.setattr(runs, "train_", lambda *a: pytest.fail("nothing is left to do"))
+    assert run(finished()) == before[-1]
+
+
+def test_two_processes_on_one_run():
+    with runs._locked(finished()), pytest.raises(UserError, match="another process is working on this run"):
+        run(finished())
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_and_the_best_stay():
+    steps = saved.steps(finished() / "checkpoints")
+    state = saved.read_state(saved.folder_of(finished() / "checkpoints", steps[-1]))
+    assert steps[-2:] == [6, 8] and set(steps) == {6, 8, int(state["best"]["step"])} and state["tokens"] == 8 * 4 * SEQ
+
+
+def test_moments_come_back(tmp_path):
+    model = fresh(tiny.tiny_config("llama"), init="standard", seed=0, dtype=torch.float32)
+    optimizer = adamw(model.named_parameters(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    start_slots_(optimizer, 17)
+    assert steps_done(optimizer) == 17
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: next(folder.glob("*.safetensors")).unlink(),
+            "is missing; delete the folder to go on from the checkp",
+        ),
+        (
+            lambda folder: _flip(next(folder.glob("*.safetensors"))),
+            "changed since it was written; delete the folder to go on",
+        ),
+        (lambda folder: (folder / "state.json").write_text("{"), "not readable as JSON"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path, damage, message):
+    def say(line):
+        if line["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", asked(), say=say)
+    folder = saved.folder_of(tmp_path / "run" / "checkpoints", 4)
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", asked())
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+# -- what comes out -------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_is_a_model_a_ledger_and_a_record():
+    out = finished()
+    figures = record.read(out / "record.jsonl")[-1]["figures"]
+    assert figures["verified"]["clean_process"] and figures["verified"]["class"] == "LlamaForCausalLM"
+    ledger = Ledger.read(out / "ledger.json")
+    assert ledger.tokens == figures["tokens"] == 8 * 4 * SEQ and ledger.flops == sum(figures["flops"].values())
+    assert ledger.stages[0].unique_tokens == ledger.tokens
+    losses = [line["validation"]["loss"] for line in figures["validation"]]
+    assert len(losses) == 2 and losses[-1] < losses[0]
+
+
+def test_going_on_from_a_run_keeps_its_ledger(tmp_path):
+    recipe = asked(model={"source": str(finished() / "model")}, tokens=2 * 4 * SEQ, data__range="parent")
+    run(tmp_path / "run", recipe)
+    ledger = Ledger.read(tmp_path / "run" / "ledger.json")
+    assert ledger.total_tokens == 10 * 4 * SEQ and ledger.parent is not None and not ledger.missing
+
+
+def test_a_teacher_is_counted_and_learned_from(tmp_path):
+    """The student nears its teacher's distribution on text it was not trained on."""
+    teacher = str(finished() / "model")
+    recipe = asked(teacher={"source": teacher}, model__shape=tiny_shape(intermediate_size=8), validate__every=0)
+    record_ = run(tmp_path / "run", recipe)
+    assert record_["figures"]["flops"]["teacher"] > 0
+    losses = [line["loss"] for line in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16-autocast"])
+def test_zeros_stay_zero(tmp_path, precision):
+    folder, _, _ = pipeline.saved("sparse")
+    recipe = asked(model={"source": str(folder), "mask": str(folder)}, precision=precision)
+    before = weights_of(folder)
+    run(tmp_path / "run", recipe)
+    after = weights(tmp_path / "run")
+    zeros = {name: value == 0 for name, value in before.items() if name.endswith("_proj.weight")}
+    assert sum(int(z.sum()) for z in zeros.values()) > 100
+    assert all(not bool(after[name][zero].any()) for name, zero in zeros.items())
+    assert any(not after[name].equal(before[name]) for name in zeros)
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_named_shapes_can_be_built(name):
+    config = config_of(name, 300)
+    assert config.model_type == "llama" and config.tie_word_embeddings
+
+
+def test_depth_scaled_weights():
+    config = tiny.tiny_config("llama")
+    plain, scaled = (fresh(config, init=init, seed=1, dtype=torch.float32) for init in ("standard", "depth-scaled"))
+    scale = (2 * tiny.LAYERS) ** -0.5
+    for name, p in plain.named_parameters():
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert torch.allclose(scaled.get_parameter(name), p * scale if writes else p)
+
+
+# -- recipes and wrong inputs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(recipes.shipped()))
+def test_recipes_that_ship_are_whole(name):
+    made = recipes.read(name, ["optimizer.lr=1e-4", "save.every=7"])
+    assert made.optimizer.lr == 1e-4 and made.save.every == 7 and recipes.parse(made.plain(), name) == made
+    assert made.hash != recipes.read(name).hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["optimiser.lr=1"], r"field 'optimiser' does not exist \(did you mean 'optimizer'\?\)"),
+        (["optimizer.lrr=1"], r"field 'optimizer.lrr' does not exist \(did you mean 'lr'\?\)"),
+        (["optimizer.lr=-1"], "optimizer: lr -1.0 is no learning rate"),
+        (["optimizer.lr=x"], "field 'optimizer.lr"),
+        (["tokens=100"], "tokens 100 are fewer than one update of 8,192"),
+        (["batch_tokens=1000"], "batch_tokens 1000 is no multiple of data.seq_len 256"),
+        (["schedule.total=1000"], "schedule.total 1,000 ends before the run does"),
+        (["model.source=a"], "give either source"),
+        (["data.domains.3.folder=x"], "names place 3 of a list of 1"),
+        (["tokens"], "--set: 'tokens' is not NAME=VALUE"),
+        (["tokens.x=1"], "goes through 'tokens', which is no table"),
+    ],
+)
+def test_recipes_that_are_refused(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        recipes.read("scratch", changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__range": "train"}, "unknown range of"),
+        ({"tokens": 10**6}, "budget: .* tokens are asked for, but domain 'tokens' is used up after"),
+        ({"data__domains": [{"folder": "/nowhere"}]}, r"data.domains.0: .*nowhere: no such"),
+        ({"data__seq_len": 128, "batch_tokens": 256, "tokens": 512}, "data.seq_len: 128 is more than the 64 positions"),
+        ({"model": {"source": "nowhere"}}, "nowhere"),
+        ({"model": {"shape": "nanno", "tokenizer": "T"}}, "unknown shape 'nanno'"),
+        ({"model__tokenizer": "/nowhere"}, "model.tokenizer: /nowhere holds no tokenizer"),
+        ({"model__shape": {"hidden_size": 8}}, "model.shape: it has no model_type"),
+        ({"model__shape": {**tiny_shape(), "vocab_size": 20}}, "a vocabulary of 20 is too small for the tokenizer's 300"),
+        ({"model__mask": "/nowhere"}, "model.mask: /nowhere has no prunus/mask.safetensors"),
+        ({"teacher": {"source": "OTHER"}}, "teacher.source: .* has another vocabulary"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(tmp_path, changes, message):
+    changes = json.loads(json.dumps(changes).replace('"T"', json.dumps(str(tokenizer()))))
+    if changes.get("teacher"):
+        changes["teacher"]["source"] = str(other_vocabulary())
+    with pytest.raises(UserError, match=message):
+        opened(asked(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@functools.cache
+def other_vocabulary() -> Path:
+    import checkpoints
+
+    made = pipeline.model("llama", dtype=torch.float32, vocab_size=290)
+    return checkpoints.save_folder(pipeline.scratch() / "other-vocabulary", made, pipeline.tokenizer(290))
+
+
+def test_a_folder_of_another_run_is_not_touched(tmp_path):
+    with pytest.raises(UserError, match=r"holds a run of another recipe \(optimizer.lr differs\)"):
+        opened(asked(optimizer__lr=0.5), finished())
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="is there already and holds no run of prunus"):
+        opened(asked(), tmp_path / "there")
+
+
+def test_the_command_line(tmp_path):
+    (tmp_path / "r.yaml").write_text(json.dumps(asked(validate__every=0).plain()))
+    code, out, err = cli("train", tmp_path / "r.yaml", "--out", tmp_path / "runs" / "a", "--tokens", 256, "--json")
+    assert code == 0, err
+    assert json.loads(out)["figures"]["tokens"] == 256
+    code, out, err = cli("runs", tmp_path / "runs")
+    assert code == 0 and "done" in out and "a" in out
+    code, out, _ = cli("runs", tmp_path / "runs", "--json")
+    assert json.loads(out)["runs"][0]["tokens"] == 256
+    assert cli("recipe", "schema")[0] == 0 and cli("recipe", "list")[0] == 0
+    assert cli("recipe", "show", "scratch", "--set", "tokens=16384")[0] == 0
+    code, _, err = cli("train", "scrach", "--out", tmp_path / "b")
+    assert code == 2 and "recipe 'scrach' does not exist (did you mean 'scratch'?)" in err
+    code, _, err = cli("train", "scratch", "--out", tmp_path / "b", "--tokens", "4X")
+    assert code == 2 and "--tokens: '4X' is no number of tokens" in err
