@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,9 +111,13 @@ def prepare(
         text.check()
     opened = open_tokenizer(tokenizer, online=online)
     started = time.monotonic()
-    with Progress(quiet=as_json) as progress:
-        options: dict[str, Any] = {"splits": splits, "shard_tokens": shard_tokens, "processes": processes}
-        manifest = run(texts, opened, out, **options, progress=progress)
+    options: dict[str, Any] = {"splits": splits, "shard_tokens": shard_tokens, "processes": processes}
+    try:
+        with Progress(quiet=as_json) as progress:
+            manifest = run(texts, opened, out, **options, progress=progress)
+    except KeyboardInterrupt:  # unlike other commands, this one leaves something to go on with
+        print("prunus: stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
     result = {"out": str(out), **show_data.described(manifest), "seconds": time.monotonic() - started}
     _print(result, as_json, show_data.prepared)
 

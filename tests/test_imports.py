@@ -18,7 +18,7 @@ ROOT = Path(prunus.__file__).parent
 LAYERS = (  # the lowest first; a new module is placed here
     "errors place tables network axes shape families anatomy keep cut",
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
-    "data.tokenizer data.encode data.shards data.prepare data.mixing data.order data.overlap ledger",
+    "data.tokenizer data.encode data.shards data.writer data.prepare data.mixing data.order data.overlap ledger",
     "statistics criteria allocate compensate solve sizes",
     "record latency costs search",
     "planning builders findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",

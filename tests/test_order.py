@@ -227,7 +227,7 @@ changes = st.lists(st.tuples(st.integers(0, 60), st.lists(st.integers(1, 40), mi
 @settings(max_examples=60, deadline=None)
 @given(changes)
 def test_changing_shares_are_met_in_sum(steps):
-    """What a domain is due is the sum of its shares so far. The bound of 2 is what 10^5 random histories stay below."""
+    """What a domain is due is the sum of its shares so far. The bound of 2 is what random histories stay below."""
     schedule = Schedule([0.2, 0.3, 0.5])
     position, due, parts = 0, np.zeros(3), np.array([0.2, 0.3, 0.5])
     for length, raw in [*steps, (60, [1, 1, 1])]:

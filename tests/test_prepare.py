@@ -20,6 +20,7 @@ from pipeline import cli
 from prepared import SHARES, SPLITS, files, ids_of, jsonl, made, range_of, texts
 
 from prunus.data import prepare as module
+from prunus.data import writer
 from prunus.data.encode import document_hash
 from prunus.data.prepare import Text, check_splits, prepare
 from prunus.data.shards import Shards
@@ -121,7 +122,7 @@ class StoppedError(Exception):
 STOPS = {  # what is cut short -> how many calls of it go well first
     "encode": (0, 2, 5),
     "_save": (0, 1, 3),
-    "sha256": (2, 4, 9),  # the first is of the source, later ones of shards that are being closed
+    "writer.sha256": (1, 3, 8),  # of shards that are being closed
 }
 
 
@@ -132,7 +133,8 @@ def test_stopped_anywhere_and_gone_on_with(tmp_path, monkeypatch, what, calls):
     sources = [Text(str(jsonl(tmp_path / f"{i}.jsonl", DOCS[i * 40 : i * 40 + 40]))) for i in range(2)]
     options = {"splits": SPLITS, "shard_tokens": 150, "checkpoint_tokens": 1 if calls % 2 else 500}
     prepare(sources, pipeline.tokenizer(), tmp_path / "whole", **options)
-    original, left = getattr(module, what), calls
+    where, what = (writer, "sha256") if what == "writer.sha256" else (module, what)
+    original, left = getattr(where, what), calls
 
     def cut_short(*arguments):
         nonlocal left
@@ -142,13 +144,13 @@ def test_stopped_anywhere_and_gone_on_with(tmp_path, monkeypatch, what, calls):
         return original(*arguments)
 
     out = tmp_path / "stopped"
-    monkeypatch.setattr(module, what, cut_short)
+    monkeypatch.setattr(where, what, cut_short)
     for _ in range(2):  # twice: the second run is stopped as well, further on
         left = calls
         with pytest.raises(StoppedError):
             prepare(sources, pipeline.tokenizer(), out, **options)
             raise StoppedError  # it may have come to an end the second time
-    monkeypatch.setattr(module, what, original)
+    monkeypatch.setattr(where, what, original)
     prepare(sources, pipeline.tokenizer(), out, **options)
     assert files(out) == files(tmp_path / "whole")
 
@@ -174,6 +176,7 @@ def test_between_a_shard_and_the_word_that_it_is_done(tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the workers in /proc")
 def test_killed_for_real(tmp_path):
     """SIGKILL, with two processes at work: they end too, and the folder goes on."""
     many = texts(2500)
@@ -181,11 +184,14 @@ def test_killed_for_real(tmp_path):
     program = (
         "import sys\n"
         "from pathlib import Path\n"
+        "from types import SimpleNamespace\n"
+        "from tokenizers import Tokenizer\n"  # alone: transformers takes seconds to import
         "from prunus.data import prepare as m\n"
-        "from prunus.data.tokenizer import open_tokenizer\n"
         "if __name__ == '__main__':\n"
         "    m._BATCH_CHARS = 4000\n"
-        "    m.prepare([m.Text(sys.argv[1])], open_tokenizer(sys.argv[2]), Path(sys.argv[3]), shard_tokens=9000,\n"
+        "    made = Tokenizer.from_file(sys.argv[2] + '/tokenizer.json')\n"
+        "    tokenizer = SimpleNamespace(backend_tokenizer=made, eos_token_id=2, get_vocab=made.get_vocab)\n"
+        "    m.prepare([m.Text(sys.argv[1])], tokenizer, Path(sys.argv[3]), shard_tokens=9000,\n"
         "              checkpoint_tokens=2000, processes=int(sys.argv[4]))\n"
     )
     (tmp_path / "run.py").write_text(program)
@@ -220,6 +226,9 @@ def alive(pid: int) -> bool:
 
 def test_a_finished_folder_is_left_as_it_is(tmp_path):
     first, out = made(tmp_path, DOCS)
+    (out / "progress.json").write_text("{}")  # the kill came just before it was removed
+    made(tmp_path, DOCS)
+    assert not (out / "progress.json").exists()
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     second, _ = made(tmp_path, DOCS)
     assert second == first and {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
@@ -233,6 +242,38 @@ def test_separated_text(tmp_path):
     path.write_text("one\n\ntwo é\n<|endoftext|>\nthree<|endoftext|>four<|endoftext|>\n\n", encoding="utf-8")
     assert list(Text(str(path), separator="<|endoftext|>").documents()) == ["one\n\ntwo é", "three", "four", ""]
     assert list(Text(str(path)).documents()) == ["one\ntwo é\n<|endoftext|>\nthree<|endoftext|>four<|endoftext|>"]
+
+
+def test_a_hub_data_set(tmp_path, monkeypatch):
+    """Streamed row by row; its length is unknown, so the end is always one document away."""
+    import datasets
+
+    rows = [{"body": text} for text in DOCS]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: iter(rows))
+    told = []
+    source = Text("datasets:tiny::train:body", online=True)
+    options = {"splits": {"train": None}, "progress": lambda *step: told.append(step)}
+    manifest = prepare([source], pipeline.tokenizer(), tmp_path / "out", **options)
+    assert (manifest.sources[0].sha256, manifest.sources[0].bytes, manifest.documents("train")) == (None, None, len(DOCS))
+    assert told == [("prepare", len(DOCS), len(DOCS) + 1)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+def test_progress_comes_to_its_end(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(module, "_BATCH_CHARS", 900)
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": DOCS}), path)
+    else:
+        jsonl(path, DOCS) if kind == "jsonl" else path.write_text("<|x|>".join(DOCS), encoding="utf-8")
+    told = []
+    source = Text(str(path), separator="<|x|>" if kind == "txt" else None)
+    prepare([source], pipeline.tokenizer(), tmp_path / "out", splits={"t": None}, progress=lambda *s: told.append(s[1:]))
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and len(told) > 3
+    assert told[-1][0] == len(DOCS) and told[-1][1] - len(DOCS) in (0, 1)  # a last line may end in a line break or not
 
 
 # -- tokenizers ---------------------------------------------------------------------------------------------------------
@@ -364,7 +405,6 @@ def test_wrong_inputs_before_any_work(tmp_path, ask):
 
 def test_text_that_turns_out_wrong_leaves_nothing(tmp_path, ask, monkeypatch):
     monkeypatch.setattr(module, "_BATCH_CHARS", 100)
-    monkeypatch.setattr(module, "CHECKPOINT_TOKENS", 1)
     path = tmp_path / "b.jsonl"
     path.write_text((tmp_path / "a.jsonl").read_text() + "{broken\n")
     refused(r"b.jsonl: line 81 is not JSON", *ask(text="b.jsonl"))
@@ -414,7 +454,9 @@ def unfinished(tmp_path, ask):
     original = module.encode
     module.encode = lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
     try:
-        assert cli(*ask())[0] == 130
+        with pytest.raises(SystemExit) as stopped:
+            cli(*ask())
+        assert stopped.value.code == 130
     finally:
         module.encode = original
     assert (tmp_path / "out" / "progress.json").exists()
@@ -443,7 +485,7 @@ def test_a_full_disk(tmp_path, ask, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device", str(tmp_path / "out"))
 
-    monkeypatch.setattr(module._Range, "add", full)
+    monkeypatch.setattr(module.RangeWriter, "add", full)
     refused(r"out: cannot be written: No space left on device", *ask())
     monkeypatch.undo()
     assert cli(*ask())[0] == 0  # and it goes on

@@ -53,7 +53,7 @@ class Overlap:
 
 def text_overlap(evaluation: Iterable[str], data: Iterable[str], *, n: int = NGRAM) -> Overlap:
     """By words, without case and punctuation; n-grams do not reach over the end of a document."""
-    return _overlap((words(text) for text in evaluation), (words(text) for text in data), n)
+    return _overlap((words(text) for text in evaluation if text.strip()), (words(text) for text in data), n)
 
 
 def token_overlap(evaluation: Iterable[np.ndarray], data: Tokens | np.ndarray, *, n: int = NGRAM) -> Overlap:

@@ -6,7 +6,6 @@ import fcntl
 import itertools
 import json
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,9 +22,10 @@ from ..errors import UserError
 from ..headers import sha256
 from ..place import staged_files
 from .encode import Coding, Encoded, die_with_parent, encode, limits
-from .shards import DTYPES, MANIFEST, PROGRESS, RANGE_NAME, SMALL_VOCAB, STARTS, TOKENIZER, Manifest, Origin, Shard
-from .text import check, count, documents
+from .shards import DTYPES, MANIFEST, PROGRESS, RANGE_NAME, SMALL_VOCAB, TOKENIZER, Manifest, Origin
+from .text import HUB, check, count, documents
 from .tokenizer import fingerprint, num_ids
+from .writer import RangeWriter, range_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class Text:
 
     def origin(self) -> Origin:
         """What the manifest says of it; reads the whole file once."""
-        path = check(self.source, separator=self.separator, online=self.online)
+        path = None if self.source.startswith(HUB) else Path(self.source).expanduser()
         return Origin(
             source=path.name if path else self.source,
             sha256=sha256([path]) if path else None,
@@ -112,7 +112,7 @@ def prepare(
             if (out / MANIFEST).exists():
                 return _finished(out, work)
             state = _begin(out, work, tokenizer)
-            ranges = [_Range(out, name, work, state["ranges"][name]) for name in work.ranges]
+            ranges = [RangeWriter(out, name, work, state["ranges"][name]) for name in work.ranges]
             try:
                 return _run(sources, out, work, state, ranges, processes, checkpoint_tokens, progress)
             except UserError as error:
@@ -196,6 +196,7 @@ def _same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 def _finished(out: Path, work: Manifest) -> Manifest:
     manifest = Manifest.read(out)
+    (out / PROGRESS).unlink(missing_ok=True)  # a kill may have come between writing the one and removing the other
     _same(out, _asked(manifest), _asked(work))
     for which in manifest.ranges:
         manifest.check_files(out, which)
@@ -230,99 +231,11 @@ def _save(out: Path, state: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _files(out: Path, which: str) -> list[Path]:
-    """All files of a range, half-written ones too."""
-    pattern = re.compile(rf"\.?{which}-\d+(\.starts)?\.bin(\.partial)?")
-    return [path for path in out.iterdir() if pattern.fullmatch(path.name)]
-
-
 def _discard(out: Path, work: Manifest) -> None:
-    for path in [file for which in work.ranges for file in _files(out, which)] + [out / TOKENIZER, out / PROGRESS]:
+    for path in [file for which in work.ranges for file in range_files(out, which)] + [out / TOKENIZER, out / PROGRESS]:
         path.unlink(missing_ok=True)
     if not any(out.iterdir()):
         out.rmdir()
-
-
-class _Range:
-    """The shards of one range as they grow. On disk the open shard may be ahead of the state; taking up cuts it back."""
-
-    def __init__(self, out: Path, name: str, work: Manifest, state: Mapping[str, Any]) -> None:
-        self.out, self.name, self.limit = out, name, work.shard_tokens
-        self.dtype = np.dtype(DTYPES[work.dtype])
-        self.shards = [Shard.model_validate(shard) for shard in state["shards"]]
-        self.tokens, self.documents, self.text_bytes = state["open"]
-        self.files: tuple[BinaryIO, BinaryIO] | None = None
-        self._take_up()
-
-    def _paths(self) -> tuple[Path, Path]:
-        stem = f"{self.name}-{len(self.shards):05d}"
-        return self.out / f"{stem}.bin", self.out / f"{stem}.starts.bin"
-
-    def _take_up(self) -> None:
-        known = {name for shard in self.shards for name in (shard.file, shard.starts)}
-        for path, size in zip(self._paths(), (self.tokens * self.dtype.itemsize, self.documents * 8), strict=True):
-            stage = _stage(path)
-            if path.exists():  # it was closed, but the kill came before the state said so
-                path.replace(stage)
-            if self.documents:
-                known.add(stage.name)
-                have = stage.stat().st_size if stage.exists() else 0
-                if have < size:
-                    raise UserError(f"{stage}: {have:,} bytes where {size:,} were; remove the folder and begin again")
-                os.truncate(stage, size)
-        for path in _files(self.out, self.name):
-            if path.name not in known:
-                path.unlink()
-
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Put a document behind the others; the shard that it fills is closed."""
-        if self.files is None:
-            tokens, starts = (_stage(path).open("ab") for path in self._paths())
-            self.files = tokens, starts
-        self.files[0].write(ids.astype(self.dtype, copy=False).tobytes())
-        self.files[1].write(np.array(self.tokens, STARTS).tobytes())
-        self.tokens, self.documents, self.text_bytes = (
-            self.tokens + len(ids),
-            self.documents + 1,
-            self.text_bytes + text_bytes,
-        )
-        if self.tokens >= self.limit:
-            self.close()
-
-    def flush(self) -> None:
-        """What was added is on the disk."""
-        for file in self.files or ():
-            file.flush()
-            os.fsync(file.fileno())
-
-    def release(self) -> None:
-        """Close the files, wherever the work is."""
-        for file in self.files or ():
-            file.close()
-        self.files = None
-
-    def close(self) -> None:
-        """The open shard takes its place."""
-        if not self.documents:
-            return
-        self.flush()
-        self.release()
-        paths = self._paths()
-        hashes = [sha256([_stage(path)]) for path in paths]
-        for path in paths:
-            _stage(path).replace(path)
-        counts = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
-        self.shards.append(Shard(file=paths[0].name, sha256=hashes[0], starts_sha256=hashes[1], **counts))
-        self.tokens = self.documents = self.text_bytes = 0
-
-    def state(self) -> dict[str, Any]:
-        """Where it is, as plain data."""
-        shards = [shard.model_dump() for shard in self.shards]
-        return {"shards": shards, "open": [self.tokens, self.documents, self.text_bytes]}
-
-
-def _stage(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def _tell(progress: Report, expected: int | None, done: int) -> None:
@@ -378,7 +291,7 @@ def _run(
     out: Path,
     work: Manifest,
     state: dict[str, Any],
-    ranges: list[_Range],
+    ranges: list[RangeWriter],
     processes: int,
     checkpoint_tokens: int,
     progress: Report | None,
