@@ -15,7 +15,10 @@ from .tables import big
 
 def line(found: Mapping[str, Any]) -> None:
     """One interval, on standard error."""
-    if "validation" in found:
+    if "sweep" in found:
+        loss = found["sweep"]["loss"]
+        text = f"lr {found['sweep']['lr']:.0e}: loss {'none' if loss is None else format(loss, '.4f')} after {found['step']} steps"
+    elif "validation" in found:
         text = f"step {found['step']:>6}  validation loss {found['validation']['loss']:.4f}"
     else:
         left = found["seconds_left"]

@@ -22,7 +22,7 @@ from prunus.errors import UserError
 from prunus.ledger import Ledger
 from prunus.train import recipe as recipes
 from prunus.train import run as runs
-from prunus.train import saved
+from prunus.train import saved, sweep
 from prunus.train.learner import Learner, boundaries
 from prunus.train.loop import Training, train_
 from prunus.train.optim import adamw, start_slots_, steps_done
@@ -432,6 +432,47 @@ def test_depth_scaled_weights():
     for name, p in plain.named_parameters():
         writes = name.endswith(("o_proj.weight", "down_proj.weight"))
         assert torch.allclose(scaled.get_parameter(name), p * scale if writes else p)
+
+
+# -- the rate by trying -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_takes_the_lowest_loss_and_is_on_the_ledger(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "RATES", (1e-9, 1e-2))
+    recipe = asked(optimizer__lr="sweep", validate__every=0)
+    figures = run(tmp_path / "run", recipe)["figures"]
+    assert figures["lr"] == 1e-2 and figures["sweep"]["steps"] == 8 == sweep.prefix(recipe)
+    ledger = Ledger.read(tmp_path / "run" / "ledger.json")
+    assert [stage.name for stage in ledger.stages] == ["lr sweep", "run"]
+    assert ledger.stages[0].tokens == 2 * ledger.stages[1].tokens == 2 * 8 * 4 * SEQ
+    assert ledger.stages[0].flops["train"] == 2 * ledger.stages[1].flops["train"]
+    run(tmp_path / "plain", asked(optimizer__lr=1e-2, validate__every=0))
+    assert _same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+
+
+def test_rates_that_were_tried_are_not_tried_again(tmp_path):
+    tried = []
+
+    def begin(rate):
+        tried.append(rate)
+        raise Killed
+
+    (tmp_path / "sweep.json").write_text(json.dumps({"steps": 8, "losses": [[1e-5, 2.0], [3e-5, None]]}))
+    with pytest.raises(Killed):
+        sweep.swept(asked(), tmp_path, begin, lambda line: None)
+    assert tried == [1e-4]
+
+
+def test_the_best_rate_by_hand():
+    assert sweep.Sweep(1, {1e-3: 2.0, 1e-5: 2.0, 1e-4: None}).best == 1e-5
+    with pytest.raises(UserError, match="the loss is no number at any of"):
+        _ = sweep.Sweep(1, {1e-3: None}).best
+
+
+def test_a_beginning_goes_past_the_warm_up():
+    """5 % of 10,000 steps are warm-up; 200 more follow. A short run is tried whole."""
+    long = asked(tokens=10_000 * 4 * SEQ)
+    assert sweep.prefix(long) == 700 and sweep.prefix(asked()) == 8
 
 
 # -- recipes and wrong inputs ---------------------------------------------------------------------------------------------

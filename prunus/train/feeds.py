@@ -56,24 +56,39 @@ class Feeds:
         return {domain.name: _identity(domain) for domain in self.training.domains}
 
     def ledger(
-        self, recipe: Recipe, sequences: int, flops: dict[str, int], params: int, source: Source | None
+        self,
+        recipe: Recipe,
+        sequences: int,
+        flops: dict[str, int],
+        params: int,
+        source: Source | None,
+        beginnings: tuple[int, int] = (0, 0),
     ) -> dict[str, Any]:
-        """The run's ledger: what the first `sequences` of the stream were, what it cost, and the parent's own."""
-        stage = Stage(
-            name=recipe.name,
-            params=params,
-            seed=recipe.data.seed,
-            seq_len=recipe.data.seq_len,
-            positions=(0, sequences),
-            history=self.training.history,
-            data={name: Data(**identity) for name, identity in self.identity().items()},
-        )
-        for batch in self._batches(sequences):
-            stage.consume(batch.ranges)
-        for kind, count in flops.items():
-            stage.spend(kind, count)  # type: ignore[arg-type]
+        """The run's ledger: what the first `sequences` of the stream were, what it cost, and the parent's own.
+
+        `beginnings`: sequences, and how often they were trained on to find the rate; a stage of its own, before the other.
+        """
+        stages = []
+        for name, count, times in (("lr sweep", *beginnings), (recipe.name, sequences, 1)):
+            if not count * times:
+                continue
+            stage = Stage(
+                name=name,
+                params=params,
+                seed=recipe.data.seed,
+                seq_len=recipe.data.seq_len,
+                positions=(0, count),
+                history=self.training.history,
+                data={domain: Data(**identity) for domain, identity in self.identity().items()},
+            )
+            for _ in range(times):
+                for batch in self._batches(count):
+                    stage.consume(batch.ranges)
+            for kind, spent in flops.items():
+                stage.spend(kind, spent * count * times // sequences)  # type: ignore[arg-type]
+            stages.append(stage)
         parent, unrecorded = _parent(source)
-        return Ledger(stages=[stage], parent=parent, unrecorded=unrecorded).model_dump(mode="json")
+        return Ledger(stages=stages, parent=parent, unrecorded=unrecorded).model_dump(mode="json")
 
     def _batches(self, sequences: int) -> Iterator[Batch]:
         for first in range(0, sequences, _TOGETHER):

@@ -35,6 +35,7 @@ from .loop import Clock, Hook, Sparse, Training, train_, validate
 from .recipe import Recipe
 from .schedule import Schedule
 from .shapes import config_of, fresh
+from .sweep import Sweep, swept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,9 +163,13 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
         done = record.read(out / RECORD) if (out / RECORD).exists() else []
         if done:
             return done[-1]
-        training, tensors = _training(run, hooks)
+        tried = None
+        if recipe.optimizer.lr == "sweep":
+            tried = swept(recipe, out, lambda rate: _training(run, hooks, rate)[0], say)
+        rate = tried.best if tried is not None else float(recipe.optimizer.lr)
+        training, tensors = _training(run, hooks, rate)
         _resume_(run, training, tensors)
-        rate, last_flops = measure.gemm_rate(), run.anatomy.flops(recipe.data.seq_len) / recipe.data.seq_len
+        peak, last_flops = measure.gemm_rate(), run.anatomy.flops(recipe.data.seq_len) / recipe.data.seq_len
         with _asked_to_stop() as asked:
             began = training.step
 
@@ -173,7 +178,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
                 whole = training.step == recipe.steps
                 if training.step % recipe.log_every == 0 or whole:
                     speed = (training.step - began) * recipe.batch_tokens / max(run.clock.seconds, 1e-9)
-                    tell(_line(run, training, speed, 3 * last_flops * speed / rate))
+                    tell(_line(run, training, speed, 3 * last_flops * speed / peak))
                 every = recipe.validate_.every
                 if every and (training.step % every == 0 or whole):
                     tell(_validated(run, training))
@@ -190,7 +195,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
 
             run.clock.start()
             train_(training, recipe.steps, each)
-        return _finish(run, training)
+        return _finish(run, training, tried)
 
 
 def _line(run: Run, training: Training, speed: float, share: float) -> dict[str, Any]:
@@ -224,7 +229,7 @@ def _begin(run: Run) -> None:
     saved.clear_partial(run.out / CHECKPOINTS)
 
 
-def _training(run: Run, hooks: tuple[Hook, ...]) -> tuple[Training, dict[str, Tensor]]:
+def _training(run: Run, hooks: tuple[Hook, ...], lr: float) -> tuple[Training, dict[str, Tensor]]:
     """The run's live parts, and every tensor of a checkpoint by name."""
     recipe, chosen = run.recipe, run.recipe.optimizer
     dtype = DTYPES["bfloat16" if recipe.precision == "bfloat16" else "float32"]
@@ -237,10 +242,7 @@ def _training(run: Run, hooks: tuple[Hook, ...]) -> tuple[Training, dict[str, Te
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learner = Learner(model, precision=recipe.precision, compiled=recipe.compile)
     named = dict(model.named_parameters())
-    assert chosen.lr != "sweep", "a sweep has settled the rate before"
-    optimizer = optim.adamw(
-        named.items(), lr=chosen.lr, betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay
-    )
+    optimizer = optim.adamw(named.items(), lr=lr, betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay)
     optim.start_slots_(optimizer, 0)
     if run.mask is not None:
         sparse = Sparse(hf.weights(model, run.anatomy), run.mask.kept)
@@ -252,7 +254,7 @@ def _training(run: Run, hooks: tuple[Hook, ...]) -> tuple[Training, dict[str, Te
         teacher = Teacher(parent, recipe.teacher.mix, recipe.teacher.temperature)
     plan = recipe.schedule
     schedule = Schedule(
-        plan.kind, chosen.lr, plan.total or plan.start + recipe.steps * recipe.batch_tokens, plan.start, plan.warmup,
+        plan.kind, lr, plan.total or plan.start + recipe.steps * recipe.batch_tokens, plan.start, plan.warmup,
         plan.floor, plan.decay,
     )  # fmt: skip
     training = Training(
@@ -330,7 +332,7 @@ def _log(out: Path, line: Mapping[str, Any]) -> None:
 # -- the end --------------------------------------------------------------------------------------------------------------
 
 
-def _finish(run: Run, training: Training) -> dict[str, Any]:
+def _finish(run: Run, training: Training, tried: Sweep | None) -> dict[str, Any]:
     """Save the model, load it in a clean process, write ledger and record."""
     model: PreTrainedModel = training.learner.model
     model.eval()
@@ -340,9 +342,10 @@ def _finish(run: Run, training: Training) -> dict[str, Any]:
         verified = check_saved(stage, probe(model))
     seq_len = run.recipe.data.seq_len
     flops = {"train": 3 * run.anatomy.flops(seq_len) * training.tokens // seq_len}
+    beginnings = (0, 0) if tried is None else (tried.steps * run.recipe.sequences, len(tried.losses))
     if run.teacher is not None:
         flops["teacher"] = run.teacher.anatomy.flops(seq_len) * training.tokens // seq_len
-    ledger = run.feeds.ledger(run.recipe, training.tokens // seq_len, flops, run.anatomy.num_params, run.source)
+    ledger = run.feeds.ledger(run.recipe, training.tokens // seq_len, flops, run.anatomy.num_params, run.source, beginnings)
     with staged_files(run.out / LEDGER) as (stage,):
         stage.write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
     lines = [json.loads(line) for line in (run.out / LOG).read_text(encoding="utf-8").splitlines()]
@@ -351,6 +354,8 @@ def _finish(run: Run, training: Training) -> dict[str, Any]:
         "tokens": training.tokens,
         "steps": training.step,
         "skipped": training.skipped,
+        "lr": training.schedule.peak,
+        "sweep": None if tried is None else {"steps": tried.steps, "losses": list(tried.losses.items())},
         "flops": flops,
         "loss": training.last["loss"] if training.last else None,
         "validation": [line for line in lines if "validation" in line],

@@ -1,0 +1,75 @@
+"""The peak rate by trying: short beginnings of the run at several rates, and the one that ends lowest in training loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..place import staged_files
+from .loop import Training, train_
+from .recipe import Recipe
+
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # the comparison study's
+SWEEP = "sweep.json"
+_SHARE, _BEYOND, _SCORED = 0.02, 200, 0.2  # of all steps at least; steps behind the warm-up; the end that is scored
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was tried: rate -> mean training loss at the end of the beginning; None where it was no number."""
+
+    steps: int
+    losses: Mapping[float, float | None]
+
+    @property
+    def best(self) -> float:
+        """The rate with the lowest loss, the lower one of equals; UserError if none held."""
+        held = {rate: loss for rate, loss in self.losses.items() if loss is not None}
+        if not held:
+            raise UserError(
+                f"optimizer.lr: the loss is no number at any of {', '.join(map(str, self.losses))}; name a lower rate"
+            )
+        return min(sorted(held), key=lambda rate: held[rate])
+
+
+def prefix(recipe: Recipe) -> int:
+    """Steps of a beginning: past the real warm-up and a while on, so that the schedule is the run's own."""
+    total = recipe.schedule.total or recipe.schedule.start + recipe.steps * recipe.batch_tokens
+    warm = max(0, math.ceil((recipe.schedule.warmup * total - recipe.schedule.start) / recipe.batch_tokens))
+    return min(recipe.steps, max(math.ceil(_SHARE * recipe.steps), warm + _BEYOND))
+
+
+def swept(recipe: Recipe, out: Path, begin: Callable[[float], Training], say: Callable[[Mapping[str, Any]], None]) -> Sweep:
+    """Try every rate; `begin(rate)` is a fresh run. Rates that were tried before, by a run that was stopped, are known."""
+    steps, path = prefix(recipe), out / SWEEP
+    losses = _read(path, steps)
+    for rate in RATES:
+        if rate in losses:
+            continue
+        seen: list[float] = []
+        try:
+            train_(begin(rate), steps, lambda training, seen=seen: seen.append(training.last["loss"]))  # type: ignore[misc]
+        except UserError:  # no number: too high a rate
+            losses[rate] = None
+        else:
+            tail = seen[-max(1, round(_SCORED * steps)) :]
+            losses[rate] = sum(tail) / len(tail)
+        with staged_files(path) as (stage,):
+            stage.write_text(json.dumps({"steps": steps, "losses": list(losses.items())}) + "\n", encoding="utf-8")
+        say({"step": steps, "sweep": {"lr": rate, "loss": losses[rate]}})
+    return Sweep(steps, losses)
+
+
+def _read(path: Path, steps: int) -> dict[float, float | None]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {float(rate): loss for rate, loss in data["losses"]} if data["steps"] == steps else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not readable; delete it, and the rates are tried again") from error
