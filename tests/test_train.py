@@ -516,7 +516,7 @@ def test_recipes_that_are_refused(changes, message):
         ({"data__seq_len": 128, "batch_tokens": 256, "tokens": 512}, "data.seq_len: 128 is more than the 64 positions"),
         ({"model": {"source": "nowhere"}}, "nowhere"),
         ({"model": {"shape": "nanno", "tokenizer": "T"}}, "unknown shape 'nanno'"),
-        ({"model__tokenizer": "/nowhere"}, "model.tokenizer: /nowhere holds no tokenizer"),
+        ({"model__tokenizer": "/nowhere"}, "model.tokenizer: /nowhere: no such file or folder"),
         ({"model__shape": {"hidden_size": 8}}, "model.shape: it has no model_type"),
         ({"model__shape": {**tiny_shape(), "vocab_size": 20}}, "a vocabulary of 20 is too small for the tokenizer's 300"),
         ({"model__mask": "/nowhere"}, "model.mask: /nowhere has no prunus/mask.safetensors"),

@@ -13,7 +13,7 @@ from .run import LOG, RECIPE, RECORD
 def listed(folder: Path) -> list[dict[str, Any]]:
     """One row a run: its folder's name, recipe, state, and last figures. A folder that is no run is passed over."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one whose sub-folders are runs")
+        raise UserError(f"{folder}: no such file or folder; give one whose sub-folders are runs")
     places = (
         [folder] if (folder / RECIPE).is_file() else sorted(path for path in folder.iterdir() if (path / RECIPE).is_file())
     )

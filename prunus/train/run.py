@@ -129,6 +129,8 @@ def _differing(one: Any, other: Any, at: str = "") -> str:
 def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if not Path(folder).expanduser().is_dir():
+        raise UserError(f"model.tokenizer: {folder}: no such file or folder; prunus data tokenizer makes one")
     try:
         with hf.quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
