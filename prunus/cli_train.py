@@ -12,6 +12,9 @@ import typer
 from .errors import UserError
 
 recipes = typer.Typer(name="recipe", help="Training recipes.", no_args_is_help=True)
+studies = typer.Typer(name="study", help="Grids of training runs.", no_args_is_help=True)
+
+StudyArg = Annotated[Path, typer.Argument(help="A study's .yaml file.", metavar="FILE")]
 
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE with a dotted name, such as optimizer.lr=1e-3.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -107,3 +110,40 @@ def show(recipe: RecipeArg, changes: SetOpt = None) -> None:
     from .train.recipe import read
 
     print(yaml.safe_dump(read(recipe, changes or ()).plain(), sort_keys=False), end="")
+
+
+@studies.command(name="run")
+def run_study(
+    file: StudyArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The study's folder; one that is there goes on.")],
+    as_json: JsonOpt = False,
+) -> None:
+    """Run every cell of a study that is not done yet; one record each, all of them in OUT/records.jsonl."""
+    from . import show_train
+    from .train import study
+    from .train.run import StoppedError
+
+    tell = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr, flush=True))
+    try:
+        result = study.run(file, out, tell=tell, say=(lambda line: None) if as_json else show_train.line)
+    except StoppedError as stop:
+        print(f"prunus: {stop}", file=sys.stderr)
+        raise typer.Exit(stop.code) from stop
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        show_train.study(result)
+
+
+@studies.command(name="plan")
+def plan_study(file: StudyArg, as_json: JsonOpt = False) -> None:
+    """List a study's runs with their budgets; opens no data and no weight."""
+    from . import show_train
+    from .train import study
+
+    name, cells = study.cells(file)
+    rows = [{"run": cell.name, "tokens": cell.recipe.tokens, "steps": cell.recipe.steps} for cell in cells]
+    if as_json:
+        print(json.dumps({"study": name, "runs": rows, "tokens": sum(row["tokens"] for row in rows)}))
+    else:
+        show_train.study_plan(name, rows)
