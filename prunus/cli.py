@@ -346,17 +346,20 @@ def compare_methods(
 
 @app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="A folder that prunus wrote.")],
+    folders: Annotated[list[Path], typer.Argument(help="A checkpoint that prunus wrote, or training runs.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A .png, .svg or .pdf file; default: prunus/plot.png in the folder.")
+        Path | None, typer.Option("--out", "-o", help="A .png, .svg or .pdf file; default: a file in the (first) folder.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Draw what every unit was worth, and what stayed in every layer."""
-    from . import checkpoint_plots, show
+    """Draw what a cut left: scores, sizes, before and after; or training runs: loss and rate against tokens and FLOPs."""
+    from . import checkpoint_plots, show, train_plots
 
-    result = checkpoint_plots.run(folder, out, overwrite=overwrite)
+    if len(folders) > 1 or train_plots.is_run(folders[0]):
+        result = train_plots.run(folders, out, overwrite=overwrite)
+    else:
+        result = checkpoint_plots.run(folders[0], out, overwrite=overwrite)
     _print(result, as_json, show.plotted)
 
 

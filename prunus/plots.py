@@ -17,7 +17,7 @@ FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's palette without its yellow, which is lost on white
 BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 INK, GREY, PALE = "#222222", "#8a8a8a", "#d9d9d9"
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY)
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY)
 _MARKERS = "os^DvP<X>"
 _DOTS_PER_INCH = 150
 _LOG_FROM = 3.0  # an axis whose largest value is this many times its smallest is drawn logarithmically
@@ -137,7 +137,7 @@ def _compared(axes: Axes, rows: Sequence[Mapping[str, Any]], values: Sequence[fl
             axes.axhline(row["perplexity"]["mean"], color=PALE, linewidth=1, zorder=0)
             axes.plot(value, row["perplexity"]["mean"], "*", color=INK, markersize=13, label="dense", linestyle="none")
     for i, (name, points) in enumerate((n, p) for n, p in series.items() if n != "dense"):
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
         zeros = any(row["sparsity"] is not None for _, row in points)
         x, y = [value for value, _ in points], [row["perplexity"]["mean"] for _, row in points]
         reach = [[m - row["perplexity"]["min"] for m, (_, row) in zip(y, points, strict=True)]]

@@ -26,7 +26,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "api",
     "train train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop train.feeds "
     "train.sweep train.run train.listing train.study",
-    "plots report checkpoint_plots comparison",
+    "plots report checkpoint_plots train_plots comparison",
     "show show_data show_train progress quickstart cli_data cli_train cli",
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}

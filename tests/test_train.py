@@ -30,6 +30,7 @@ from prunus.train.run import StoppedError, execute
 from prunus.train.run import prepare as opened
 from prunus.train.schedule import Schedule
 from prunus.train.shapes import SHAPES, config_of, fresh
+from prunus.train_plots import Curve
 
 SEQ = 16
 
@@ -632,3 +633,26 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
 def test_studies_that_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         study.cells(study_file(tmp_path, **changes))
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_drawn_together(tmp_path):
+    run(tmp_path / "other", asked(optimizer__lr=1e-3))
+    code, out, err = cli("plot", finished(), tmp_path / "other", "--out", tmp_path / "both.svg", "--json")
+    assert code == 0 and json.loads(out)["runs"] == ["finished-run", "other"], err
+    drawn = (tmp_path / "both.svg").read_text()
+    assert "finished-run" in drawn and "learning rate" in drawn
+    code, _, err = cli("plot", finished(), tmp_path, "--out", tmp_path / "no.svg")
+    assert code == 2 and "or no training run; several folders" in err
+    code, _, err = cli("plot", finished(), "--out", tmp_path / "both.svg")
+    assert code == 2 and "already exists" in err
+
+
+def test_curves_have_what_was_logged():
+    curve = Curve.read(finished())
+    assert [tokens for tokens, _, _ in curve.updates] == [64 * n for n in range(1, 9)] and len(curve.validation) == 2
+    figures = record.read(finished() / "record.jsonl")[-1]["figures"]
+    assert curve.flops_per_token == figures["flops"]["train"] / (8 * 64)
+    assert curve.smoothed()[1] == pytest.approx(0.9 * curve.updates[0][1] + 0.1 * curve.updates[1][1])

@@ -23,7 +23,7 @@ def listed(folder: Path) -> list[dict[str, Any]]:
 def _row(path: Path) -> dict[str, Any]:
     try:
         recipe = json.loads((path / RECIPE).read_text(encoding="utf-8"))
-        lines = [json.loads(text) for text in _whole_lines(path / LOG)]
+        lines = [json.loads(text) for text in whole_lines(path / LOG)]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the run cannot be read: {error}") from error
     updates = [line for line in lines if "loss" in line]
@@ -41,7 +41,7 @@ def _row(path: Path) -> dict[str, Any]:
     }
 
 
-def _whole_lines(path: Path) -> list[str]:
+def whole_lines(path: Path) -> list[str]:
     """The last line of a running process may be half there."""
     if not path.is_file():
         return []

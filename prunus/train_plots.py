@@ -1,0 +1,99 @@
+"""Pictures of training runs: loss and rate against tokens, and loss against FLOPs, from their logs alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import plots, record
+from .errors import UserError
+from .place import staged_files
+from .train.listing import whole_lines
+from .train.run import LOG, RECIPE, RECORD
+
+_SMOOTH = 0.9  # what the drawn training loss keeps of the one before
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a training run."""
+    return (folder / RECIPE).is_file()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run: tokens, training loss and rate of every logged update; tokens and loss of every validation."""
+
+    name: str
+    updates: list[tuple[int, float, float]]
+    validation: list[tuple[int, float]]
+    flops_per_token: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Curve:
+        """UserError if nothing was logged yet."""
+        try:
+            lines = [json.loads(text) for text in whole_lines(folder / LOG)]
+        except ValueError as error:
+            raise UserError(f"{folder / LOG}: not readable as JSON lines: {error}") from error
+        updates = [(line["tokens"], line["loss"], line["lr"]) for line in lines if "loss" in line]
+        if not updates:
+            raise UserError(f"{folder}: this run has logged nothing yet")
+        validation = [(line["tokens"], line["validation"]["loss"]) for line in lines if "validation" in line]
+        params = next(line["params"] for line in lines if "params" in line)
+        spent = 6.0 * params  # until the record says what it was, attention included
+        if (folder / RECORD).is_file():
+            figures = record.read(folder / RECORD)[-1]["figures"]
+            spent = sum(figures["flops"].values()) / figures["tokens"]
+        return cls(folder.name, updates, validation, spent)
+
+    def smoothed(self) -> list[float]:
+        """Training loss, each point mixed with those before."""
+        out: list[float] = []
+        for _, loss, _ in self.updates:
+            out.append(loss if not out else _SMOOTH * out[-1] + (1 - _SMOOTH) * loss)
+        return out
+
+
+def run(folders: Sequence[Path], out: Path | None, *, overwrite: bool) -> dict[str, Any]:
+    """Draw the runs into one picture; default: plot.png in the first. UserError if the place is taken or no place."""
+    plots.check_library()
+    odd = next((folder for folder in folders if not is_run(folder)), None)
+    if odd is not None:
+        raise UserError(
+            f"{odd}: not a checkpoint that prunus wrote, or no training run; several folders are drawn together only if all are runs"
+        )
+    curves = [Curve.read(folder) for folder in folders]
+    path = folders[0] / "plot.png" if out is None else out.expanduser()
+    if path.suffix not in plots.FORMATS:
+        raise UserError(f"{path}: a picture ends in {', '.join(plots.FORMATS)}")
+    if path.exists() and (path.is_dir() or not overwrite):
+        raise UserError(f"{path}: already exists; give another --out, or --overwrite to replace it")
+    record.check_place(path, "out")
+    with staged_files(path) as (stage,):
+        draw(curves, stage)
+    return {"picture": str(path), "runs": [curve.name for curve in curves], "notes": []}
+
+
+def draw(curves: Sequence[Curve], path: Path) -> None:
+    """Three panels: loss against tokens (dots: validation), loss against FLOPs, and the rate."""
+    figure = plots.figure(12.0, 4.2)
+    loss, cost, rate = (figure.add_subplot(1, 3, i) for i in (1, 2, 3))
+    for i, curve in enumerate(curves):
+        colour = plots.COLOURS[i % len(plots.COLOURS)]
+        tokens, smooth = [t for t, _, _ in curve.updates], curve.smoothed()
+        loss.plot(tokens, smooth, color=colour, linewidth=1.4, label=curve.name)
+        cost.plot([t * curve.flops_per_token for t in tokens], smooth, color=colour, linewidth=1.4)
+        rate.plot(tokens, [lr for _, _, lr in curve.updates], color=colour, linewidth=1.4)
+        if curve.validation:
+            at, values = zip(*curve.validation, strict=True)
+            loss.plot(at, values, "o", color=colour, markersize=4)
+            cost.plot([t * curve.flops_per_token for t in at], values, "o", color=colour, markersize=4)
+    plots.tidy(loss, x="tokens", y="loss, nats a token", title="training loss (smoothed); dots: validation")
+    plots.tidy(cost, x="FLOPs", y="loss, nats a token", title="the same against what it cost")
+    plots.tidy(rate, x="tokens", y="learning rate", title="rate")
+    if len(curves) > 1:
+        plots.legend_above(loss)
+    plots.save(figure, path)
