@@ -63,7 +63,8 @@ def run(folders: Sequence[Path], out: Path | None, *, overwrite: bool) -> dict[s
     odd = next((folder for folder in folders if not is_run(folder)), None)
     if odd is not None:
         raise UserError(
-            f"{odd}: not a checkpoint that prunus wrote, or no training run; several folders are drawn together only if all are runs"
+            f"{odd}: not a checkpoint that prunus wrote, or no training run; several folders are drawn together only if all "
+            "are runs"
         )
     curves = [Curve.read(folder) for folder in folders]
     path = folders[0] / "plot.png" if out is None else out.expanduser()

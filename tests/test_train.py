@@ -420,6 +420,33 @@ def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
 
+def test_adapters_are_merged_and_nothing_else_moves(tmp_path):
+    """The difference to the source is of the adapters' rank in every matrix of a block, and nothing elsewhere."""
+    source = finished() / "model"
+    recipe = asked(model={"source": str(source)}, lora={"rank": 2}, tokens=4 * 4 * SEQ, save__every=2, validate__every=0)
+
+    def say(line):
+        if line["step"] == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", recipe, say=say)
+    run(tmp_path / "run", recipe)
+    run(tmp_path / "straight", recipe)
+    before, after = weights_of(source), weights(tmp_path / "run")
+    assert _same(after, weights(tmp_path / "straight")) and after.keys() == before.keys()
+    for name, value in after.items():
+        difference = value - before[name]
+        if ".layers." in name and value.dim() == 2:
+            values = torch.linalg.svdvals(difference.double())
+            assert values[0] > 0 and values[2:].max() < 1e-5 * values[0], name
+        else:
+            assert not difference.any(), name
+    sparse = {"source": str(source), "mask": str(source)}
+    with pytest.raises(UserError, match="exclude each other: merged adapters would fill the zeros"):
+        asked(model=sparse, lora={})
+
+
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_named_shapes_can_be_built(name):
     config = config_of(name, 300)

@@ -98,6 +98,13 @@ class TeacherPart(_Strict):
     temperature: float = Field(default=1.0, gt=0)
 
 
+class LoraPart(_Strict):
+    """Low-rank adapters on every matrix of the blocks; all else is frozen."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: int = Field(default=16, ge=1)
+
+
 class SavePart(_Strict):
     """Checkpoints and measurements, every so many steps (0: only at the end)."""
 
@@ -128,6 +135,7 @@ class Recipe(_Strict):
     optimizer: OptimizerPart = Field(default_factory=OptimizerPart)
     schedule: SchedulePart = Field(default_factory=SchedulePart)
     teacher: TeacherPart | None = None
+    lora: LoraPart | None = None
     save: SavePart = Field(default_factory=SavePart)
     validate_: ValidatePart = Field(default_factory=ValidatePart, alias="validate")
     log_every: int = Field(default=10, ge=1)
@@ -141,6 +149,12 @@ class Recipe(_Strict):
             raise ValueError(f"batch_tokens {self.batch_tokens} is no multiple of data.seq_len {self.data.seq_len}")
         if self.tokens < self.batch_tokens:
             raise ValueError(f"tokens {self.tokens:,} are fewer than one update of {self.batch_tokens:,}")
+        if self.lora is not None and self.model.mask is not None:
+            raise ValueError(
+                "lora and model.mask exclude each other: merged adapters would fill the zeros; drop one of them"
+            )
+        if self.lora is not None and self.model.source is None:
+            raise ValueError("lora adapts weights that are there; give model.source")
         total = self.schedule.total
         if total is not None and total < self.schedule.start + self.tokens:
             raise ValueError(

@@ -28,7 +28,7 @@ from ..keep import WeightMask
 from ..place import staged_files
 from ..source import DTYPES, Source
 from ..verification import check_saved, probe
-from . import optim, saved
+from . import lora, optim, saved
 from .feeds import Feeds
 from .learner import Learner, Teacher
 from .loop import Clock, Hook, Sparse, Training, train_, validate
@@ -68,6 +68,7 @@ class Run:
     teacher: Source | None
     mask: WeightMask | None
     best: dict[str, float] = field(default_factory=dict)  # loss and step of the best validation
+    adapters: Any = None  # peft's wrapper of the model, where only adapters are trained
     clock: Clock = field(default_factory=Clock)
 
     @property
@@ -78,6 +79,8 @@ class Run:
 
 def prepare(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
     """Open what the recipe names and check that it fits together; UserError otherwise. Reads no weight of a model."""
+    if recipe.lora is not None:
+        lora.check_library()
     _check_folder(out, recipe)
     source = None if recipe.model.source is None else Source.open(recipe.model.source, online=online)
     named = recipe.model.tokenizer
@@ -239,11 +242,12 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float) -> tuple[Training, d
         model = run.source.load(str(dtype).removeprefix("torch."))
     else:
         model = fresh(run.config, init=recipe.model.init, seed=recipe.seed, dtype=dtype)
+    run.adapters = None if recipe.lora is None else lora.attach_(model, run.anatomy, recipe.lora, recipe.seed)
     model.train()
     if recipe.checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learner = Learner(model, precision=recipe.precision, compiled=recipe.compile)
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.adamw(named.items(), lr=lr, betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay)
     optim.start_slots_(optimizer, 0)
     if run.mask is not None:
@@ -336,7 +340,7 @@ def _log(out: Path, line: Mapping[str, Any]) -> None:
 
 def _finish(run: Run, training: Training, tried: Sweep | None) -> dict[str, Any]:
     """Save the model, load it in a clean process, write ledger and record."""
-    model: PreTrainedModel = training.learner.model
+    model: PreTrainedModel = training.learner.model if run.adapters is None else lora.merged(run.adapters)
     model.eval()
     with checkpoint.staged(run.out / MODEL, overwrite=True) as stage:
         model.save_pretrained(stage)
