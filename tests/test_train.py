@@ -321,6 +321,43 @@ def test_two_processes_on_one_run():
         run(finished())
 
 
+@functools.cache
+def other_data() -> Path:
+    """The corpus backwards: another domain."""
+    text = pipeline.scratch() / "backwards.jsonl"
+    text.write_text("".join(json.dumps({"text": doc[::-1]}) + "\n" for doc in pipeline.corpus()), encoding="utf-8")
+    out = pipeline.scratch() / "backwards"
+    prepare([Text(str(text))], pipeline.tokenizer(), out, splits={"validation": 0.2, "parent": 0.3, "retrain": None})
+    return out
+
+
+def test_shares_follow_the_losses_and_come_back_after_a_kill(tmp_path):
+    """The domain whose reference it is far above gets more; stopped between two changes, the run ends the same."""
+    recipe = asked(
+        data={
+            "domains": [{"folder": str(data())}, {"folder": str(other_data())}], "seq_len": SEQ,
+            "mixing": {"references": {"tokens": 100.0, "backwards": 1.0}},
+        },
+        validate={"every": 2, "sequences": 8}, tokens=12 * 4 * SEQ,
+    )  # fmt: skip
+    run(tmp_path / "straight", recipe)
+    lines = [json.loads(text) for text in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
+    shares = [line["mixing"]["backwards"]["weight"] for line in lines if "mixing" in line]
+    assert len(shares) == 6 and shares == sorted(shares) and shares[-1] > 0.9
+
+    def say(line):
+        if line["step"] == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", recipe, say=say)
+    run(tmp_path / "run", recipe)
+    assert _same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+    ledger = Ledger.read(tmp_path / "run" / "ledger.json")
+    consumed = {name: spans.size for name, spans in ledger.stages[0].consumed.items()}
+    assert sum(consumed.values()) == 12 * 4 * SEQ and consumed["backwards"] > 2 * consumed["tokens"]
+
+
 # -- checkpoints ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..data.mixing import Mixer
 from ..data.order import Batch, Domain, Stream
 from ..data.overlap import text_overlap
 from ..data.shards import Shards
@@ -35,6 +36,7 @@ class Feeds:
     validation: Stream
     validation_sequences: int
     notes: tuple[str, ...] = ()
+    mixer: Mixer | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Feeds:
@@ -44,7 +46,29 @@ class Feeds:
         training.check_budget(recipe.steps * recipe.sequences)
         validation = Stream(_domains(part, VALIDATION, key), part.seq_len, seed=0)
         notes = [note for text in part.evaluation for note in _overlap(text, part)]
-        return cls(training, validation, min(recipe.validate_.sequences, validation.num_sequences), tuple(notes))
+        mixer = None
+        if part.mixing is not None:
+            shares = {domain.name: domain.weight for domain in training.domains}
+            asked = part.mixing
+            mixer = Mixer(shares, asked.references, temperature=asked.temperature, floor=asked.floor)
+        return cls(training, validation, min(recipe.validate_.sequences, validation.num_sequences), tuple(notes), mixer)
+
+    def remix_(self, position: int, losses: Mapping[str, float]) -> dict[str, Any]:
+        """Changes the stream: shares from `position` on by the domains' losses. Returns what happened, for the log."""
+        assert self.mixer is not None
+        told = self.mixer.update({name: losses.get(name) for name in self.mixer.weights})
+        self.training.reweight(position, self.mixer.weights)
+        return told
+
+    def mixing_state(self) -> dict[str, Any] | None:
+        """What a run that goes on must know of the shares."""
+        return None if self.mixer is None else {"mixer": self.mixer.state(), "history": self.training.history}
+
+    def remember_(self, state: Mapping[str, Any] | None) -> None:
+        """Changes the stream and the mixer: as they stood when `mixing_state` was told."""
+        if state is not None:
+            self.mixer = Mixer.from_state(state["mixer"])
+            self.training.replay(state["history"])
 
     def starts(self, batch: Any) -> Tensor:
         """First tokens of documents among what is read, bool [B, T]; a sequence's first token starts one."""

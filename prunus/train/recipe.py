@@ -51,6 +51,14 @@ class DomainPart(_Strict):
     weight: float = Field(default=1.0, gt=0)
 
 
+class MixingPart(_Strict):
+    """Dynamic batch loading (Sheared LLaMA): at every validation, domains furthest above their reference loss get more."""
+
+    references: dict[str, float] = Field(description="domain -> the loss that it should reach")
+    temperature: float = Field(default=1.0, gt=0)
+    floor: float = Field(default=0.001, ge=0, lt=1, description="no domain's share falls below it")
+
+
 class DataPart(_Strict):
     """Which tokens, in which order."""
 
@@ -59,6 +67,7 @@ class DataPart(_Strict):
     seq_len: int = Field(default=256, ge=2)
     seed: int = 0
     epochs: int = Field(default=1, ge=1, description="how often the data may be repeated")
+    mixing: MixingPart | None = None
     separate_documents: bool = Field(default=False, description="no token sees the document before its own")
     evaluation: list[str] = Field(default=[], description="texts that training text must not contain (13-gram check)")
 
@@ -155,6 +164,8 @@ class Recipe(_Strict):
             )
         if self.lora is not None and self.model.source is None:
             raise ValueError("lora adapts weights that are there; give model.source")
+        if self.data.mixing is not None and not self.validate_.every:
+            raise ValueError("data.mixing goes by losses on the validation range; give validate.every")
         total = self.schedule.total
         if total is not None and total < self.schedule.start + self.tokens:
             raise ValueError(

@@ -221,9 +221,13 @@ def _validated(run: Run, training: Training) -> dict[str, Any]:
     """Loss on the validation range; remembers the best."""
     feeds = run.feeds
     found = validate(training.learner, feeds.validation, feeds.validation_sequences, run.recipe.micro_batch)
+    found["by_domain"] = {feeds.validation.domains[int(k)].name: loss for k, loss in found["by_domain"].items()}
     if not run.best or found["loss"] < run.best["loss"]:
         run.best = {"loss": found["loss"], "step": training.step}
-    return {"step": training.step, "tokens": training.tokens, "validation": found}
+    line = {"step": training.step, "tokens": training.tokens, "validation": found}
+    if feeds.mixer is not None:
+        line["mixing"] = feeds.remix_(training.position, found["by_domain"])
+    return line
 
 
 def _begin(run: Run) -> None:
@@ -289,6 +293,7 @@ def _save(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
         "usual": training.usual,
         "best": run.best,
         "seconds": run.clock.seconds,
+        "mixing": run.feeds.mixing_state(),
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "versions": record.versions(),
     }
@@ -309,6 +314,7 @@ def _resume_(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> Non
         saved.read_(folder, tensors)
         optim.start_slots_(training.optimizer, state["updates"])
         training.step, training.tokens, training.skipped = state["step"], state["tokens"], state["skipped"]
+        run.feeds.remember_(state["mixing"])
         training.usual, run.best, run.clock.seconds = state["usual"], state["best"], 0.0
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
     _cut_log(run.out / LOG, at)
