@@ -49,18 +49,30 @@ def train(
     data: Annotated[str | None, typer.Option("--data", help="Short for data.domains: one folder of prepared data.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Short for tokens, such as 200k or 4M.")] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Short for model.tokenizer.")] = None,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="tensorboard or trackio, besides the run's own log.jsonl.")
+    ] = None,
     online: Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train by a recipe: from fresh weights, on from a checkpoint, or taught by a parent. Stopped anywhere, it goes on."""
     from . import show_train
     from .train import recipe as recipes_
+    from .train import track as tracking
     from .train.run import StoppedError, execute, prepare
 
+    for kind in track or ():
+        tracking.check(kind)
     asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer))
     run = prepare(asked, out, online=online)
+    sinks = [tracking.sink(kind, out) for kind in track or ()] + ([] if as_json else [show_train.line])
+
+    def say(line: Any) -> None:
+        for sink in sinks:
+            sink(line)
+
     try:
-        result = execute(run, say=(lambda line: None) if as_json else show_train.line)
+        result = execute(run, say=say)
     except StoppedError as stop:
         print(f"prunus: {stop}", file=sys.stderr)
         raise typer.Exit(stop.code) from stop

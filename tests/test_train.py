@@ -22,7 +22,7 @@ from prunus.errors import UserError
 from prunus.ledger import Ledger
 from prunus.train import recipe as recipes
 from prunus.train import run as runs
-from prunus.train import saved, study, sweep
+from prunus.train import saved, study, sweep, track
 from prunus.train.learner import Learner, boundaries
 from prunus.train.loop import Training, train_
 from prunus.train.optim import adamw, start_slots_, steps_done
@@ -720,3 +720,16 @@ def test_curves_have_what_was_logged():
     figures = record.read(finished() / "record.jsonl")[-1]["figures"]
     assert curve.flops_per_token == figures["flops"]["train"] / (8 * 64)
     assert curve.smoothed()[1] == pytest.approx(0.9 * curve.updates[0][1] + 0.1 * curve.updates[1][1])
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = track.sink("tensorboard", tmp_path)
+    sink({"step": 3, "loss": 1.5, "validation": {"loss": 2.0, "by_domain": {"a": 2.5}, "sequences": 4}})
+    seen = EventAccumulator(str(tmp_path / "tensorboard"))
+    seen.Reload()
+    told = {name: (event.step, event.value) for name in seen.Tags()["scalars"] for event in seen.Scalars(name)}
+    assert told == {"loss": (3, 1.5), "validation/loss": (3, 2.0), "validation/by_domain/a": (3, 2.5)}
+    with pytest.raises(UserError, match=r"unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):
+        track.check("tensorbord")
