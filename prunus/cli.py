@@ -137,8 +137,11 @@ def methods(as_json: JsonOpt = False) -> None:
 
 @app.command()
 def plan(
-    source: SourceArg,
-    method: MethodOpt,
+    source: Annotated[
+        str,
+        typer.Argument(help="A Hugging Face folder, a .gguf file, or a hub name; with --train a recipe.", metavar="SOURCE"),
+    ],
+    method: Annotated[str | None, typer.Option("--method", "-m", help=_METHOD_HELP)] = None,
     ratio: RatioOpt = None,
     pattern: PatternOpt = None,
     target: TargetOpt = None,
@@ -164,10 +167,20 @@ def plan(
     latency: Annotated[
         bool, typer.Option("--latency", help="Measure the milliseconds that this machine's latency table lacks.")
     ] = False,
+    train: Annotated[bool, typer.Option("--train", help="Plan a training run: SOURCE is a recipe.")] = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="With --train: NAME=VALUE of the recipe.")] = None,
+    devices: Annotated[int, typer.Option("--devices", help="With --train: how many share the model.")] = 1,
+    rate: Annotated[float | None, typer.Option("--rate", help="With --train: FLOPs a second that a device reaches.")] = None,
+    memory: Annotated[float | None, typer.Option("--memory", help="With --train: GB of one device.")] = None,
     online: OnlineOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what a cut would be: shapes, parameters, FLOPs, KV cache, memory, time. Reads no weight."""
+    """Say what a cut would be: shapes, parameters, FLOPs, KV cache, memory, time; or a training run. Reads no weight."""
+    if train:
+        cli_train.plan(source, changes or [], devices, rate, memory, as_json)
+        return
+    if method is None:
+        raise UserError("--method: say which method; prunus methods lists them")
     from . import api, show
     from .planning import Request
     from .progress import Progress

@@ -97,6 +97,19 @@ def runs(
         show_train.table(rows)
 
 
+def plan(recipe: str, changes: list[str], devices: int, rate: float | None, memory: float | None, as_json: bool) -> None:
+    """What `prunus plan --train` prints."""
+    from . import show_train
+    from .train import recipe as recipes_
+    from .train.estimate import planned
+
+    result = planned(recipes_.read(recipe, changes), devices=devices, rate=rate, memory=memory)
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        show_train.plan(result)
+
+
 @recipes.command()
 def schema() -> None:
     """Print the JSON schema of recipes."""

@@ -82,3 +82,16 @@ def study_plan(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         print(f"{row['run']}: {big(row['tokens'])} tokens in {row['steps']:,} updates")
     print(f"{name}: {len(rows)} runs, {big(sum(row['tokens'] for row in rows))} tokens")
+
+
+def plan(result: Mapping[str, Any]) -> None:
+    """What a run will take."""
+    print(
+        f"{result['recipe']}: {big(result['params'])} parameters, {big(result['tokens'])} tokens in {result['steps']:,} updates"
+    )
+    parts = ("weights", "gradients", "moments", "activations", "logits")
+    listed = ", ".join(f"{name} {big(result[name], 'B')}" for name in parts)
+    print(f"memory of each of {result['devices']} devices: {big(result['memory'], 'B')} ({listed})")
+    print(f"speed: {result['tokens_per_s']:,.0f} tokens/s, {result['hours']:.2f} hours ({result['basis']})")
+    if "mend" in result:
+        print(f"does not fit: {result['mend']}")

@@ -25,7 +25,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "saliency reload verification checkpoint measure",
     "api",
     "train train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop train.feeds "
-    "train.lora train.track train.sweep train.run train.listing train.study",
+    "train.lora train.track train.estimate train.sweep train.run train.listing train.study",
     "plots report checkpoint_plots train_plots comparison",
     "show show_data show_train progress quickstart cli_data cli_train cli",
 )

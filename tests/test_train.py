@@ -17,12 +17,13 @@ import torch
 from pipeline import cli
 
 from prunus import record
+from prunus.anatomy import Anatomy
 from prunus.data.prepare import Text, prepare
 from prunus.errors import UserError
 from prunus.ledger import Ledger
+from prunus.train import estimate, saved, study, sweep, track
 from prunus.train import recipe as recipes
 from prunus.train import run as runs
-from prunus.train import saved, study, sweep, track
 from prunus.train.learner import Learner, boundaries
 from prunus.train.loop import Training, train_
 from prunus.train.optim import adamw, start_slots_, steps_done
@@ -733,3 +734,30 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert told == {"loss": (3, 1.5), "validation/loss": (3, 2.0), "validation/by_domain/a": (3, 2.5)}
     with pytest.raises(UserError, match=r"unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):
         track.check("tensorbord")
+
+
+# -- what a run will take -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_by_hand():
+    """nano in float32: weights, gradients and two moments are four bytes a parameter each; speed is rate over FLOPs."""
+    recipe = recipes.read("scratch")
+    anatomy = Anatomy.of(config_of("nano", 0))
+    found = estimate.estimate(recipe, anatomy, rate=1e9)
+    assert found.weights == found.gradients == 4 * anatomy.num_params and found.moments == 8 * anatomy.num_params
+    assert found.tokens_per_s == pytest.approx(1e9 * 256 / (3 * anatomy.flops(256)))
+    assert found.hours == pytest.approx(4_000_000 / found.tokens_per_s / 3600)
+    shared = estimate.estimate(recipe, anatomy, devices=4, rate=1e9)
+    assert shared.moments == 2 * anatomy.num_params and shared.activations == found.activations
+    assert shared.tokens_per_s == pytest.approx(4 * found.tokens_per_s)
+
+
+def test_a_plan_says_where_a_run_does_not_fit():
+    code, out, err = cli("plan", "scratch", "--train", "--memory", "0.01", "--rate", "1e9", "--json")
+    assert code == 0 and not json.loads(out)["fits"] and "it needs" in json.loads(out)["mend"], err
+    code, out, err = cli("plan", "scratch", "--train", "--set", "model.shape=micro", "--rate", "1e9")
+    assert code == 0 and "tokens/s" in out, err
+    code, _, err = cli("plan", "scratch", "--train", "--devices", "0")
+    assert code == 2 and "devices: 0 are too few" in err
+    code, _, err = cli("plan", pipeline.folder())
+    assert code == 2 and "--method: say which method" in err

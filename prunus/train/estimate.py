@@ -1,0 +1,114 @@
+"""What a run will take, from the recipe and the config alone: memory of each device, speed, hours. Reads no weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .. import measure
+from ..anatomy import Anatomy
+from ..errors import UserError
+from ..source import Source
+from .loss import CHUNK
+from .recipe import Recipe
+from .shapes import config_of
+
+EFFICIENCY = (
+    0.5  # of the matmul rate that training reaches, unless a rate is stated: attention, norms and the optimizer cost
+)
+_STREAM, _WIDE = 14, 5  # activations a block keeps for the way back: in units of the stream, and of the FFN's width
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each of `devices`; tokens a second and hours of all together."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+    devices: int
+    flops_per_token: float
+    tokens_per_s: float
+    hours: float
+
+    @property
+    def memory(self) -> int:
+        """Of one device."""
+        return self.weights + self.gradients + self.moments + self.activations + self.logits
+
+    def describe(self, available: int | None) -> dict[str, Any]:
+        """As plain data; with `available` bytes a device, whether it fits and what to lower if not."""
+        out: dict[str, Any] = {**vars(self), "memory": self.memory}
+        if available is not None:
+            out |= {"available": available, "fits": self.memory <= available}
+            if self.memory > available:
+                held = self.activations + self.logits
+                mend = (
+                    "micro_batch, or set checkpoint_activations"
+                    if held > self.memory - held
+                    else "the shape, or take more devices"
+                )
+                out["mend"] = f"it needs {self.memory / 1e9:.1f} GB of {available / 1e9:.1f} GB a device; lower {mend}"
+        return out
+
+
+def estimate(
+    recipe: Recipe, anatomy: Anatomy, *, teacher: Anatomy | None = None, devices: int = 1, rate: float | None = None
+) -> Estimate:
+    """Weights, gradients and moments are shared out over devices; activations are of one device's micro-batch.
+
+    `rate`: FLOPs a second of one device, as reached in training; else half the float32 matmul rate measured here now.
+    """
+    width = 2 if recipe.precision == "bfloat16" else 4
+    inside = 2 if recipe.precision.startswith("bfloat16") else 4
+    shape, tokens = anatomy.shape, recipe.micro_batch * recipe.data.seq_len
+    params = anatomy.num_params
+    trained = params if recipe.lora is None else _adapter_params(anatomy, recipe.lora.rank)
+    block = max(_STREAM * shape.hidden_size + _WIDE * layer.intermediate_size for layer in shape.layers)
+    blocks = shape.num_hidden_layers
+    kept = block + blocks * shape.hidden_size if recipe.checkpoint_activations else blocks * block
+    seq_len = recipe.data.seq_len
+    flops = 3 * anatomy.flops(seq_len) / seq_len
+    taught = 0 if teacher is None else teacher.num_params * width
+    if teacher is not None:
+        flops += teacher.flops(seq_len) / seq_len
+    speed = devices * (rate or EFFICIENCY * measure.gemm_rate()) / flops
+    return Estimate(
+        weights=(params * width + taught) // devices,
+        gradients=trained * width // devices,
+        moments=2 * trained * width // devices,
+        activations=tokens * kept * inside,
+        logits=min(tokens, CHUNK) * shape.vocab_size * 4 * (2 if teacher is None else 4),
+        devices=devices,
+        flops_per_token=flops,
+        tokens_per_s=speed,
+        hours=recipe.tokens / speed / 3600,
+    )
+
+
+def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memory: float | None = None) -> dict[str, Any]:
+    """The estimate of a recipe as plain data; `memory` in GB of one device. UserError for what the recipe names wrongly."""
+    if devices < 1:
+        raise UserError(f"devices: {devices} are too few; give at least 1")
+    for name, value in (("rate", rate), ("memory", memory)):
+        if value is not None and not value > 0:
+            raise UserError(f"{name}: {value} is not above 0")
+    source = None if recipe.model.source is None else Source.open(recipe.model.source)
+    anatomy = source.anatomy if source is not None else Anatomy.of(config_of(recipe.model.shape or "", 0))
+    teacher = None if recipe.teacher is None else Source.open(recipe.teacher.source).anatomy
+    found = estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate)
+    basis = "stated rate" if rate is not None else f"{EFFICIENCY:.0%} of the float32 matmul rate measured now"
+    plain = found.describe(None if memory is None else round(memory * 1e9))
+    return {
+        "recipe": recipe.name,
+        "params": anatomy.num_params,
+        "tokens": recipe.tokens,
+        "steps": recipe.steps,
+        "basis": basis,
+    } | plain
+
+
+def _adapter_params(anatomy: Anatomy, rank: int) -> int:
+    return sum(rank * sum(t.shape) for t in anatomy.tensors.values() if t.is_matrix and t.layer is not None)
