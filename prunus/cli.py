@@ -180,7 +180,7 @@ def plan(
         cli_train.plan(source, changes or [], devices, rate, memory, as_json)
         return
     if method is None:
-        raise UserError("--method: say which method; prunus methods lists them")
+        raise UserError("Missing option '--method'; prunus methods lists them")
     from . import api, show
     from .planning import Request
     from .progress import Progress
