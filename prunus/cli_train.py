@@ -65,6 +65,8 @@ def train(
         tracking.check(kind)
     asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer))
     run = prepare(asked, out, online=online)
+    for note in run.feeds.notes:
+        print(f"note: {note}", file=sys.stderr)
     sinks = [tracking.sink(kind, out) for kind in track or ()] + ([] if as_json else [show_train.line])
 
     def say(line: Any) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import api, measure, plots, record, report
 from .combination import SEPARATOR, planned
+from .data.overlap import token_overlap
 from .data.windows import Windows
 from .errors import UserError
 from .evaluation import perplexity
@@ -184,12 +185,15 @@ def prepare(question: Question) -> Setting:
         for seed in [options.seed] if question.seeds == 1 else range(question.seeds):
             calibrations[seed] = replace(options, seed=seed).pack(tokenizer, question.calibration, question.online)
             calibrations[seed].check_fits(vocab, question.calibration)
+    overlaps = {seed: token_overlap(held_out.ids_NT.numpy(), w.ids_NT.flatten().numpy()) for seed, w in calibrations.items()}
+    said = (overlap.warning("the evaluation text", "the calibration text") for overlap in overlaps.values())
     about = {
         "format": FORMAT,
         "source": source.label,
         "source_sha256": source.sha256,
         "evaluation": held_out.provenance(),
         "dtype": question.dtype,
+        "warnings": sorted({text for text in said if text is not None}),
     }
     return Setting(question, source, plans, held_out, calibrations, about)
 

@@ -396,3 +396,13 @@ def test_the_recipe_names_all_that_changes_a_figure():
     assert len({recipe(), *others}) == 9
     assert recipe(batch_size=2) == recipe()
     assert torch.is_grad_enabled()
+
+
+def test_calibration_on_the_evaluation_text_is_warned_of(tmp_path):
+    """The tiny corpus is both here: most of its 13-grams were seen."""
+    code, out, err = ask(tmp_path / "cmp", "flap")
+    assert (
+        code == 0
+        and "warning: " in out + err
+        and "do not measure unseen text" in (tmp_path / "cmp" / "comparison.md").read_text()
+    )
