@@ -59,6 +59,7 @@ def train(
     from . import show_train
     from .train import recipe as recipes_
     from .train import track as tracking
+    from .train.distributed import leads
     from .train.run import StoppedError, execute, prepare
 
     for kind in track or ():
@@ -78,6 +79,8 @@ def train(
     except StoppedError as stop:
         print(f"prunus: {stop}", file=sys.stderr)
         raise typer.Exit(stop.code) from stop
+    if not leads():
+        return
     if as_json:
         print(json.dumps(result, allow_nan=False))
     else:

@@ -24,8 +24,8 @@ LAYERS = (  # the lowest first; a new module is placed here
     "planning builders findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
     "saliency reload verification checkpoint measure",
     "api",
-    "train train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop train.feeds "
-    "train.lora train.track train.estimate train.sweep train.run train.listing train.study",
+    "train train.schedule train.loss train.optim train.distributed train.saved train.recipe train.shapes train.learner train.loop "
+    "train.feeds train.export train.lora train.track train.estimate train.sweep train.run train.listing train.study",
     "plots report checkpoint_plots train_plots comparison",
     "show show_data show_train progress quickstart cli_data cli_train cli",
 )

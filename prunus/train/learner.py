@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .loss import Mix, head_loss, head_nll
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
 Taught = Callable[..., Mix]  # ids [B, T] and positions -> what the loss is mixed with
 
 
@@ -68,6 +69,10 @@ class Learner(nn.Module):
         hidden_ND = self.hidden(ids_BT).flatten(0, 1)
         head: Any = self.model.get_output_embeddings()
         return head_nll(hidden_ND, head.weight, targets_BT.flatten(), head.bias, self.cap).reshape(targets_BT.shape)
+
+    def read(self, what: Callable[[PreTrainedModel], T]) -> T:
+        """What a function finds when it runs the model; weights that are shared out are there for it."""
+        return what(self.model)
 
     def hidden(self, ids_BT: Tensor, **positions: Tensor) -> Tensor:
         """What the head reads [B, T, D]."""

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .distributed import ALONE, World, local, whole
 from .learner import Learner, Taught, boundaries
+from .loss import IGNORED
 from .optim import set_lr_
 from .schedule import Schedule
 
@@ -60,6 +62,7 @@ class Training:
     starts: Callable[[Any], Tensor] | None = None  # [B, T] bool: first tokens of documents, where these are kept apart
     spike: float | None = None
     hooks: tuple[Hook, ...] = ()
+    world: World = ALONE
     step: int = 0
     tokens: int = 0
     skipped: int = 0
@@ -82,18 +85,20 @@ def train_(run: Training, until: int, each: Callable[[Training], None] = lambda 
     """
     parameters = [p for p in run.learner.parameters() if p.requires_grad]
     while run.step < until:
-        batch = run.feed.take(run.position, run.batch)
-        loss = _backward_(run, batch)
+        share = run.world.share(run.batch)
+        batch = run.feed.take(run.position + share.start, share.stop - share.start)
+        predictions = run.batch * (batch.ids.shape[1] - 1)
+        loss = run.world.total(_backward_(run, batch, predictions))
         for hook in run.hooks:
             hook.before_clip(run)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, run.clip, foreach=True))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, run.clip, foreach=True)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             run.optimizer.zero_grad(set_to_none=True)
             raise UserError(
                 f"the {'loss' if not math.isfinite(loss) else 'gradient'} of step {run.step + 1} is no number; the checkpoint "
                 "before stands: lower optimizer.lr or optimizer.clip, or use another precision"
             )
-        tokens = run.tokens + batch.ids[:, 1:].numel()
+        tokens = run.tokens + predictions
         rate = run.schedule(tokens)
         spiked = run.spike is not None and run.usual is not None and loss > run.spike * run.usual
         if spiked:
@@ -110,21 +115,29 @@ def train_(run: Training, until: int, each: Callable[[Training], None] = lambda 
         each(run)
 
 
-def _backward_(run: Training, batch: Batch) -> float:
-    """Adds up gradients of the batch's mean loss over micro-batches; returns that loss in nats a token."""
-    total, predictions = 0.0, batch.ids[:, 1:].numel()
+def _backward_(run: Training, batch: Batch, predictions: int) -> float:
+    """Adds up gradients of the loss of these sequences, in micro-batches; returns that loss in nats.
+
+    Both are divided by `predictions`, the tokens of the whole update.
+    """
+    total = 0.0
     starts_BT = run.starts(batch) if run.starts is not None else None
-    for first in range(0, len(batch.ids), run.micro):
-        ids = batch.ids[first : first + run.micro]
-        positions = {} if starts_BT is None else boundaries(starts_BT[first : first + run.micro])
-        loss = run.learner(ids[:, :-1], ids[:, 1:], teacher=run.teacher, **positions)
+    for first in range(0, run.world.largest_share(run.batch), run.micro):
+        idle = first >= len(batch.ids)  # others still work, and need this process's part of the weights
+        part = slice(0, 1) if idle else slice(first, first + run.micro)
+        ids, targets = batch.ids[part, :-1], batch.ids[part, 1:]
+        positions = {} if starts_BT is None else boundaries(starts_BT[part])
+        loss = run.learner(ids, torch.full_like(targets, IGNORED) if idle else targets, teacher=run.teacher, **positions)
         (loss / predictions).backward()
         total += float(loss.detach())
     return total / predictions
 
 
 class Sparse:
-    """A hook that keeps zeros zero: gradients, and so moments, outside the mask are none, and weights are set again."""
+    """A hook that keeps zeros zero: gradients, and so moments, outside the mask are none, and weights are set again.
+
+    Of a weight that is shared out, `kept` is this process's part of the mask.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
         self.pairs = [(weights[name], mask) for name, mask in kept.items()]
@@ -134,30 +147,35 @@ class Sparse:
         """Gradients of what is cut are zero, so they have no part in the norm."""
         for weight, kept in self.pairs:
             if weight.grad is not None:
-                weight.grad *= kept
+                local(weight.grad).mul_(kept)
 
     @torch.no_grad()
     def after_step(self, run: Training | None) -> None:
         """Rounding in the update may not revive a weight."""
         for weight, kept in self.pairs:
-            weight *= kept
+            local(weight).mul_(kept)
 
     def check(self) -> None:
         """AssertionError if a weight outside the mask is not zero."""
-        assert all(not bool(weight.detach()[~kept].any()) for weight, kept in self.pairs), (
+        assert all(not bool(local(weight.detach())[~kept].any()) for weight, kept in self.pairs), (
             "a weight outside the mask is alive"
         )
 
 
 @torch.no_grad()
-def validate(learner: Learner, feed: Feed, sequences: int, micro: int) -> dict[str, Any]:
+def validate(learner: Learner, feed: Feed, sequences: int, micro: int, world: World = ALONE) -> dict[str, Any]:
     """Mean cross-entropy in nats a token of the first sequences of a feed, and of each of its domains."""
-    sums: dict[int, list[float]] = {}
-    for first in range(0, sequences, micro):
-        batch = feed.take(first, min(micro, sequences - first))
+    found: list[tuple[int, float]] = []
+    share = world.share(sequences)
+    for first in range(share.start, share.start + world.largest_share(sequences), micro):
+        idle = first >= share.stop
+        batch = feed.take(0, 1) if idle else feed.take(first, min(micro, share.stop - first))
         losses_BT = learner.nll(batch.ids[:, :-1], batch.ids[:, 1:])
-        for domain, row in zip(_domains(batch), losses_BT, strict=True):
-            sums.setdefault(domain, []).append(float(row.mean()))
+        if not idle:
+            found += zip(_domains(batch), losses_BT.mean(1).tolist(), strict=True)
+    sums: dict[int, list[float]] = {}
+    for domain, loss in world.together(found):
+        sums.setdefault(domain, []).append(loss)
     every = [value for values in sums.values() for value in values]
     by_domain = {str(domain): sum(values) / len(values) for domain, values in sorted(sums.items())}
     return {"loss": sum(every) / len(every), "by_domain": by_domain, "sequences": len(every)}

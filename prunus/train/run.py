@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ from ..errors import UserError
 from ..keep import WeightMask
 from ..place import staged_files
 from ..source import DTYPES, Source
-from ..verification import check_saved, probe
 from . import lora, optim, saved
+from .distributed import World
+from .export import export
 from .feeds import Feeds
 from .learner import Learner, Teacher
 from .loop import Clock, Hook, Sparse, Training, train_, validate
@@ -38,7 +39,7 @@ from .shapes import config_of, fresh
 from .sweep import Sweep, swept
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 RECIPE, LOG, LEDGER, RECORD, MODEL, CHECKPOINTS = (
     "recipe.json", "log.jsonl", "ledger.json", "record.jsonl", "model", "checkpoints",
@@ -160,21 +161,22 @@ def _mask(folder: Path, anatomy: Anatomy) -> WeightMask:
 def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] = ()) -> dict[str, Any]:
     """Train to the end of the budget, from the last checkpoint if there is one; returns the record.
 
-    StoppedError is raised at Ctrl-C or SIGTERM, once a checkpoint stands.
+    StoppedError is raised at Ctrl-C or SIGTERM, once a checkpoint stands. Under torchrun all its processes work on the run; the
+    first writes and says what there is to say.
     """
     recipe, out = run.recipe, run.out
-    with _locked(out):
-        _begin(run)
-        done = record.read(out / RECORD) if (out / RECORD).exists() else []
-        if done:
-            return done[-1]
+    with World.joined() as world, _locked(out) if world.first else nullcontext():
+        _check_shares(recipe, world)
+        done = world.agree(_begin(run) if world.first else None)
+        if done is not None:
+            return done
         tried = None
         if recipe.optimizer.lr == "sweep":
-            tried = swept(recipe, out, lambda rate: _training(run, hooks, rate)[0], say)
+            tried = swept(recipe, out, lambda rate: _training(run, hooks, rate, world)[0], say)
         rate = tried.best if tried is not None else float(recipe.optimizer.lr)
-        training, tensors = _training(run, hooks, rate)
+        training, tensors = _training(run, hooks, rate, world)
         _resume_(run, training, tensors)
-        peak, last_flops = measure.gemm_rate(), run.anatomy.flops(recipe.data.seq_len) / recipe.data.seq_len
+        peak, last_flops = world.total(measure.gemm_rate()), run.anatomy.flops(recipe.data.seq_len) / recipe.data.seq_len
         with _asked_to_stop() as asked:
             began = training.step
 
@@ -187,7 +189,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
                 every = recipe.validate_.every
                 if every and (training.step % every == 0 or whole):
                     tell(_validated(run, training))
-                stop = asked()
+                stop = int(world.most(asked()))
                 if stop or whole or (recipe.save.every and training.step % recipe.save.every == 0):
                     _save(run, training, tensors)
                 if stop and not whole:
@@ -195,12 +197,27 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
                 run.clock.start()
 
             def tell(line: Mapping[str, Any]) -> None:
-                _log(out, line)
-                say(line)
+                if world.first:
+                    _log(out, line)
+                    say(line)
 
             run.clock.start()
             train_(training, recipe.steps, each)
-        return _finish(run, training, tried)
+        return _finish(run, training, tensors, tried)
+
+
+def _check_shares(recipe: Recipe, world: World) -> None:
+    """UserError for a recipe that several processes cannot share."""
+    if recipe.sequences < world.size:
+        raise UserError(
+            f"batch_tokens: {world.size} processes cannot share updates of {recipe.sequences} sequences; give at least "
+            f"{world.size * recipe.data.seq_len}, or start fewer processes"
+        )
+    if recipe.compile and not world.alone:
+        raise UserError("compile: is for one process only; set it to false to train with several")
+    if (recipe.lora is not None or recipe.optimizer.lr == "sweep") and not world.alone:
+        what = "lora" if recipe.lora is not None else "optimizer.lr: sweep"
+        raise UserError(f"{what}: is for one process only yet; start one")
 
 
 def _line(run: Run, training: Training, speed: float, share: float) -> dict[str, Any]:
@@ -220,7 +237,8 @@ def _line(run: Run, training: Training, speed: float, share: float) -> dict[str,
 def _validated(run: Run, training: Training) -> dict[str, Any]:
     """Loss on the validation range; remembers the best."""
     feeds = run.feeds
-    found = validate(training.learner, feeds.validation, feeds.validation_sequences, run.recipe.micro_batch)
+    sequences, micro = feeds.validation_sequences, run.recipe.micro_batch
+    found = validate(training.learner, feeds.validation, sequences, micro, training.world)
     found["by_domain"] = {feeds.validation.domains[int(k)].name: loss for k, loss in found["by_domain"].items()}
     if not run.best or found["loss"] < run.best["loss"]:
         run.best = {"loss": found["loss"], "step": training.step}
@@ -230,15 +248,18 @@ def _validated(run: Run, training: Training) -> dict[str, Any]:
     return line
 
 
-def _begin(run: Run) -> None:
+def _begin(run: Run) -> dict[str, Any] | None:
+    """Write the recipe down; the record, if the run is at its end."""
     run.out.mkdir(parents=True, exist_ok=True)
     if not (run.out / RECIPE).exists():
         with staged_files(run.out / RECIPE) as (stage,):
             stage.write_text(json.dumps(run.recipe.plain(), indent=1) + "\n", encoding="utf-8")
     saved.clear_partial(run.out / CHECKPOINTS)
+    done = record.read(run.out / RECORD) if (run.out / RECORD).exists() else []
+    return done[-1] if done else None
 
 
-def _training(run: Run, hooks: tuple[Hook, ...], lr: float) -> tuple[Training, dict[str, Tensor]]:
+def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> tuple[Training, dict[str, Tensor]]:
     """The run's live parts, and every tensor of a checkpoint by name."""
     recipe, chosen = run.recipe, run.recipe.optimizer
     dtype = DTYPES["bfloat16" if recipe.precision == "bfloat16" else "float32"]
@@ -251,11 +272,12 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float) -> tuple[Training, d
     if recipe.checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learner = Learner(model, precision=recipe.precision, compiled=recipe.compile)
+    world.shard_(learner, model.get_submodule(run.anatomy.family.blocks).children())
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.adamw(named.items(), lr=lr, betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay)
     optim.start_slots_(optimizer, 0)
     if run.mask is not None:
-        sparse = Sparse(hf.weights(model, run.anatomy), run.mask.kept)
+        sparse = Sparse(named, {name: world.part(kept) for name, kept in run.mask.kept.items()})
         sparse.after_step(None)
         hooks = (*hooks, sparse)
     teacher = None
@@ -269,7 +291,7 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float) -> tuple[Training, d
     )  # fmt: skip
     training = Training(
         learner, optimizer, run.feeds.training, schedule, recipe.sequences, recipe.micro_batch, chosen.clip, teacher,
-        run.feeds.starts if recipe.data.separate_documents else None, recipe.skip_spikes, hooks,
+        run.feeds.starts if recipe.data.separate_documents else None, recipe.skip_spikes, hooks, world,
     )  # fmt: skip
     tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items()}
     for slot, moments in optim.slots(optimizer, named).items():
@@ -297,27 +319,29 @@ def _save(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "versions": record.versions(),
     }
-    saved.write(run.out / CHECKPOINTS, training.step, tensors, state)
+    saved.write(run.out / CHECKPOINTS, training.step, tensors, state, training.world)
     best = run.best.get("step")
-    saved.prune(run.out / CHECKPOINTS, run.recipe.save.keep, None if best is None else int(best))
+    if training.world.first:
+        saved.prune(run.out / CHECKPOINTS, run.recipe.save.keep, None if best is None else int(best))
 
 
 def _resume_(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
     """Changes `training`: as it stood at the last checkpoint, if there is one; the log is cut back to it."""
-    steps = saved.steps(run.out / CHECKPOINTS)
-    at = steps[-1] if steps else 0
-    if steps:
+    world = training.world
+    at = world.agree(max(saved.steps(run.out / CHECKPOINTS), default=0))
+    if at:
         folder = saved.folder_of(run.out / CHECKPOINTS, at)
         state = saved.read_state(folder)
         if state["recipe"] != run.recipe.hash:
             raise UserError(f"{folder}: is of another recipe; delete it")
-        saved.read_(folder, tensors)
+        saved.read_(folder, tensors, world)
         optim.start_slots_(training.optimizer, state["updates"])
         training.step, training.tokens, training.skipped = state["step"], state["tokens"], state["skipped"]
         run.feeds.remember_(state["mixing"])
         training.usual, run.best, run.clock.seconds = state["usual"], state["best"], 0.0
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
-    _cut_log(run.out / LOG, at)
+    if world.first:
+        _cut_log(run.out / LOG, at)
 
 
 def _cut_log(path: Path, step: int) -> None:
@@ -344,14 +368,19 @@ def _log(out: Path, line: Mapping[str, Any]) -> None:
 # -- the end --------------------------------------------------------------------------------------------------------------
 
 
-def _finish(run: Run, training: Training, tried: Sweep | None) -> dict[str, Any]:
+def _finish(run: Run, training: Training, tensors: Mapping[str, Tensor], tried: Sweep | None) -> dict[str, Any]:
     """Save the model, load it in a clean process, write ledger and record."""
-    model: PreTrainedModel = training.learner.model if run.adapters is None else lora.merged(run.adapters)
-    model.eval()
-    with checkpoint.staged(run.out / MODEL, overwrite=True) as stage:
-        model.save_pretrained(stage)
-        run.tokenizer.save_pretrained(stage)
-        verified = check_saved(stage, probe(model))
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    if run.adapters is not None:
+        training.learner.model = lora.merged(run.adapters)
+        weights = dict(training.learner.model.named_parameters())
+    training.learner.model.eval()
+    verified = export(training.learner, weights, run.tokenizer, run.out / MODEL, training.world)
+    return training.world.agree(_recorded(run, training, verified, tried) if training.world.first else {})
+
+
+def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Sweep | None) -> dict[str, Any]:
+    """Write ledger and record."""
     seq_len = run.recipe.data.seq_len
     flops = {"train": 3 * run.anatomy.flops(seq_len) * training.tokens // seq_len}
     beginnings = (0, 0) if tried is None else (tried.steps * run.recipe.sequences, len(tried.losses))
@@ -373,6 +402,7 @@ def _finish(run: Run, training: Training, tried: Sweep | None) -> dict[str, Any]
         "validation": [line for line in lines if "validation" in line],
         "best": run.best,
         "seconds": run.clock.seconds,
+        "processes": training.world.size,
         "verified": verified,
     }
     recipe = {"command": KIND, "recipe": run.recipe.plain(), "data": run.feeds.identity()}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..headers import safetensors_shapes
+from .distributed import ALONE, World
 
 STATE, FORMAT = "state.json", 1
 _PREFIX = "step-"
@@ -38,30 +38,41 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
-def write(checkpoints: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write one checkpoint; what is there under that step is replaced. Nothing half-written is ever taken for whole."""
+def write(
+    checkpoints: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], world: World = ALONE
+) -> Path:
+    """Write one checkpoint; what is there under that step is replaced. Nothing half-written is ever taken for whole.
+
+    Every process writes its own parts; the first makes the folder before, and completes it after.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
     target = folder_of(checkpoints, step)
-    stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    clear_partial(checkpoints)
+    stage = world.agree(target.with_name(f".{target.name}.partial-{os.getpid()}"))
     try:
-        stage.mkdir(parents=True)
+        if world.first:
+            clear_partial(checkpoints)
+            stage.mkdir(parents=True)
+        world.barrier()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(stage), save_distributed=True), no_dist=True)
-        files = {path.name: _sha256(path) for path in sorted(stage.glob("*.safetensors"))}
-        text = json.dumps({"format": FORMAT, **state, "files": files}, allow_nan=False)
-        (stage / STATE).write_text(text + "\n", encoding="utf-8")
-        _to_disk(stage)
-        if target.exists():
-            shutil.rmtree(target)
-        stage.rename(target)
+            writer = HuggingFaceStorageWriter(str(stage), save_distributed=True)
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=world.alone)
+        if world.first:
+            files = {path.name: _sha256(path) for path in sorted(stage.glob("*.safetensors"))}
+            text = json.dumps({"format": FORMAT, **state, "files": files}, allow_nan=False)
+            (stage / STATE).write_text(text + "\n", encoding="utf-8")
+            _to_disk(stage)
+            if target.exists():
+                shutil.rmtree(target)
+            stage.rename(target)
+        world.barrier()
     except OSError as error:
         raise UserError(f"{target}: the checkpoint cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if world.first:
+            shutil.rmtree(stage, ignore_errors=True)
     return target
 
 
@@ -93,19 +104,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def read_(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Changes `tensors`: filled from the checkpoint. UserError if a part is missing, changed, or of another shape."""
+def read_(folder: Path, tensors: Mapping[str, Tensor], world: World = ALONE) -> None:
+    """Changes `tensors`: filled from the checkpoint. UserError if a part is missing, changed, or of another shape.
+
+    The first process looks at the files; then each reads what it needs, of whichever process wrote it.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-    found: dict[str, tuple[int, ...]] = {}
-    for name, digest in read_state(folder)["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{folder}: {name} is missing; delete the folder to go on from the checkpoint before")
-        if _sha256(path) != digest:
-            raise UserError(f"{path}: changed since it was written; delete the folder to go on from the checkpoint before")
-        found |= safetensors_shapes(path)
+    if world.first:
+        _check_files(folder)
+    world.barrier()
+    reader = HuggingFaceStorageReader(str(folder))
+    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    found = {name: tuple(entry.size) for name, entry in entries.items()}
     for name, tensor in tensors.items():
         if found.get(name) != tuple(tensor.shape):
             have = list(found[name]) if name in found else "nothing"
@@ -114,7 +126,16 @@ def read_(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=world.alone)
+
+
+def _check_files(folder: Path) -> None:
+    for name, digest in read_state(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder}: {name} is missing; delete the folder to go on from the checkpoint before")
+        if _sha256(path) != digest:
+            raise UserError(f"{path}: changed since it was written; delete the folder to go on from the checkpoint before")
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,204 @@
+"""Several processes as one: who takes which sequences, sums over all, and a model whose weights are shared out (FSDP2).
+
+The only file that knows of process groups. Alone, a process imports none of it: every method is then what it says for one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+T = TypeVar("T")
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # what is agreed on is small and lies in main memory
+_LOST = ("gloo", "NCCL", "Connection closed", "Connection reset")  # torch raises bare RuntimeErrors for lost processes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that work on one run."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: str = "cpu") -> Iterator[World]:
+        """All processes that torchrun started, until the block ends; UserError in the others when one is lost."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield cls(device=device)
+            return
+        import torch.distributed as dist
+
+        ours = not dist.is_initialized()
+        if ours:
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group(_BACKENDS[device])
+        world = cls(dist.get_rank(), dist.get_world_size(), device)
+        try:
+            world.barrier()
+            yield world
+        except RuntimeError as error:
+            if not any(word in str(error) for word in _LOST):
+                raise
+            raise UserError(
+                f"process {world.rank} of {world.size} lost another one, whose own message says why; the same "
+                "command goes on from the last checkpoint"
+            ) from error
+        finally:
+            if ours:
+                dist.destroy_process_group()
+
+    @property
+    def alone(self) -> bool:
+        """One process does it all."""
+        return self.size == 1
+
+    @property
+    def first(self) -> bool:
+        """The one that logs and writes."""
+        return self.rank == 0
+
+    # -- who does what ------------------------------------------------------------------------------------------------
+
+    def share(self, count: int) -> slice:
+        """This process's of `count` things in order; shares lie side by side and differ by one at most."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def largest_share(self, count: int) -> int:
+        """Of all processes. Weights come by asking all at once, so those with less go as many rounds as this one."""
+        return -(-count // self.size)
+
+    # -- what all know ------------------------------------------------------------------------------------------------
+
+    def total(self, value: float) -> float:
+        """Sum over processes; the same number in each."""
+        return self._reduced(value, "SUM")
+
+    def most(self, value: float) -> float:
+        """Largest over processes."""
+        return self._reduced(value, "MAX")
+
+    def _reduced(self, value: float, how: str) -> float:
+        if self.alone:
+            return value
+        import torch.distributed as dist
+
+        out = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(out, getattr(dist.ReduceOp, how))
+        return float(out)
+
+    def agree(self, value: T) -> T:
+        """The first process's value, for all; every process waits here for every other."""
+        if self.alone:
+            return value
+        import torch.distributed as dist
+
+        held: list[Any] = [value]
+        dist.broadcast_object_list(held, src=0)
+        dist.barrier()  # a broadcast lets the first go on before the others came
+        return held[0]
+
+    def barrier(self) -> None:
+        """Wait for every other process."""
+        self.agree(None)
+
+    def together(self, items: Sequence[T]) -> list[T]:
+        """What the processes have, in their order, for all."""
+        if self.alone:
+            return list(items)
+        import torch.distributed as dist
+
+        held: list[Any] = [None] * self.size
+        dist.all_gather_object(held, list(items))
+        return [item for part in held for item in part]
+
+    # -- a model in parts ---------------------------------------------------------------------------------------------
+
+    def shard_(self, learner: Learner, blocks: Iterable[nn.Module]) -> None:
+        """Changes `learner`: every parameter becomes a DTensor of which this process holds its part of dimension 0.
+
+        Blocks are gathered one at a time. What is outside of them (embedding, last norm, head) belongs to the learner itself, so
+        that a tied matrix is whole wherever the learner's loss reads it. Gradients are summed, not averaged: a loss is divided
+        by the tokens of the whole update.
+        """
+        if self.alone:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(self.device, (self.size,))
+        narrow = learner.model.dtype.itemsize < 4
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if narrow else MixedPrecisionPolicy()
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(learner, mesh=mesh, mp_policy=policy)
+        for module in learner.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+        for method in ("nll", "read"):
+            register_fsdp_forward_method(learner, method)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What this process would hold of a whole tensor, after `shard_`."""
+        return self._parts(tensor)[self.rank]
+
+    def _parts(self, tensor: Tensor) -> list[Tensor]:
+        """FSDP2 cuts dimension 0 as `torch.chunk` does; where there are too few rows, the last processes hold none."""
+        found = list(tensor.chunk(self.size))
+        return found + [tensor[:0]] * (self.size - len(found))
+
+    def to_first(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, one at a time, in the first process alone; the others send their parts and see nothing.
+
+        All must walk through it.
+        """
+        for name, tensor in tensors.items():
+            own = local(tensor.detach())
+            if self.alone:
+                yield name, own
+                continue
+            import torch.distributed as dist
+
+            if not self.first:
+                if own.numel():
+                    dist.send(own.cpu().contiguous(), 0)
+                continue
+            out = torch.empty(tensor.shape, dtype=tensor.dtype)
+            for rank, piece in enumerate(self._parts(out)):
+                if rank == 0:
+                    piece.copy_(own)
+                elif piece.numel():
+                    dist.recv(piece, rank)
+            yield name, out
+
+
+ALONE = World()
+
+
+def leads() -> bool:
+    """Whether this is the process that speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here, in the same memory; a tensor that is not shared out is its own."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full value of a tensor that is shared out; all processes must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,257 @@
+"""Two processes that work on one run, against one that does it alone: real ones, by torchrun and gloo."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pipeline
+import pytest
+import torch
+from test_train import SEQ, Killed, asked, run, tiny_shape, weights, weights_of
+
+from prunus.errors import UserError
+from prunus.train import saved
+from prunus.train.distributed import ALONE, World
+from prunus.train.run import execute
+from prunus.train.run import prepare as opened
+
+_WORKER = """
+import json, os, pathlib, sys
+import torch
+from prunus.errors import UserError
+from prunus.train import recipe, run
+torch.set_num_threads(1)
+
+class Stop(Exception):
+    pass
+
+class At:  # a step that no process sees the end of
+    def __init__(self, step, how, rank):
+        self.step, self.how, self.rank = step, how, rank
+    def before_clip(self, training):
+        pass
+    def after_step(self, training):
+        if training.step == self.step and self.rank in (None, int(os.environ["RANK"])):
+            if self.how == "die":
+                os._exit(7)
+            raise Stop
+
+for job in json.loads(pathlib.Path(sys.argv[1]).read_text()):
+    hooks = (At(job["at"], job["how"], job.get("rank")),) if "at" in job else ()
+    asked = recipe.parse(job["recipe"], "worker")
+    try:
+        run.execute(run.prepare(asked, pathlib.Path(job["out"])), hooks=hooks)
+    except Stop:
+        pass
+    except run.StoppedError as stop:
+        sys.exit(stop.code)
+    except UserError as error:
+        print("refused:", error, file=sys.stderr, flush=True)
+        sys.exit(2)
+"""
+
+
+def torchrun(*arguments: object, processes: int = 2) -> list[str]:
+    base = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return base + [str(a) for a in arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def work(folder: Path, jobs: list[dict], processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Jobs one after another in the same processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "worker.py").write_text(_WORKER)
+    (folder / "jobs.json").write_text(json.dumps([{**job, "recipe": job["recipe"].plain()} for job in jobs], default=str))
+    command = torchrun(folder / "worker.py", folder / "jobs.json", processes=processes)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
+
+
+def tied(**changes):
+    return asked(model__shape=tiny_shape() | {"tie_word_embeddings": True}, **changes)
+
+
+def uneven(**changes):
+    """Five sequences, three and two; the second micro-batch is empty in one process, and so it is in validation."""
+    more = {
+        "batch_tokens": 5 * SEQ, "tokens": 6 * 5 * SEQ, "micro_batch": 2, "validate__sequences": 3,
+        "data__separate_documents": True, "log_every": 1,
+    }  # fmt: skip
+    return asked(**{**more, **changes})
+
+
+def sparse(**changes):
+    folder, _, _ = pipeline.saved("sparse")
+    return asked(model={"source": str(folder), "mask": str(folder)}, **changes)
+
+
+@functools.cache
+def alone(name: str) -> Path:
+    out = pipeline.scratch() / f"alone-{name}"
+    run(out, RECIPES[name]())
+    return out
+
+
+RECIPES = {
+    "tied": tied,
+    "uneven": uneven,
+    "sparse": sparse,
+}
+SLOW = {
+    "autocast": functools.partial(tied, precision="bfloat16-autocast"),
+    "recomputed": functools.partial(uneven, checkpoint_activations=True),
+}
+
+
+@functools.cache
+def by_two() -> Path:
+    """All that the fast tests look at, from one launch."""
+    out = pipeline.scratch() / "by-two"
+    jobs = [{"recipe": make(), "out": out / name} for name, make in RECIPES.items()]
+    jobs += [{"recipe": tied(), "out": out / "stopped", "at": 5, "how": "raise"}]
+    done = work(out, jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(out / "stopped", out / "on-by-one")
+    stop_alone(out / "on-by-two", tied())
+    done = work(out, [{"recipe": tied(), "out": out / name} for name in ("stopped", "on-by-two")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def stop_alone(out: Path, recipe) -> None:
+    def say(line):
+        if line["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(out, recipe, say=say)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+
+
+def compare(one: Path, other: Path, tolerance: float = 1e-5) -> dict[str, float]:
+    """Largest relative differences of losses and norms, and the largest one of weights, each below the tolerance.
+
+    Float32 sums over two halves are in another order: 1e-7 a step, which a handful of AdamW steps at rate 0.01 make 1e-6.
+    """
+    mine, theirs = lines(one), lines(other)
+    assert [(m["step"], m["tokens"], m.get("lr")) for m in mine] == [(t["step"], t["tokens"], t.get("lr")) for t in theirs]
+    worst = {"loss": 0.0, "grad_norm": 0.0, "validation": 0.0}
+    for m, t in zip(mine, theirs, strict=True):
+        if "validation" in m:
+            assert m["validation"]["sequences"] == t["validation"]["sequences"]
+            worst["validation"] = max(worst["validation"], abs(m["validation"]["loss"] / t["validation"]["loss"] - 1))
+        else:
+            for key in ("loss", "grad_norm"):
+                worst[key] = max(worst[key], abs(m[key] / t[key] - 1))
+    a, b = weights(one), weights(other)
+    assert list(a) == list(b) and all(a[name].dtype == b[name].dtype for name in a)
+    worst["weights"] = max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+    print(one.name, worst)
+    assert max(worst.values()) < tolerance, worst
+    assert (one / "ledger.json").read_bytes() == (other / "ledger.json").read_bytes()
+    return worst
+
+
+# -- arithmetic without processes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_cover_everything_once(size):
+    for count in range(20):
+        shares = [World(rank, size).share(count) for rank in range(size)]
+        assert [i for share in shares for i in range(share.start, share.stop)] == list(range(count))
+        assert max(share.stop - share.start for share in shares) == World(0, size).largest_share(count)
+
+
+def test_parts_cover_dimension_0():
+    tensor = torch.arange(10).reshape(5, 2)
+    for size in (1, 2, 3, 4, 7):
+        assert torch.cat([World(rank, size).part(tensor) for rank in range(size)]).equal(tensor)
+
+
+def test_alone_everything_is_its_own():
+    assert ALONE.share(5) == slice(0, 5) and ALONE.total(2.5) == ALONE.most(2.5) == 2.5
+    assert ALONE.agree("x") == "x" and ALONE.together([1]) == [1] and ALONE.first
+    assert [name for name, _ in ALONE.to_first({"a": torch.zeros(2)})] == ["a"]
+
+
+def test_alone_nothing_of_it_is_imported(monkeypatch, tmp_path):
+    """transformers itself imports these modules; with their names taken away, only an import of our own could fail."""
+    for name in ("fsdp", "device_mesh"):
+        monkeypatch.setitem(sys.modules, f"torch.distributed.{name}", None)
+    run(tmp_path / "run", asked(tokens=2 * 4 * SEQ))
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_several_cannot_share_is_refused(monkeypatch, tmp_path):
+    import contextlib
+
+    monkeypatch.setattr(World, "joined", lambda: contextlib.nullcontext(World(0, 8)))
+    with pytest.raises(UserError, match="8 processes cannot share updates of 4 sequences; give at least 128"):
+        execute(opened(asked(), tmp_path / "run"))
+    with pytest.raises(UserError, match="compile: is for one process only"):
+        execute(opened(asked(compile=True, batch_tokens=8 * SEQ), tmp_path / "other"))
+
+
+# -- two processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_two_are_one(name):
+    compare(by_two() / name, alone(name))
+
+
+def test_zeros_stay_zero_in_parts():
+    before, after = weights_of(pipeline.saved("sparse")[0]), weights(by_two() / "sparse")
+    zeros = {name: value == 0 for name, value in before.items() if name.endswith("_proj.weight")}
+    assert sum(int(z.sum()) for z in zeros.values()) > 100
+    assert all(not bool(after[name][zero].any()) for name, zero in zeros.items())
+
+
+def test_stopped_two_go_on_bit_for_bit():
+    out = by_two()
+    a, b = weights(out / "stopped"), weights(out / "tied")
+    assert all(a[name].equal(b[name]) for name in b)
+    pick = [{k: line.get(k) for k in ("step", "loss", "grad_norm", "validation")} for line in lines(out / "stopped")]
+    assert pick == [{k: line.get(k) for k in ("step", "loss", "grad_norm", "validation")} for line in lines(out / "tied")]
+
+
+def test_another_number_of_processes_goes_on():
+    out = by_two()
+    assert len(list(saved.folder_of(out / "on-by-one" / "checkpoints", 4).glob("*.safetensors"))) == 2
+    run(out / "on-by-one", tied())
+    for name in ("on-by-one", "on-by-two"):
+        compare(out / name, alone("tied"))
+
+
+def test_what_two_write_is_what_one_writes():
+    """The same files, the same header; and no half-written thing is left."""
+    one, two = alone("tied") / "model", by_two() / "tied" / "model"
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    header = [p.joinpath("model.safetensors").read_bytes()[:8] for p in (one, two)]
+    assert header[0] == header[1]
+    assert (one / "config.json").read_bytes() == (two / "config.json").read_bytes()
+    assert not [p for p in by_two().rglob(".*") if p.name != ".lock"]
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    (tmp_path / "r.yaml").write_text(json.dumps(tied(validate__every=0, tokens=2 * 4 * SEQ).plain()))
+    command = torchrun("-m", "prunus.cli", "train", tmp_path / "r.yaml", "--out", tmp_path / "run", "--json")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout)["figures"]  # one object, from one process
+    assert figures["processes"] == 2 and figures["verified"]["clean_process"] and figures["tokens"] == 2 * 4 * SEQ
+
+
+# -- slow -----------------------------------------------------------------------------------------------------------------
