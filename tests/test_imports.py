@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,15 @@ def test_families_import_no_more_than_families_and_errors():
 def test_there_is_no_circle():
     graph = {module: ours(module) - {module} for module in modules()}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(modules())
+
+
+def test_one_file_knows_of_process_groups():
+    """Besides it, checkpoints are written by torch.distributed.checkpoint, which asks for no group."""
+    for module, path in modules().items():
+        named = set(re.findall(r"(?:import|from) (torch\.distributed(?:\.\w+)?)", path.read_text(encoding="utf-8")))
+        allowed = {"train.saved": {"torch.distributed.checkpoint"}}.get(module, set())
+        assert module == "train.distributed" or named <= allowed, module
+    assert "torch" in {name for name, own, top in imports("train.distributed") if not own and not top}  # only when asked for
 
 
 def test_the_checker_sees_imports():

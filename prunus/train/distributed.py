@@ -5,6 +5,7 @@ The only file that knows of process groups. Alone, a process imports none of it:
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,17 +36,20 @@ class World:
     @classmethod
     @contextmanager
     def joined(cls, device: str = "cpu") -> Iterator[World]:
-        """All processes that torchrun started, until the block ends; UserError in the others when one is lost."""
+        """All processes that torchrun started; UserError in the others when one is lost.
+
+        The group stands until the process ends: what torchrun gave to find each other by is good for one group.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls(device=device)
             return
         import torch.distributed as dist
 
-        ours = not dist.is_initialized()
-        if ours:
+        if not dist.is_initialized():
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(_BACKENDS[device])
+            atexit.register(dist.destroy_process_group)
         world = cls(dist.get_rank(), dist.get_world_size(), device)
         try:
             world.barrier()
@@ -57,9 +61,6 @@ class World:
                 f"process {world.rank} of {world.size} lost another one, whose own message says why; the same "
                 "command goes on from the last checkpoint"
             ) from error
-        finally:
-            if ours:
-                dist.destroy_process_group()
 
     @property
     def alone(self) -> bool:
