@@ -23,7 +23,7 @@ quickstart: $(VENV)/.model
 	$(BIN)/prunus quickstart --out runs/quickstart
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -m "not slow" --cov=prunus --cov-report=term:skip-covered
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --cov=prunus --cov-report=term:skip-covered
 
 slow: $(VENV)/.dev $(VENV)/.model
 	PRUNUS_TEST_DATA=$(DATA) $(BIN)/pytest -m slow

@@ -422,6 +422,11 @@ def test_the_end_is_a_model_a_ledger_and_a_record():
     assert len(losses) == 2 and losses[-1] < losses[0]
 
 
+def test_a_record_tells_no_places():
+    text = (finished() / "record.jsonl").read_text()
+    assert str(pipeline.scratch()) not in text and '"folder": "tokens"' in text and '"tokenizer": "tokenizer"' in text
+
+
 def test_going_on_from_a_run_keeps_its_ledger(tmp_path):
     recipe = asked(model={"source": str(finished() / "model")}, tokens=2 * 4 * SEQ, data__range="parent")
     run(tmp_path / "run", recipe)

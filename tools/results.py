@@ -99,7 +99,49 @@ def page(records: list[dict[str, Any]]) -> str:
         lines += ["## Cost", "", *cost_table(costs), ""]
     if streams:
         lines += ["## Streaming", "", *stream_table(streams), ""]
+    trained = [r for r in records if r["kind"] == "train"]
+    if trained:
+        lines += ["## Training", "", *train_table(trained), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def train_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Runs of `prunus train`: what they saw, what they cost, what they reached."""
+    header = [
+        "run",
+        "parameters",
+        "tokens",
+        "training FLOPs",
+        "minutes",
+        "tokens/s",
+        "precision",
+        "validation loss",
+        "by tokens seen",
+        "commit",
+    ]
+    cells = []
+    for r in rows:
+        f, recipe = r["figures"], r["recipe"]["recipe"]
+        losses = [(line["tokens"], line["validation"]["loss"]) for line in f["validation"]]
+        curve = ", ".join(f"{tokens / 1e6:.1f} M: {loss:.2f}" for tokens, loss in losses)
+        cells.append(
+            [
+                recipe["name"], f"{f['params']:,}", f"{f['tokens']:,}", f"{sum(f['flops'].values()):.3g}",
+                f"{f['seconds'] / 60:.1f}",
+                f"{f['tokens'] / f['seconds']:,.0f}", recipe["precision"], f"{losses[-1][1]:.4f}" if losses else "", curve,
+                r["commit"] or "",
+            ]
+        )  # fmt: skip
+    data = sorted(
+        {f"{name} (`{d['manifest']}`, range {d['range']})" for r in rows for name, d in r["recipe"]["data"].items()}
+    )
+    m = rows[0]["machine"]
+    return [
+        f"`prunus train`; loss in nats a token on the validation range; data: {', '.join(data)}; {m['cpu']}, {m['threads']} "
+        "threads, shared with other work.",
+        "",
+        *markdown(header, cells),
+    ]
 
 
 BARE = {"forward": "bare forward", "back": "bare forward and backward"}

@@ -187,10 +187,26 @@ class Recipe(_Strict):
         """As data, every field said."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def named(self) -> dict[str, Any]:
+        """As `plain`, for records: what lies in folders is named by the folder alone, whose place is nobody else's business."""
+        data = self.plain()
+        for part, fields in (("model", ("source", "tokenizer", "mask")), ("teacher", ("source",))):
+            for name in fields if data[part] else ():
+                data[part][name] = _last(data[part][name])
+        for domain in data["data"]["domains"]:
+            domain["folder"] = _last(domain["folder"])
+        data["data"]["evaluation"] = [_last(text) for text in data["data"]["evaluation"]]
+        return data
+
     @property
     def hash(self) -> str:
         """Same hash, same run."""
         return digest(self.plain())
+
+
+def _last(place: str | None) -> str | None:
+    """The last part of a path; a hub name stays whole."""
+    return place if place is None or not Path(place).expanduser().exists() else Path(place).name
 
 
 def schema() -> dict[str, Any]:

@@ -405,7 +405,7 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
         "processes": training.world.size,
         "verified": verified,
     }
-    recipe = {"command": KIND, "recipe": run.recipe.plain(), "data": run.feeds.identity()}
+    recipe = {"command": KIND, "recipe": run.recipe.named(), "data": run.feeds.identity()}
     return record.append(run.out / RECORD, KIND, recipe, figures)
 
 
