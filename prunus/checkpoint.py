@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from .tensorfiles import read, write
 from .verification import NEW_TOKENS, NEW_TOKENS_STREAMED, check_fingerprint, check_saved, probe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST, DECISION = "prunus.json", "keep.json"
 EXTRA = "prunus"  # sub-folder for what engines that glob *.safetensors must not see
@@ -192,7 +192,7 @@ def save(
     """Write a cut model and prove it; VerificationError leaves nothing behind."""
     with staged(out, overwrite=overwrite) as stage:
         try:
-            _write_model(outcome, tokenizer, stage)
+            write_folder(outcome.model, tokenizer, stage, outcome.store.save)
             _write_decision(outcome, source, calibration, stage)
             for file in stage.rglob("*.safetensors"):
                 file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
@@ -207,19 +207,21 @@ def save(
     return manifest
 
 
-def _write_model(outcome: Outcome, tokenizer: PreTrainedTokenizerBase, stage: Path) -> None:
-    model = outcome.model
+def write_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, save: Callable[[PreTrainedModel, Path], None]
+) -> None:
+    """Config and weights by `save`, the tokenizer, and for a type of ours the classes that load it without prunus."""
     with quiet():
-        if not outcome.target.is_stock:
+        if is_per_layer(model.config.model_type):
             stem = type(model).__name__.removesuffix("ForCausalLM")
             model.config.auto_map = {
                 "AutoConfig": f"modeling_pruned.{stem}Config",
                 "AutoModelForCausalLM": f"modeling_pruned.{stem}ForCausalLM",
             }
-            shutil.copyfile(modeling_pruned.__file__, stage / "modeling_pruned.py")
-        outcome.store.save(model, stage)
-        tokenizer.save_pretrained(stage)
-    path = stage / "tokenizer_config.json"
+            shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
+        save(model, folder)
+        tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     for name in ("is_local", "local_files_only", "backend"):
         data.pop(name, None)

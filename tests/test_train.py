@@ -16,7 +16,7 @@ import tiny
 import torch
 from pipeline import cli
 
-from prunus import record
+from prunus import api, record
 from prunus.anatomy import Anatomy
 from prunus.data.prepare import Text, prepare
 from prunus.errors import UserError
@@ -434,6 +434,23 @@ def test_going_on_from_a_run_keeps_its_ledger(tmp_path):
     assert ledger.total_tokens == 10 * 4 * SEQ and ledger.parent is not None and not ledger.missing
 
 
+@pytest.mark.parametrize("compensate", ["bias", "none"])
+def test_a_cut_of_layers_that_differ_is_trained_on(tmp_path, compensate):
+    """The main job: what flap leaves is of a type of ours, and so is what comes out; it loads without prunus."""
+    text = {"calibration": str(pipeline.text_file()), "text": api.TextOptions(4, 16)}
+    cut = api.prune(str(pipeline.folder()), method="flap", ratio=0.3, compensate=compensate, **text)
+    cut.save(tmp_path / "cut")
+    run(tmp_path / "run", asked(model={"source": str(tmp_path / "cut")}, validate__every=0))
+    model = tmp_path / "run" / "model"
+    before = json.loads((tmp_path / "cut" / "config.json").read_text())
+    after = json.loads((model / "config.json").read_text())
+    assert after["model_type"] == before["model_type"] == "pruned_llama" and after["auto_map"] == before["auto_map"]
+    assert (model / "modeling_pruned.py").is_file() and weights(tmp_path / "run").keys() == weights_of(
+        tmp_path / "cut"
+    ).keys()
+    assert api.evaluate(str(model), str(pipeline.text_file()), options=api.TextOptions(2, 16))[0].perplexity > 1
+
+
 def test_a_teacher_is_counted_and_learned_from(tmp_path):
     """The student nears its teacher's distribution on text it was not trained on."""
     teacher = str(finished() / "model")
@@ -563,6 +580,7 @@ def test_recipes_that_ship_are_whole(name):
         (["optimizer.lrr=1"], r"field 'optimizer.lrr' does not exist \(did you mean 'lr'\?\)"),
         (["optimizer.lr=-1"], "optimizer: lr -1.0 is no learning rate"),
         (["optimizer.lr=x"], "field 'optimizer.lr"),
+        (["optimizer.betas=[0.9, 1.5]"], r"optimizer: betas \[0.9, 1.5\] must both lie in \[0, 1\)"),
         (["tokens=100"], "tokens 100 are fewer than one update of 8,192"),
         (["batch_tokens=1000"], "batch_tokens 1000 is no multiple of data.seq_len 256"),
         (["schedule.total=1000"], "schedule.total 1,000 ends before the run does"),
@@ -587,7 +605,7 @@ def test_recipes_that_are_refused(changes, message):
         ({"data__seq_len": 128, "batch_tokens": 256, "tokens": 512}, "data.seq_len: 128 is more than the 64 positions"),
         ({"model": {"source": "nowhere"}}, "nowhere"),
         ({"model": {"shape": "nanno", "tokenizer": "T"}}, "unknown shape 'nanno'"),
-        ({"model__tokenizer": "/nowhere"}, "model.tokenizer: /nowhere: no such file or folder"),
+        ({"model__tokenizer": "/nowhere"}, "/nowhere: no such file or folder; give a folder with tokenizer.json"),
         ({"model__shape": {"hidden_size": 8}}, "model.shape: it has no model_type"),
         ({"model__shape": {**tiny_shape(), "vocab_size": 20}}, "a vocabulary of 20 is too small for the tokenizer's 300"),
         ({"model__mask": "/nowhere"}, "model.mask: /nowhere has no prunus/mask.safetensors"),
@@ -609,6 +627,12 @@ def other_vocabulary() -> Path:
 
     made = pipeline.model("llama", dtype=torch.float32, vocab_size=290)
     return checkpoints.save_folder(pipeline.scratch() / "other-vocabulary", made, pipeline.tokenizer(290))
+
+
+def test_one_mask_for_layers_that_see_less_is_refused(tmp_path):
+    shape = tiny_shape() | {"model_type": "mistral", "sliding_window": 8}
+    with pytest.raises(UserError, match=r"data\.separate_documents: this model sees 8 tokens back in some layers"):
+        opened(asked(model__shape=shape, data__separate_documents=True), tmp_path / "run")
 
 
 def test_a_folder_of_another_run_is_not_touched(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def export(
@@ -34,15 +35,13 @@ def export(
         if stage is None:
             assert not list(world.to_first(weights)), "parts are sent, none comes"
         else:
-            with hf.quiet():
-                _write(learner, weights, stage, world)
-            tokenizer.save_pretrained(stage)
+            save = partial(_save, weights=weights, world=world)
+            checkpoint.write_folder(learner.model, tokenizer, stage, save)
             verified = check_saved(stage, expected)
     return world.agree(verified)
 
 
-def _write(learner: Learner, weights: Mapping[str, Tensor], stage: Path, world: World) -> None:
-    model = learner.model
+def _save(model: PreTrainedModel, stage: Path, *, weights: Mapping[str, Tensor], world: World) -> None:
     if world.alone:
         model.save_pretrained(stage)
         return

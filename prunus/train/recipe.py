@@ -83,6 +83,8 @@ class OptimizerPart(_Strict):
 
     @model_validator(mode="after")
     def _positive(self) -> OptimizerPart:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must both lie in [0, 1)")
         if self.lr != "sweep" and not 0 < self.lr < 1:
             raise ValueError(f"lr {self.lr} is no learning rate; give a number in (0, 1), or sweep")
         return self

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint, hf, measure, record
+from .. import checkpoint, measure, record
 from ..anatomy import Anatomy
+from ..data.tokenizer import open_tokenizer
 from ..errors import UserError
 from ..keep import WeightMask
 from ..place import staged_files
@@ -85,11 +84,17 @@ def prepare(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
     _check_folder(out, recipe)
     source = None if recipe.model.source is None else Source.open(recipe.model.source, online=online)
     named = recipe.model.tokenizer
-    tokenizer = source.tokenizer() if source is not None and named is None else _tokenizer(named or "")
+    tokenizer = source.tokenizer() if named is None and source is not None else open_tokenizer(named or "", online=online)
     config = source.config if source is not None else config_of(recipe.model.shape or "", len(tokenizer))
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and recipe.data.seq_len > limit:
         raise UserError(f"data.seq_len: {recipe.data.seq_len} is more than the {limit} positions that the model knows")
+    window = getattr(config, "sliding_window", None)
+    if recipe.data.separate_documents and window and window < recipe.data.seq_len:
+        raise UserError(
+            f"data.separate_documents: this model sees {window} tokens back in some layers, and one mask for all would undo that; "
+            f"set data.seq_len to {window} or less, or drop it"
+        )
     feeds = Feeds.open(recipe, tokenizer)
     teacher = None
     if recipe.teacher is not None:
@@ -128,18 +133,6 @@ def _differing(one: Any, other: Any, at: str = "") -> str:
             if one.get(name) != other.get(name):
                 return _differing(one.get(name), other.get(name), f"{at}.{name}" if at else name)
     return at
-
-
-def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if not Path(folder).expanduser().is_dir():
-        raise UserError(f"model.tokenizer: {folder}: no such file or folder; prunus data tokenizer makes one")
-    try:
-        with hf.quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"model.tokenizer: {folder} holds no tokenizer that can be read") from error
 
 
 def _mask(folder: Path, anatomy: Anatomy) -> WeightMask:
@@ -445,8 +438,3 @@ def _in_main_thread() -> bool:
     import threading
 
     return threading.current_thread() is threading.main_thread()
-
-
-def seconds_since(path: Path) -> float:
-    """Age of a file; runs are listed by it."""
-    return time.time() - os.stat(path).st_mtime
