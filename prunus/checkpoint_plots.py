@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, plots, record, saliency
+from . import checkpoint, plots, saliency
 from .axes import kind_of, layer_of
-from .errors import UserError
 from .keep import Keep, WeightMask
 from .methods import METHODS
 from .place import staged_files
@@ -97,11 +96,7 @@ def run(folder: Path, out: Path | None, *, overwrite: bool) -> dict[str, Any]:
     plots.check_library()
     found = Drawn.read(folder)
     path = (folder / checkpoint.EXTRA / PICTURE) if out is None else out.expanduser()
-    if path.suffix not in plots.FORMATS:
-        raise UserError(f"{path}: a picture ends in {', '.join(plots.FORMATS)}")
-    if path.exists() and (path.is_dir() or not overwrite):
-        raise UserError(f"{path}: already exists; give another --out, or --overwrite to replace it")
-    record.check_place(path, "out")
+    plots.check_place(path, overwrite=overwrite)
     with staged_files(path) as (stage,):
         return draw(folder, found, stage) | {"picture": str(path)}
 

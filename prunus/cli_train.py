@@ -60,7 +60,8 @@ def train(
     from .train import recipe as recipes_
     from .train import track as tracking
     from .train.distributed import leads
-    from .train.run import StoppedError, execute, prepare
+    from .train.opening import prepare
+    from .train.run import StoppedError, execute
 
     for kind in track or ():
         tracking.check(kind)

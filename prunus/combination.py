@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy
+from .asked import checked_share, parse_pattern
 from .axes import Axis, kind_of
-from .builders import checked_share, make_plan, parse_pattern
+from .builders import make_plan
 from .criteria import Scores
 from .errors import UserError, unknown
 from .hf import Target, target_for

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import record
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ def check_library() -> None:
     """UserError, before any work, if the extra is not there."""
     if find_spec("matplotlib") is None:
         raise UserError("plot: pictures need matplotlib; pip install 'prunus[plot]'")
+
+
+def check_place(path: Path, *, overwrite: bool) -> None:
+    """UserError if a picture cannot go there."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path}: a picture ends in {', '.join(FORMATS)}")
+    if path.exists() and (path.is_dir() or not overwrite):
+        raise UserError(f"{path}: already exists; give another --out, or --overwrite to replace it")
+    record.check_place(path, "out")
 
 
 def figure(width: float, height: float) -> Figure:

@@ -12,7 +12,7 @@ from . import plots, record
 from .errors import UserError
 from .place import staged_files
 from .train.listing import whole_lines
-from .train.run import LOG, RECIPE, RECORD
+from .train.opening import LOG, RECIPE, RECORD
 
 _SMOOTH = 0.9  # what the drawn training loss keeps of the one before
 
@@ -68,11 +68,7 @@ def run(folders: Sequence[Path], out: Path | None, *, overwrite: bool) -> dict[s
         )
     curves = [Curve.read(folder) for folder in folders]
     path = folders[0] / "plot.png" if out is None else out.expanduser()
-    if path.suffix not in plots.FORMATS:
-        raise UserError(f"{path}: a picture ends in {', '.join(plots.FORMATS)}")
-    if path.exists() and (path.is_dir() or not overwrite):
-        raise UserError(f"{path}: already exists; give another --out, or --overwrite to replace it")
-    record.check_place(path, "out")
+    plots.check_place(path, overwrite=overwrite)
     with staged_files(path) as (stage,):
         draw(curves, stage)
     return {"picture": str(path), "runs": [curve.name for curve in curves], "notes": []}

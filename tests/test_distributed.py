@@ -21,8 +21,8 @@ from test_train import SEQ, Killed, asked, run, tiny_shape, weights, weights_of
 from prunus.errors import UserError
 from prunus.train import export, saved
 from prunus.train.distributed import ALONE, World
+from prunus.train.opening import prepare as opened
 from prunus.train.run import execute
-from prunus.train.run import prepare as opened
 
 _WORKER = """
 import json, os, pathlib, sys
@@ -51,7 +51,7 @@ for job in json.loads(pathlib.Path(sys.argv[1]).read_text()):
     asked = recipe.parse(job["recipe"], "worker")
     export.check_saved = verify if job.get("verify") else lambda stage, expected: {}  # a clean process costs seconds
     try:
-        run.execute(run.prepare(asked, pathlib.Path(job["out"])), hooks=hooks)
+        run.execute(opening.prepare(asked, pathlib.Path(job["out"])), hooks=hooks)
     except Stop:
         pass
     except run.StoppedError as stop:

@@ -22,11 +22,12 @@ LAYERS = (  # the lowest first; a new module is placed here
     "data.tokenizer data.encode data.shards data.writer data.prepare data.mixing data.order data.overlap ledger",
     "statistics criteria allocate compensate solve sizes",
     "record latency costs search",
-    "planning builders findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
+    "planning asked shaping builders",
+    "findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
     "saliency reload verification checkpoint measure",
     "api",
     "train train.schedule train.loss train.optim train.distributed train.saved train.recipe train.shapes train.learner train.loop "
-    "train.feeds train.export train.lora train.track train.estimate train.sweep train.run train.listing train.study",
+    "train.feeds train.export train.lora train.track train.estimate train.sweep train.opening train.run train.listing train.study",
     "plots report checkpoint_plots train_plots comparison",
     "show show_data show_train progress quickstart cli_data cli_train cli",
 )

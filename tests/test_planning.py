@@ -10,13 +10,14 @@ import tiny
 from pipeline import plan_for
 
 from prunus.anatomy import Anatomy
-from prunus.builders import parse_pattern, proportional_width
+from prunus.asked import parse_pattern
 from prunus.errors import UserError
 from prunus.families import AXES
 from prunus.hf import target_for
 from prunus.keep import Keep
 from prunus.methods import METHODS, method_named
 from prunus.planning import Request
+from prunus.shaping import proportional_width
 
 LLAMA = pipeline.config("llama")  # hidden 32, 8 heads, 4 groups, 24 channels, 3 layers
 

@@ -26,9 +26,9 @@ from prunus.train import recipe as recipes
 from prunus.train import run as runs
 from prunus.train.learner import Learner, boundaries
 from prunus.train.loop import Training, train_
+from prunus.train.opening import prepare as opened
 from prunus.train.optim import adamw, start_slots_, steps_done
 from prunus.train.run import StoppedError, execute
-from prunus.train.run import prepare as opened
 from prunus.train.schedule import Schedule
 from prunus.train.shapes import SHAPES, config_of, fresh
 from prunus.train_plots import Curve
@@ -273,13 +273,13 @@ def test_killed_inside_a_save_the_checkpoint_before_counts(tmp_path, monkeypatch
 _CHILD = """
 import sys, pathlib, torch
 torch.set_num_threads(1)
-from prunus.train import recipe, run
+from prunus.train import opening, recipe, run
 import json
 asked = recipe.parse(json.loads(pathlib.Path(sys.argv[1]).read_text()), "child")
 def say(line):
     print(line["step"], flush=True)
 try:
-    run.execute(run.prepare(asked, pathlib.Path(sys.argv[2])), say=say)
+    run.execute(opening.prepare(asked, pathlib.Path(sys.argv[2])), say=say)
 except run.StoppedError as stop:
     sys.exit(stop.code)
 """

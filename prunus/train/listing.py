@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .run import LOG, RECIPE, RECORD
+from .opening import LOG, RECIPE, RECORD
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:

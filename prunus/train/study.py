@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import record
 from ..errors import UserError
+from .opening import RECORD, prepare
 from .recipe import Recipe, read
-from .run import RECORD, Say, StoppedError, execute, prepare
+from .run import Say, StoppedError, execute
 
 RECORDS = "records.jsonl"
 

@@ -2,7 +2,8 @@
 
 A sink is called with every line of the log. Another service needs no more than a function of one dictionary::
 
-    from prunus.train.run import execute, prepare
+    from prunus.train.opening import prepare
+    from prunus.train.run import execute
     execute(prepare(recipe, out), say=lambda line: service.log(line))
 """
 

@@ -1,0 +1,120 @@
+"""A recipe and all that it names, opened and checked against each other before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import checkpoint, record
+from ..anatomy import Anatomy
+from ..data.tokenizer import open_tokenizer
+from ..errors import UserError
+from ..keep import WeightMask
+from ..source import Source
+from . import lora
+from .feeds import Feeds
+from .loop import Clock
+from .recipe import Recipe
+from .shapes import config_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECIPE, LOG, LEDGER, RECORD, MODEL, CHECKPOINTS = (
+    "recipe.json", "log.jsonl", "ledger.json", "record.jsonl", "model", "checkpoints",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A checked recipe with everything it names opened, and no weight read."""
+
+    recipe: Recipe
+    out: Path
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    feeds: Feeds
+    source: Source | None
+    teacher: Source | None
+    mask: WeightMask | None
+    best: dict[str, float] = field(default_factory=dict)  # loss and step of the best validation
+    adapters: Any = None  # peft's wrapper of the model, where only adapters are trained
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Of the model that is trained."""
+        return Anatomy.of(self.config)
+
+
+def prepare(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
+    """Open what the recipe names and check that it fits together; UserError otherwise. Reads no weight of a model."""
+    if recipe.lora is not None:
+        lora.check_library()
+    _check_folder(out, recipe)
+    source = None if recipe.model.source is None else Source.open(recipe.model.source, online=online)
+    named = recipe.model.tokenizer
+    tokenizer = source.tokenizer() if named is None and source is not None else open_tokenizer(named or "", online=online)
+    config = source.config if source is not None else config_of(recipe.model.shape or "", len(tokenizer))
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and recipe.data.seq_len > limit:
+        raise UserError(f"data.seq_len: {recipe.data.seq_len} is more than the {limit} positions that the model knows")
+    window = getattr(config, "sliding_window", None)
+    if recipe.data.separate_documents and window and window < recipe.data.seq_len:
+        raise UserError(
+            f"data.separate_documents: this model sees {window} tokens back in some layers, and one mask for all would undo that; "
+            f"set data.seq_len to {window} or less, or drop it"
+        )
+    feeds = Feeds.open(recipe, tokenizer)
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = Source.open(recipe.teacher.source, online=online)
+        if teacher.anatomy.shape.vocab_size != Anatomy.of(config).shape.vocab_size or (
+            teacher.tokenizer().get_vocab() != tokenizer.get_vocab()
+        ):
+            raise UserError(
+                f"teacher.source: {teacher.label} has another vocabulary than the model that it is to teach, so their "
+                "distributions cannot be compared; give a teacher of the same tokenizer"
+            )
+    mask = None if recipe.model.mask is None else _mask(Path(recipe.model.mask), Anatomy.of(config))
+    return Run(recipe, out, config, tokenizer, feeds, source, teacher, mask)
+
+
+def _check_folder(out: Path, recipe: Recipe) -> None:
+    """UserError unless the folder is free, or holds this very run."""
+    if not out.exists():
+        record.check_place(out / RECORD, "out")
+        return
+    try:
+        found = json.loads((out / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}: is there already and holds no run of prunus; give another --out") from error
+    if found != recipe.plain():
+        differing = _differing(found, recipe.plain())
+        raise UserError(
+            f"{out}: holds a run of another recipe ({differing} differs); give another --out, or the same recipe"
+        )
+
+
+def _differing(one: Any, other: Any, at: str = "") -> str:
+    """The first field in which two plain recipes differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in {**one, **other}:
+            if one.get(name) != other.get(name):
+                return _differing(one.get(name), other.get(name), f"{at}.{name}" if at else name)
+    return at
+
+
+def _mask(folder: Path, anatomy: Anatomy) -> WeightMask:
+    from safetensors.torch import load_file
+
+    path = folder / checkpoint.EXTRA / "mask.safetensors"
+    if not path.is_file():
+        raise UserError(f"model.mask: {folder} has no {checkpoint.EXTRA}/{path.name}; give a sparse checkpoint of prunus")
+    packed = load_file(path)
+    for name, bits in packed.items():
+        if name not in anatomy.tensors or bits.numel() != -(-anatomy.tensors[name].numel // 8):
+            raise UserError(f"model.mask: '{name}' of {folder} does not fit the model; give the mask of the same shape")
+    return WeightMask.from_packed(packed, anatomy)
