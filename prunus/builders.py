@@ -42,7 +42,9 @@ def make_plan(config: Any, anatomy: Anatomy, request: Request, times: Mapping[st
                 f"{', '.join(method.options) or 'none'}"
             )
     options = {
-        n: _choice(n, request.options.get(n), values, method)
+        n: _whole(n, request.options.get(n, values[0]))
+        if n in SEARCH_OPTIONS
+        else _choice(n, request.options.get(n), values, method)
         for n, values in method.options.items()
         if allocator == "search" or n not in SEARCH_OPTIONS
     }
@@ -75,6 +77,12 @@ def _order(method: Method, request: Request, allocator: str) -> bool:
         what = "sequential" if method.sequential else "dense"
         raise UserError(f"order: {method.name} is always {what}; drop --{request.order}")
     return request.order == "sequential"
+
+
+def _whole(name: str, value: str) -> str:
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise UserError(f"{name}: '{value}' is no whole number above 0")
+    return value
 
 
 def _choice(name: str, value: str | None, allowed: tuple[str, ...], method: Method) -> str:

@@ -42,7 +42,7 @@ class Method:
         return self.sweeps > 0
 
 
-SEARCH_OPTIONS = {"generations": ("20", "5", "10", "50", "100"), "offspring": ("16", "8", "32")}  # of the allocator `search`
+SEARCH_OPTIONS = {"generations": ("20",), "offspring": ("16",)}  # of the allocator `search`: any whole numbers
 _ROWS = (
     Method(
         name="magnitude",

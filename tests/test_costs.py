@@ -193,6 +193,7 @@ def test_a_plan_measures_only_when_asked(table):
         ({"method": "prunus", "cost": "kv-bytes", "ratio": 0.9}, r"takes \d+ kv-bytes, but the target leaves \d+; ask for a small"),
         ({"method": "flap", "allocate": "globl"}, "unknown value for allocate of flap 'globl'"),
         ({"method": "flap", "options": {"generations": "5"}}, "option 'generations': it is of the allocator search; add --allo"),
+        ({"method": "flap", "allocate": "search", "options": {"generations": "0"}}, "generations: '0' is no whole number above 0"),
         ({"method": "prunus", "order": "dense"}, "order: prunus is always sequential; drop --dense"),
         ({"method": "flap", "order": "both"}, "unknown order 'both'"),
     ],

@@ -24,42 +24,7 @@ from prunus.train.distributed import ALONE, World
 from prunus.train.opening import prepare as opened
 from prunus.train.run import execute
 
-_WORKER = """
-import json, os, pathlib, sys
-import torch
-from prunus.errors import UserError
-from prunus.train import export, recipe, run
-torch.set_num_threads(1)
-verify = export.check_saved
-
-class Stop(Exception):
-    pass
-
-class At:  # a step that no process sees the end of
-    def __init__(self, step, how, rank):
-        self.step, self.how, self.rank = step, how, rank
-    def before_clip(self, training):
-        pass
-    def after_step(self, training):
-        if training.step == self.step and self.rank in (None, int(os.environ["RANK"])):
-            if self.how == "die":
-                os._exit(7)
-            raise Stop
-
-for job in json.loads(pathlib.Path(sys.argv[1]).read_text()):
-    hooks = (At(job["at"], job["how"], job.get("rank")),) if "at" in job else ()
-    asked = recipe.parse(job["recipe"], "worker")
-    export.check_saved = verify if job.get("verify") else lambda stage, expected: {}  # a clean process costs seconds
-    try:
-        run.execute(opening.prepare(asked, pathlib.Path(job["out"])), hooks=hooks)
-    except Stop:
-        pass
-    except run.StoppedError as stop:
-        sys.exit(stop.code)
-    except UserError as error:
-        print("refused:", error, file=sys.stderr, flush=True)
-        sys.exit(2)
-"""
+WORKER = Path(__file__).with_name("worker.py")  # a file, so that it is checked as the rest is
 
 
 def torchrun(*arguments: object, processes: int = 2) -> list[str]:
@@ -74,9 +39,8 @@ def environment() -> dict[str, str]:
 def work(folder: Path, jobs: list[dict], processes: int = 2) -> subprocess.CompletedProcess[str]:
     """Jobs one after another in the same processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "worker.py").write_text(_WORKER)
     (folder / "jobs.json").write_text(json.dumps([{**job, "recipe": job["recipe"].plain()} for job in jobs], default=str))
-    command = torchrun(folder / "worker.py", folder / "jobs.json", processes=processes)
+    command = torchrun(WORKER, folder / "jobs.json", processes=processes)
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
 
 
