@@ -16,6 +16,7 @@ from . import checkpoint, costs, findings, measure
 from . import latency as latencies
 from .combination import planned
 from .data.windows import Windows, pack
+from .distributed import ALONE, World
 from .errors import UserError, unknown
 from .evaluation import Perplexity
 from .evaluation import perplexity as score_windows
@@ -217,6 +218,7 @@ def prune(
     progress: Progress = no_progress,
     stream: bool = False,
     scratch: str | Path | None = None,
+    world: World = ALONE,
 ) -> Result:
     """Cut a model in one shot.
 
@@ -233,12 +235,15 @@ def prune(
 
     With `stream` the weights stay in files, and memory holds one block at a time, in `save` too. Changed weights are put
     aside in a nameless file in the folder `scratch` (the system's temporary one, unless said).
+
+    Under torchrun, inside `with World.joined() as world`, processes share the calibration windows out. Each comes to the same
+    cut, that of one process but for the rounding of sums; the first is to save it.
     """
     offline(online)
     asked = (method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
     request = Request(*asked, sparsity, tuple(split or ()), allocate, cost, order)
     opened = Source.open(source, online=online)
-    made = _planned(opened, request, dtype_named(dtype), progress)
+    made = _planned(opened, request, dtype_named(dtype), progress, world)
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} windows at a time are too few; give at least 1")
     aside = _scratch(made, opened, stream, scratch)
@@ -250,6 +255,11 @@ def prune(
         text.checked("calibration", positions(opened))
         windows = text.pack(tokenizer, calibration, online)
         windows.check_fits(opened.anatomy.shape.vocab_size, calibration)
+        if windows.num_windows < world.size:
+            raise UserError(
+                f"windows: {world.size} processes cannot share {windows.num_windows} windows of calibration text; give at least "
+                f"{world.size}, or start fewer"
+            )
     elif calibration is not None or text != CALIBRATION:
         raise UserError(f"calibration: {method} reads no text; drop the calibration options")
     saved = _saved_findings(made, statistics, opened, windows, dtype)
@@ -257,22 +267,27 @@ def prune(
     store = None if aside is None else Files(opened, dtype, aside)
     model = opened.load(dtype) if store is None else store.model
     progress("load", 1, 1)
-    outcome = one_shot_(made, model, windows, findings=saved, batch_size=batch_size, progress=progress, store=store)
+    outcome = one_shot_(
+        made, model, windows, findings=saved, batch_size=batch_size, progress=progress, store=store, world=world
+    )
     del model
-    if statistics is not None and outcome.findings is not None and windows is not None and _grew(saved, outcome.findings):
-        findings.save(outcome.findings, Path(statistics).expanduser(), findings.key(opened, windows, DTYPES[dtype]))
+    if world.first and statistics is not None and windows is not None:
+        _keep_findings(saved, outcome.findings, statistics, findings.key(opened, windows, DTYPES[dtype]))
     return Result(outcome, opened, tokenizer, windows)
 
 
-def _planned(source: Source, request: Request, dtype: str, progress: Progress | None) -> Plan:
-    """The plan; of one that counts milliseconds, what the latency table lacks is measured first, if there is a `progress`."""
+def _planned(source: Source, request: Request, dtype: str, progress: Progress | None, world: World = ALONE) -> Plan:
+    """The plan; of one that counts milliseconds, what the latency table lacks is measured first, if there is a `progress`.
+
+    Of several processes the first measures, with the others waiting.
+    """
     if not costs.is_timed(request.cost):
         return planned(source.config, source.anatomy, request)
     params = planned(source.config, source.anatomy, replace(request, cost=None))  # refuses what does not hang on the cost
     table = latencies.Table.open(latencies.key(dtype, latencies.prompt_tokens(positions(source))))
-    if progress is not None:
+    if progress is not None and world.first:
         table = costs.measured(table, source.config, source.anatomy, params.out_bias, partial(progress, "time layers"))
-    return planned(source.config, source.anatomy, request, table.entries)
+    return planned(source.config, source.anatomy, request, world.agree(table.entries))
 
 
 def _scratch(made: Plan, source: Source, stream: bool, scratch: str | Path | None) -> Path | None:
@@ -304,9 +319,10 @@ def _scratch(made: Plan, source: Source, stream: bool, scratch: str | Path | Non
     return folder
 
 
-def _grew(before: findings.Findings | None, after: findings.Findings) -> bool:
-    """Whether there is more to keep: a greedy search may have gone on where an earlier one stopped."""
-    return before is None or len(after.rounds) > len(before.rounds)
+def _keep_findings(before: findings.Findings | None, after: findings.Findings | None, path: str | Path, key: str) -> None:
+    """Write what there is more to keep: a greedy search may have gone on where an earlier one stopped."""
+    if after is not None and (before is None or len(after.rounds) > len(before.rounds)):
+        findings.save(after, Path(path).expanduser(), key)
 
 
 def _saved_findings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -242,11 +243,12 @@ def prune(
 ) -> None:
     """Cut a model, save it, and prove in a clean process that the saved model is the one that was made."""
     from . import api, checkpoint, show
+    from .distributed import World, leads
     from .progress import Progress
 
     sizes, options, shares = _sizes(target), _pairs(option, "--option"), _split(split)
     checkpoint.check_destination(out, overwrite=overwrite, needed_bytes=0)
-    with Progress(quiet=as_json) as progress:
+    with World.joined() as world, Progress(quiet=as_json or not leads()) as progress:
         result = api.prune(
             source,
             method=method,
@@ -271,7 +273,10 @@ def prune(
             progress=progress,
             stream=stream,
             scratch=checkpoint.standing(out) if stream else None,  # where the checkpoint's own disk is
+            world=world,
         )
+        if not world.first:
+            return
         progress("verify", 0, 1)
         manifest = result.save(out, overwrite=overwrite)
         progress("verify", 1, 1)
@@ -437,6 +442,7 @@ def run(arguments: list[str]) -> int:
     offline(online="--online" in arguments)  # before anything heavy is imported
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        _check_processes(arguments)
         result = app(arguments, standalone_mode=False)
     except (UserError, VerificationError) as error:
         code = 2 if isinstance(error, UserError) else 3
@@ -462,6 +468,16 @@ def run(arguments: list[str]) -> int:
     if result == 130:  # typer turns Ctrl-C into this code itself
         print("prunus: stopped; nothing half-written was left behind", file=sys.stderr)
     return result if isinstance(result, int) else 0
+
+
+def _check_processes(arguments: list[str]) -> None:
+    """UserError if torchrun started a command that would do the same in every process."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and arguments[:1] not in (["train"], ["prune"]):
+        asked = arguments[0] if arguments else "prunus"
+        raise UserError(
+            f"{asked}: torchrun started {count} processes, but only train and prune share their work; start it alone"
+        )
 
 
 def _say_error(message: str, code: int, as_json: bool) -> None:

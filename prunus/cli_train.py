@@ -57,9 +57,9 @@ def train(
 ) -> None:
     """Train by a recipe: from fresh weights, on from a checkpoint, or taught by a parent. Stopped anywhere, it goes on."""
     from . import show_train
+    from .distributed import leads
     from .train import recipe as recipes_
     from .train import track as tracking
-    from .train.distributed import leads
     from .train.opening import prepare
     from .train.run import StoppedError, execute
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .anatomy import Anatomy
 from .axes import Axis, kind_of
+from .distributed import World
 from .keep import Keep
 from .solve import refit
 from .statistics import Moments, Statistics, Sweep, reading_points
@@ -92,8 +93,9 @@ class _RmsRatio:
         self.total += float(ratio.double().sum())
         self.count += ratio.numel()
 
-    def settle(self) -> None:
-        """Nothing to do."""
+    def settle(self, world: World) -> None:
+        """Bring in what the other processes saw."""
+        self.total, self.count = world.total(self.total), round(world.total(self.count))
 
 
 @torch.no_grad()
@@ -114,4 +116,5 @@ def measured_gains(sweep: Sweep, keep: Keep, eps: float) -> dict[str, float]:
         if at is None:
             for hidden in sweep.hidden:
                 ratios[name].update(hidden)
+            ratios[name].settle(sweep.world)
     return {name: ratio.total / ratio.count for name, ratio in ratios.items()}

@@ -144,8 +144,8 @@ def losses_without(
     totals = [0.0] * len(parts)
     stand_ins = _StandIns(job.plan.anatomy)
     now = lacking(job.plan.anatomy, gone)
-    tick = tick or _Ticks(job, len(parts) * -(-windows.num_windows // job.batch_size))
-    for ids_BT in windows.ids_NT.split(job.batch_size):
+    tick = tick or _Ticks(job, len(parts) * -(-len(job.ids_NT) // job.batch_size))
+    for ids_BT in job.ids_NT.split(job.batch_size):
         sweep = Sweep(job.model, job.plan.anatomy, ids_BT, job.batch_size)
         hidden, at = sweep.hidden[0], 0
         for p, part in enumerate(parts):
@@ -156,7 +156,8 @@ def losses_without(
             without = lacking(job.plan.anatomy, [*gone, part])
             totals[p] += _loss_behind(sweep, stand_ins, hidden, at, without, ids_BT)
             tick()
-    return [total / (windows.num_windows * (windows.seq_len - 1)) for total in totals]
+    whole = job.world.sum_(torch.tensor(totals, dtype=torch.float64)).tolist()
+    return [total / (windows.num_windows * (windows.seq_len - 1)) for total in whole]
 
 
 def _loss_behind(
@@ -274,6 +275,7 @@ def block_influence(job: Job) -> list[float]:
     for layer in range(len(sweep.blocks)):
         cosine = BlockCosine()
         sweep.run(layer, each=cosine)
+        cosine.settle(sweep.world)
         out.append(1.0 - cosine.mean)
         job.progress("score", layer + 1, len(sweep.blocks))
     return out
@@ -289,8 +291,8 @@ _LAYER_SCORES: Mapping[str, Callable[[Job], list[float]]] = {
 def _greedy_layers_(job: Job) -> Outcome:
     """SLEB: as many rounds as layers must go."""
     run, free = job.plan.run, [Part(i) for i in job.plan.free_layers]
-    assert run is not None and job.windows is not None
-    batches = -(-job.windows.num_windows // job.batch_size)
+    assert run is not None
+    batches = -(-len(job.ids_NT) // job.batch_size)
     ticks = _Ticks(job, batches * sum(len(free) - i for i in range(run)))
 
     def candidates(gone: Sequence[Part]) -> list[Part]:
@@ -303,12 +305,12 @@ def _greedy_layers_(job: Job) -> Outcome:
 
 def _greedy_sublayers_(job: Job) -> Outcome:
     """BlockPruner: rounds until no more block parameters stay than the budget."""
-    plan, windows = job.plan, job.windows
-    assert plan.budget is not None and windows is not None
+    plan = job.plan
+    assert plan.budget is not None
     budget = plan.budget
     free = [Part(int(layer_of(name) or 0), 1, (kind_of(name),)) for name in sublayer_costs(plan)]
     tries = sum(max(0, len(free) - i) for i in range(sublayer_rounds(plan)))
-    ticks = _Ticks(job, tries * -(-windows.num_windows // job.batch_size))
+    ticks = _Ticks(job, tries * -(-len(job.ids_NT) // job.batch_size))
     with job.timed("score"):
         rounds = greedy(
             lambda gone: within_budget(plan.anatomy, free, gone, budget),

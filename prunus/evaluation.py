@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .data.windows import Windows
+from .distributed import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,11 @@ def perplexity(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, ids_NT: Tensor) -> float:
-    """Nats a token over some windows, T - 1 predictions each; logits of one window at a time are held."""
-    total = sum(token_nll(model(input_ids=ids_T[None], use_cache=False).logits[0], ids_T) for ids_T in ids_NT)
-    return total / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))
+def mean_loss(model: PreTrainedModel, ids_NT: Tensor, world: World = ALONE) -> float:
+    """Nats a token over some windows, T - 1 predictions each; logits of one window at a time are held.
+
+    `ids_NT` are the windows of all processes, which share them out.
+    """
+    own = world.own(ids_NT)
+    total = sum(token_nll(model(input_ids=ids_T[None], use_cache=False).logits[0], ids_T) for ids_T in own)
+    return world.total(total) / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))

@@ -16,6 +16,7 @@ from . import hf
 from .criteria import Scores
 from .cut import SlicePlan, slice_plan, slice_tensors, slice_tensors_
 from .data.windows import Windows
+from .distributed import ALONE, World
 from .findings import Findings
 from .hf import Target, target_for
 from .keep import Keep, WeightMask
@@ -114,6 +115,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     store: Store = field(default_factory=InMemory)
+    world: World = ALONE  # processes that share the windows out; each comes to the same cut
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -123,9 +125,14 @@ class Job:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def sweep(self) -> Sweep:
-        """The calibration windows before the first block."""
+        """This process's calibration windows before the first block."""
+        return Sweep(self.model, self.plan.anatomy, self.ids_NT, self.batch_size, self.world)
+
+    @property
+    def ids_NT(self) -> Tensor:
+        """This process's calibration windows."""
         assert self.windows is not None
-        return Sweep(self.model, self.plan.anatomy, self.windows.ids_NT, self.batch_size)
+        return self.world.own(self.windows.ids_NT)
 
 
 @torch.no_grad()

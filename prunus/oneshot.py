@@ -12,6 +12,7 @@ from . import combination, depth, hf, rotation, surgeon, units, weights
 from .anatomy import Anatomy
 from .axes import kind_of
 from .data.windows import Windows
+from .distributed import ALONE, World
 from .errors import UserError
 from .findings import Findings
 from .job import InMemory, Job, Outcome, Progress, no_progress
@@ -34,11 +35,13 @@ def one_shot_(
     batch_size: int = 4,
     progress: Progress = no_progress,
     store: Files | None = None,
+    world: World = ALONE,
 ) -> Outcome:
     """Carry out a plan. Consumes `model`: its tensors are cut or zeroed, so that memory never holds two models.
 
     `findings` of an earlier run on the same model and windows spare the passes over the dense model (see `findings.wanted`).
-    `store` is what `streaming.open_` gave with the model, if its weights are in files.
+    `world` are the processes that share the windows out; each of them ends with the same outcome, that of one process to the
+    rounding of sums. `store` is what `streaming.open_` gave with the model, if its weights are in files.
     """
     if plan.parts:
         outcomes: list[Outcome] = []
@@ -55,11 +58,12 @@ def one_shot_(
                     batch_size=batch_size,
                     progress=partial(_named, progress, part.method.name),
                     store=store,
+                    world=world,
                 )
             )
         return combination.joined(plan, outcomes)
     tensors = hf.weights(model, plan.anatomy) if store is None else store.weights
-    job = Job(plan, model, tensors, windows, batch_size, progress, findings, store=store or InMemory())
+    job = Job(plan, model, tensors, windows, batch_size, progress, findings, store=store or InMemory(), world=world)
     if plan.method.is_sparse:
         return weights.run_(job)
     if plan.method.criterion == "output-error":

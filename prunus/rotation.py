@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import SHORTCUTS, Anatomy, Tensor_
+from .distributed import World
 from .hf import build
 from .job import Job, Outcome
 from .keep import Keep
@@ -65,8 +66,10 @@ class Gram:
         else:
             self.total_DD.addmm_(x_ND.T, x_ND)
 
-    def settle(self) -> None:
-        """Nothing to do."""
+    def settle(self, world: World) -> None:
+        """Bring in what the other processes saw."""
+        assert self.total_DD is not None
+        world.sum_(self.total_DD)
 
 
 def _gram(job: Job) -> Gram:
@@ -111,6 +114,7 @@ def _per_block(job: Job, size: int) -> list[Tensor | None]:
         entry, between = _gram(job), _gram(job)
         for hidden_BTD in sweep.hidden:
             entry.update(hidden_BTD)
+        entry.settle(sweep.world)
         assert entry.total_DD is not None
         bases.append(directions(entry.total_DD, size))
         sweep.hidden = [_projected(hidden_BTD, bases[-1]) for hidden_BTD in sweep.hidden]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy
+from .distributed import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +31,8 @@ class Collector(Protocol):
     def update(self, x_BTC: Tensor, /) -> None:
         """Add a batch."""
 
-    def settle(self) -> None:
-        """Nothing more is to come."""
+    def settle(self, world: World, /) -> None:
+        """Nothing more is to come: bring in what the other processes saw."""
 
 
 @dataclass
@@ -103,8 +104,27 @@ class Moments:
             self.sums["gram"] = self.pending_CC.double()
         self.pending_windows = 0
 
-    def settle(self) -> None:
-        """Nothing more is to come: let go of what only adding needs."""
+    def settle(self, world: World = ALONE) -> None:
+        """Nothing more is to come: let go of what only adding needs, and bring in what the other processes saw."""
+        self._finish()
+        if not world.alone:
+            self._share(world)
+
+    def _share(self, world: World) -> None:
+        """Sums of all processes, around the first one's shift: of x - s they become those of x - s' = (x - s) + (s - s')."""
+        if self.shift_C is not None:
+            shift_C = world.agree(self.shift_C)
+            moved_C = self.shift_C.double() - shift_C.double()
+            self.shift_C, centred_C = shift_C, self.sums["centred"]
+            if "centred_sq" in self.sums:
+                self.sums["centred_sq"] += 2 * moved_C * centred_C + self.count * moved_C.square()
+            self.sums["centred"] = centred_C + self.count * moved_C
+        for name in sorted(self.sums):
+            world.sum_(self.sums[name])
+        self.count = round(world.total(self.count))
+
+    def _finish(self) -> None:
+        """Products that are not yet in the sums are brought in, and what stands above the diagonal."""
         if self.pending_CC is None:
             return
         self._add_pending()
@@ -116,7 +136,7 @@ class Moments:
     @property
     def gram_CC(self) -> Tensor:
         """X^T X over all tokens, float64."""
-        self.settle()
+        self._finish()
         return self.sums["gram"]
 
     @property
@@ -142,7 +162,7 @@ class Moments:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as named tensors, for saving."""
-        self.settle()
+        self._finish()
         out = dict(self.sums)
         if self.shift_C is not None:
             out["shift"] = self.shift_C
@@ -210,11 +230,16 @@ def logits_from(model: PreTrainedModel, anatomy: Anatomy, hidden_BTD: Tensor, id
 
 
 class Sweep:
-    """Windows on their way through the decoder, one block at a time: memory is the model plus the windows."""
+    """Windows on their way through the decoder, one block at a time: memory is the model plus the windows.
+
+    `ids_NT` are those of this process; what is collected is of the whole `world`.
+    """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, ids_NT: Tensor, batch_size: int = 4) -> None:
-        self.model, self.anatomy = model, anatomy
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, ids_NT: Tensor, batch_size: int = 4, world: World = ALONE
+    ) -> None:
+        self.model, self.anatomy, self.world = model, anatomy, world
         blocks = model.get_submodule(anatomy.family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
@@ -300,7 +325,7 @@ class Sweep:
         try:
             yield
             for collector in collectors.values():
-                collector.settle()
+                collector.settle(self.world)
         finally:
             for handle in handles:
                 handle.remove()
@@ -356,6 +381,10 @@ class BlockCosine:
         cosine = torch.nn.functional.cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1)
         self.total += float(cosine.double().sum())
         self.count += cosine.numel()
+
+    def settle(self, world: World) -> None:
+        """Bring in what the other processes saw."""
+        self.total, self.count = world.total(self.total), round(world.total(self.count))
 
     @property
     def mean(self) -> float:

@@ -82,7 +82,7 @@ def output_fisher(job: Job) -> dict[str, Tensor]:
         out[name] = out[name] + value if name in out else value
 
     walk_back(job, take)
-    return out
+    return {name: job.world.sum_(value) for name, value in out.items()}
 
 
 # -- 2: what each size costs ----------------------------------------------------------------------------------------------

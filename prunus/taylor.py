@@ -39,6 +39,8 @@ def layer_taylor(job: Job) -> list[float]:
     anatomy = job.plan.anatomy
     sums: dict[str, Tensor] = {}
     walk_back(job, lambda name, gradient, share: _add(sums, name, gradient.mul_(share)))
+    for total in sums.values():
+        job.world.sum_(total)
     scores = [0.0] * anatomy.shape.num_hidden_layers
     for name, total in sums.items():
         owner = anatomy.tensors[name].layer
@@ -54,6 +56,8 @@ def unit_taylor(job: Job, look: Look | None = None) -> Scores:
     rule = TAYLOR_RULES[plan.options.get("score", "first")]
     sums = UnitSums(plan.scored_axes, job.tensors, rule)
     walk_back(job, sums.take, per_window=rule.per_window, look=look)
+    for total in sums.sums.values():
+        job.world.sum_(total)
     scores = sums.scores(plan.options.get("aggregate", "sum"))
     for name, values in scores.values.items():
         if not bool(torch.isfinite(values).all()):
@@ -128,12 +132,13 @@ def walk_back(job: Job, take: Take, *, per_window: bool = False, look: Look | No
 
     So too the gradient [B, T, out] at what every matrix of `plan.graded_outputs` gives, under the matrix's name.
     Blocks are run a second time on the way back, so memory holds one batch's streams and the activations of one block. The
-    way ends at the first block that has such a tensor. `per_window` makes every window a batch of its own.
+    way ends at the first block that has such a tensor. `per_window` makes every window a batch of its own. Batches are of
+    this process's windows, shares of all.
     """
     windows, anatomy, wanted, outputs = job.windows, job.plan.anatomy, job.plan.graded_tensors, job.plan.graded_outputs
     assert windows is not None
     first = min(layer for name in wanted | outputs if (layer := anatomy.tensors[name].layer) is not None)
-    batches = windows.ids_NT.split(1 if per_window else job.batch_size)
+    batches = job.ids_NT.split(1 if per_window else job.batch_size)
     for b, ids_BT in enumerate(batches):
         share = len(ids_BT) / windows.num_windows
         sweep = Sweep(job.model, anatomy, ids_BT, len(ids_BT))

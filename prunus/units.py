@@ -94,6 +94,8 @@ def _gradients_and_cosines(job: Job) -> Scores:
     """Adapt-Pruner: Taylor scores of units, and for ``layers`` how far each block turns the stream, on the same way."""
     cosines = [BlockCosine() for _ in job.plan.anatomy.shape.layers]
     scores = unit_taylor(job, lambda layer, before, after: cosines[layer](before, after))
+    for cosine in cosines:
+        cosine.settle(job.world)
     turned = torch.tensor([1.0 - cosine.mean for cosine in cosines], dtype=torch.float64)
     return Scores({**scores.values, "layers": turned})
 
@@ -154,7 +156,7 @@ def _loss_of(job: Job, findings: Findings) -> Callable[[Keep, int], float]:
 
     def loss(keep: Keep, windows: int) -> float:
         assert job.windows is not None
-        return mean_loss(trial(job, keep, _bias(job, findings, keep)), job.windows.ids_NT[:windows])
+        return mean_loss(trial(job, keep, _bias(job, findings, keep)), job.windows.ids_NT[:windows], job.world)
 
     return loss
 
@@ -202,7 +204,7 @@ def _searched(job: Job, findings: Findings, scores: Scores) -> tuple[Keep, Mappi
 
     def go_on(generation: int) -> bool:
         job.progress("search", generation, generations)
-        if time.perf_counter() - started < _SECONDS:
+        if job.world.agree(time.perf_counter() - started < _SECONDS):
             return True
         job.notes.append(
             f"the search stopped at {_SECONDS / 60:.0f} minutes, after {generation} of {generations} generations"

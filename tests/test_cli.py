@@ -120,6 +120,7 @@ def test_prune_takes_every_option_to_its_place(tmp_path, monkeypatch):
         "--allocate", "search", "--cost", "flops", "--dense",
     )  # fmt: skip
     assert code == 130 and out == "" and err == "prunus: stopped; nothing half-written was left behind\n"
+    assert seen.pop("world").alone
     del seen["progress"]
     assert seen == {
         "source": "model",

@@ -18,9 +18,9 @@ import pytest
 import torch
 from test_train import SEQ, Killed, asked, run, tiny_shape, weights, weights_of
 
+from prunus.distributed import ALONE, World
 from prunus.errors import UserError
 from prunus.train import export, saved
-from prunus.train.distributed import ALONE, World
 from prunus.train.opening import prepare as opened
 from prunus.train.run import execute
 

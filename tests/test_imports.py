@@ -17,7 +17,7 @@ import prunus
 
 ROOT = Path(prunus.__file__).parent
 LAYERS = (  # the lowest first; a new module is placed here
-    "errors place tables network axes shape families anatomy keep cut",
+    "errors place tables network distributed axes shape families anatomy keep cut",
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
     "data.tokenizer data.encode data.shards data.writer data.prepare data.mixing data.order data.overlap ledger",
     "statistics criteria allocate compensate solve sizes",
@@ -26,14 +26,14 @@ LAYERS = (  # the lowest first; a new module is placed here
     "findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
     "saliency reload verification checkpoint measure",
     "api",
-    "train train.schedule train.loss train.optim train.distributed train.saved train.recipe train.shapes train.learner train.loop "
+    "train train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop "
     "train.feeds train.export train.lora train.track train.estimate train.sweep train.opening train.run train.listing train.study",
     "plots report checkpoint_plots train_plots comparison",
     "show show_data show_train progress quickstart cli_data cli_train cli",
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 TOP = len(LAYERS)  # where the package itself stands
-PURE = "axes shape keep cut allocate anatomy solve criteria statistics".split()  # torch and the standard library
+PURE = "distributed axes shape keep cut allocate anatomy solve criteria statistics".split()  # torch and the standard library
 LIGHT = "cli cli_data cli_train errors methods network progress".split()
 HEAVY = {"torch", "transformers", "pydantic", "numpy", "safetensors", "datasets", "accelerate", "gguf", "yaml", "rich"}
 
@@ -131,8 +131,8 @@ def test_one_file_knows_of_process_groups():
     for module, path in modules().items():
         named = set(re.findall(r"(?:import|from) (torch\.distributed(?:\.\w+)?)", path.read_text(encoding="utf-8")))
         allowed = {"train.saved": {"torch.distributed.checkpoint"}}.get(module, set())
-        assert module == "train.distributed" or named <= allowed, module
-    assert "torch" in {name for name, own, top in imports("train.distributed") if not own and not top}  # only when asked for
+        assert module == "distributed" or named <= allowed, module
+    assert "torch" in {name for name, own, top in imports("distributed") if not own and not top}  # only when asked for
 
 
 def test_the_checker_sees_imports():

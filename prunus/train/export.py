@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import checkpoint, hf, tensorfiles
+from ..distributed import World
 from ..errors import UserError
 from ..verification import check_saved, probe
-from .distributed import World
 from .learner import Learner
 
 if TYPE_CHECKING:

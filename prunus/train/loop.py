@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..distributed import ALONE, World, local, whole
 from ..errors import UserError
-from .distributed import ALONE, World, local, whole
 from .learner import Learner, Taught, boundaries
 from .loss import IGNORED
 from .optim import set_lr_

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from .. import measure, record
+from ..distributed import World
 from ..errors import UserError
 from ..place import staged_files
 from ..source import DTYPES
 from . import lora, optim, saved
-from .distributed import World
 from .export import export
 from .learner import Learner, Teacher
 from .loop import Hook, Sparse, Training, train_, validate

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import ALONE, World
 from ..errors import UserError
-from .distributed import ALONE, World
 
 STATE, FORMAT = "state.json", 1
 _PREFIX = "step-"

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from .errors import UserError
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from .train.learner import Learner
 
 T = TypeVar("T")
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # what is agreed on is small and lies in main memory
@@ -78,6 +78,10 @@ class World:
         """This process's of `count` things in order; shares lie side by side and differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's share of dimension 0."""
+        return rows[self.share(len(rows))]
+
     def largest_share(self, count: int) -> int:
         """Of all processes. Weights come by asking all at once, so those with less go as many rounds as this one."""
         return -(-count // self.size)
@@ -91,6 +95,14 @@ class World:
     def most(self, value: float) -> float:
         """Largest over processes."""
         return self._reduced(value, "MAX")
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Changes `tensor`: the sum over processes, in each of them bit for bit the same."""
+        if not self.alone:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
 
     def _reduced(self, value: float, how: str) -> float:
         if self.alone:
