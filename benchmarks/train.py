@@ -1,7 +1,8 @@
-"""What a training step costs: our loop against a bare eager loop and the Hugging Face Trainer, alternating in one run.
+"""What a training step costs: our loop against a bare eager loop and the Hugging Face Trainer, taking turns in one run.
 
-Same model, batch, precision and optimizer settings; ratios are of the best of `--repeats` stretches of `--steps` updates, after
-a warm-up of each. Rows: plain (uncompiled), compiled (start-up stated), and what each option costs or gains on `nano`.
+Same model, batch, precision and optimizer settings. A figure is the best of `--repeats` stretches of `--steps` updates, after
+one of each. Rows: `plain` (nothing compiled), `compiled` (its start-up stated), and with `--options` what each option of a
+recipe costs or gains; then what a run does besides its steps: reading, logging, the ledger.
 """
 
 from __future__ import annotations
@@ -11,23 +12,30 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from prunus import measure, record
 from prunus.anatomy import Anatomy
+from prunus.data.order import Domain, Stream
+from prunus.ledger import Data, Stage
 from prunus.network import offline
-from prunus.train.learner import Learner, boundaries
-from prunus.train.loop import Training, train_
+from prunus.train import lora
+from prunus.train.learner import Learner, Teacher
+from prunus.train.loop import Sparse, Training, train_
 from prunus.train.optim import adamw, start_slots_
+from prunus.train.recipe import LoraPart
 from prunus.train.schedule import Schedule
 from prunus.train.shapes import config_of, fresh
 
 SETTINGS = {"nano": (8, 256), "smollm2-135m": (2, 256)}  # sequences of an update, tokens of each
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
+AUTOCAST = "bfloat16-autocast"
+Steps = Callable[[int], None]
 
 
 class Feed:
@@ -41,43 +49,55 @@ class Feed:
         return self
 
 
-def model_of(shape: str) -> Any:
-    return fresh(config_of(shape, 1), init="standard", seed=0, dtype=torch.float32).train()
+def model_of(shape: str, dtype: torch.dtype = torch.float32) -> Any:
+    return fresh(config_of(shape, 1), init="standard", seed=0, dtype=dtype).train()
 
 
-def ours(shape: str, ids: torch.Tensor, precision: str, **options: Any) -> Callable[[int], None]:
+def ours(
+    shape: str,
+    ids: torch.Tensor,
+    precision: str = "float32",
+    *,
+    compiled: bool = False,
+    recomputed: bool = False,
+    micro: int | None = None,
+    documents: int = 0,
+    sparse: bool = False,
+    adapters: bool = False,
+    taught: bool = False,
+) -> Steps:
     """`steps -> updates`; what an option needs is in place before the first."""
-    model = model_of(shape)
-    if options.get("checkpointed"):
+    model = model_of(shape, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    anatomy = Anatomy.of(model.config)
+    if adapters:
+        lora.attach_(model, anatomy, LoraPart(), 0)
+        model.train()
+    if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = adamw(model.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = adamw(named.items(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
     start_slots_(optimizer, 0)
-    learner = Learner(model, precision=precision, compiled=bool(options.get("compiled")))
+    learner = Learner(model, precision=precision, compiled=compiled)
     starts = None
-    if options.get("separate"):
+    if documents:
         flags = torch.zeros(ids[:, :-1].shape, dtype=torch.bool)
-        flags[:, :: ids.shape[1] // 4] = True
-        starts = lambda batch: flags  # noqa: E731
-        assert boundaries(flags)
+        flags[:, :: ids.shape[1] // documents] = True
+
+        def starts(batch: Any) -> torch.Tensor:
+            return flags
+
+    hooks: tuple[Sparse, ...] = ()
+    if sparse:
+        kept = {n: torch.rand(t.shape) < 0.5 for n, t in anatomy.tensors.items() if t.is_matrix and t.layer is not None}
+        hooks = (Sparse(named, kept),)
     run = Training(
-        learner,
-        optimizer,
-        Feed(ids),
-        Schedule("cosine", LR, 10**9),
-        len(ids),
-        options.get("micro", len(ids)),
-        CLIP,
-        None,
-        starts,
-    )
-
-    def steps(count: int) -> None:
-        train_(run, run.step + count)
-
-    return steps
+        learner, optimizer, Feed(ids), Schedule("cosine", LR, 10**9), len(ids), micro or len(ids), CLIP,
+        Teacher(Learner(model_of(shape), precision=precision), 1.0, 1.0) if taught else None, starts, None, hooks,
+    )  # fmt: skip
+    return lambda count: train_(run, run.step + count)
 
 
-def bare(shape: str, ids: torch.Tensor, precision: str) -> Callable[[int], None]:
+def bare(shape: str, ids: torch.Tensor, precision: str) -> Steps:
     """The loop that anybody would write."""
     model = model_of(shape)
     decay = [p for p in model.parameters() if p.dim() >= 2]
@@ -87,7 +107,7 @@ def bare(shape: str, ids: torch.Tensor, precision: str) -> Callable[[int], None]
 
     def steps(count: int) -> None:
         for _ in range(count):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16-autocast"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == AUTOCAST):
                 logits = model(input_ids=ids[:, :-1], use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
@@ -98,7 +118,7 @@ def bare(shape: str, ids: torch.Tensor, precision: str) -> Callable[[int], None]
     return steps
 
 
-def trainer(shape: str, ids: torch.Tensor, precision: str) -> Callable[[int], None] | None:
+def trainer(shape: str, ids: torch.Tensor, precision: str) -> Steps | None:
     """The Hugging Face Trainer; None where it cannot be imported (it needs accelerate)."""
     try:
         from transformers import Trainer, TrainingArguments
@@ -112,16 +132,26 @@ def trainer(shape: str, ids: torch.Tensor, precision: str) -> Callable[[int], No
         arguments = TrainingArguments(
             output_dir=folder, max_steps=count, per_device_train_batch_size=len(ids), learning_rate=LR, weight_decay=DECAY,
             adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, report_to=[], save_strategy="no", logging_steps=10**9,
-            disable_tqdm=True, use_cpu=True, bf16=precision == "bfloat16-autocast", lr_scheduler_type="cosine",
+            disable_tqdm=True, use_cpu=True, bf16=precision == AUTOCAST, lr_scheduler_type="cosine",
         )  # fmt: skip
         Trainer(model=model, args=arguments, train_dataset=rows * count).train()
 
     return steps
 
 
-def alternated(
-    runs: dict[str, Callable[[int], None]], steps: int, repeats: int
-) -> tuple[dict[str, float], dict[str, float]]:
+OPTIONS: Mapping[str, Mapping[str, Any]] = {  # row -> what a recipe sets for it
+    "precision: bfloat16-autocast": {"precision": AUTOCAST},
+    "precision: bfloat16": {"precision": "bfloat16"},
+    "micro_batch: half": {"micro": 4},
+    "checkpoint_activations": {"recomputed": True},
+    "data.separate_documents": {"documents": 4},
+    "model.mask": {"sparse": True},
+    "teacher: of its own size": {"taught": True},
+    "lora": {"adapters": True},
+}
+
+
+def alternated(runs: Mapping[str, Steps], steps: int, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """(best seconds of a step, seconds to the end of the first step), the runs taking turns."""
     first = {}
     for name, run in runs.items():
@@ -137,50 +167,150 @@ def alternated(
     return best, first
 
 
+class Kept:
+    """What is kept for the way back: bytes of storages, each counted once, now and at most. Parameters are left out."""
+
+    def __init__(self) -> None:
+        self.users: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def hold(self, tensor: torch.Tensor) -> Holder | torch.Tensor:
+        """Called when a tensor is put aside."""
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return tensor
+        return Holder(self, tensor)
+
+    def count(self, tensor: torch.Tensor, users: int) -> None:
+        """One user more, or less, of a tensor's storage."""
+        storage = tensor.untyped_storage()
+        before = self.users.get(storage.data_ptr(), 0)
+        self.users[storage.data_ptr()] = before + users
+        if not before or not before + users:
+            self.now += users * storage.nbytes()
+            self.most = max(self.most, self.now)
+
+
+class Holder:
+    """A tensor while it is put aside."""
+
+    def __init__(self, kept: Kept, tensor: torch.Tensor) -> None:
+        self.kept, self.tensor = kept, tensor
+        kept.count(tensor, 1)
+
+    def __del__(self) -> None:
+        self.kept.count(self.tensor, -1)
+
+
+def kept_bytes(step: Callable[[], None]) -> int:
+    """The most that one step keeps for its way back."""
+    kept = Kept()
+    with torch.autograd.graph.saved_tensors_hooks(kept.hold, lambda held: held.tensor if isinstance(held, Holder) else held):
+        step()
+    return kept.most
+
+
+class Held:
+    """Ids in a file, mapped into memory as shards are."""
+
+    def __init__(self, path: Path, num_tokens: int) -> None:
+        np.random.default_rng(0).integers(0, 4096, num_tokens).astype("<u2").tofile(path)
+        self.ids = np.memmap(path, "<u2", "r")
+
+    @property
+    def num_tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids)
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        return self.ids[span].astype(np.int64)
+
+    def document_starts(self, first: int, end: int) -> np.ndarray:
+        """None: the benchmark's documents are where `documents` says."""
+        return np.arange(first, first)
+
+
+def bookkeeping(sequences: int, length: int, updates: int = 300) -> dict[str, float]:
+    """Seconds an update, of what a run does besides the step: reading sequences, one line of the log, the ledger."""
+    with tempfile.TemporaryDirectory(prefix="prunus-bench-") as folder:
+        place = Path(folder)
+        stream = Stream([Domain("text", Held(place / "ids.bin", 2 * updates * sequences * length))], length, 0)
+        start = time.perf_counter()
+        ranges = [stream.take(step * sequences, sequences).ranges for step in range(updates)]
+        reading = time.perf_counter() - start
+        line = {
+            "step": 1,
+            "tokens": 1,
+            "loss": 1.5,
+            "lr": LR,
+            "grad_norm": 0.1,
+            "skipped": 0.0,
+            "params": 1,
+            "tokens_per_s": 1.5,
+        }
+        start = time.perf_counter()
+        for _ in range(updates):
+            with (place / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        logging = time.perf_counter() - start
+        data = {"text": Data(manifest="0", range="retrain", splits={}, sources=[])}
+        stage = Stage(name="bench", params=1, seed=0, seq_len=length, positions=(0, updates), history=[], data=data)
+        start = time.perf_counter()
+        for each in ranges:
+            stage.consume(each)
+        ledger = time.perf_counter() - start
+    return {"reading": reading / updates, "log": logging / updates, "ledger": ledger / updates}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--precisions", nargs="*", default=["float32"], choices=["float32", "bfloat16-autocast"])
+    parser.add_argument("--precisions", nargs="*", default=["float32"], choices=["float32", AUTOCAST])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--options", action="store_true", help="also the cost of each option on nano")
+    parser.add_argument("--options", action="store_true", help="also what each option costs, on nano")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     offline(online=False)
     warnings.filterwarnings("ignore")
     for shape in arguments.shapes:
-        sequences, length = SETTINGS[shape]
-        config = config_of(shape, 1)
-        ids = torch.randint(0, config.vocab_size, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
-        flops = 3 * Anatomy.of(config).flops(length) * sequences
         for precision in arguments.precisions:
-            runs = {"bare loop": bare(shape, ids, precision), "plain": ours(shape, ids, precision)}
-            if (theirs := trainer(shape, ids, precision)) is not None:
-                runs["Trainer"] = theirs
-            if not arguments.no_compile:
-                runs["compiled"] = ours(shape, ids, precision, compiled=True)
-            if arguments.options and shape == "nano":
-                runs["separate documents"] = ours(shape, ids, precision, separate=True)
-                runs["checkpoint activations"] = ours(shape, ids, precision, checkpointed=True)
-                runs["two micro-batches"] = ours(shape, ids, precision, micro=-(-sequences // 2))
-            best, first = alternated(runs, arguments.steps, arguments.repeats)
-            peak = measure.gemm_rate()
-            for name, seconds in best.items():
-                print(
-                    f"{shape:<14} {precision:<18} {name:<24} {sequences * length / seconds:8,.0f} tokens/s   "
-                    f"{best['bare loop'] / seconds:5.2f} x bare   {flops / seconds / peak:5.1%} of peak  first {first[name]:.0f} s",
-                    flush=True,
-                )
+            options = arguments.options and shape == "nano" and precision == "float32"
+            figures = measured(shape, precision, arguments, options=options)
             if arguments.record:
-                recipe = {
-                    "command": "benchmarks/train.py",
-                    "shape": shape,
-                    "precision": precision,
-                    "batch": [sequences, length],
-                }
-                figures = {"step_s": best, "first_step_s": first, "gemm_flops_per_s": peak, "step_flops": flops}
-                record.append(arguments.record, "train-speed", recipe, json.loads(json.dumps(figures)))
+                recipe = {"command": "benchmarks/train.py", "shape": shape, "precision": precision, "batch": SETTINGS[shape]}
+                record.append(arguments.record, "train-speed", json.loads(json.dumps(recipe)), figures)
+
+
+def measured(shape: str, precision: str, arguments: argparse.Namespace, *, options: bool) -> dict[str, Any]:
+    """All rows of one shape, printed as they are known."""
+    sequences, length = SETTINGS[shape]
+    config = config_of(shape, 1)
+    ids = torch.randint(0, config.vocab_size, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
+    flops = 3 * Anatomy.of(config).flops(length) * sequences
+    runs = {"bare loop": bare(shape, ids, precision), "plain": ours(shape, ids, precision)}
+    if (theirs := trainer(shape, ids, precision)) is not None:
+        runs["Trainer"] = theirs
+    if not arguments.no_compile:
+        runs["compiled"] = ours(shape, ids, precision, compiled=True)
+    if options:
+        runs |= {name: ours(shape, ids, **chosen) for name, chosen in OPTIONS.items()}
+    best, first = alternated(runs, arguments.steps, arguments.repeats)
+    peak = measure.gemm_rate()
+    kept = {name: kept_bytes(lambda run=run: run(1)) for name, run in runs.items() if name not in ("Trainer", "compiled")}
+    besides = bookkeeping(sequences, length)
+    for name, seconds in best.items():
+        print(
+            f"{shape:<13} {precision:<18} {name:<29} {sequences * length / seconds:8,.0f} tokens/s   "
+            f"{best['bare loop'] / seconds:5.2f} x bare   {flops / seconds / peak:5.1%} of peak   first {first[name]:.0f} s"
+            + (f"   kept {kept[name] / 2**20:,.0f} MiB" if name in kept else ""),
+            flush=True,
+        )
+    print(f"{shape:<13} besides steps: {sum(besides.values()) / best['plain']:.2%} of a plain one")
+    return {
+        "tokens": sequences * length, "step_s": best, "first_step_s": first, "kept_bytes": kept, "besides_s": besides,
+        "gemm_flops_per_s": peak, "step_flops": flops,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

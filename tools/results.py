@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from prunus.tables import markdown, number
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = ("<!-- results: begin (written by `make results`) -->", "<!-- results: end -->")
 CORPORA = (("wikitext2", "WikiText-2"), ("c4-unseen", "C4, unseen"))
+MORE = ("wikitext2-80", "WikiText-2, 80 windows")  # scored where little was removed
+RIVALS = ("flap", "llm-pruner", "wanda-sp", "slicegpt", "minitron-width", "shortgpt", "sleb", "adapt-pruner")
 README_ROWS = ("dense", "flap --ratio 0.2", "flap --ratio 0.2 --uniform", "minitron-depth --ratio 0.2", "wanda --ratio 0.5")
 
 
@@ -95,14 +98,98 @@ def page(records: list[dict[str, Any]]) -> str:
         for method in ("dense", *(m for m in METHODS if m in by_method)):
             rows = sorted(by_method[method], key=lambda r: flags(r["recipe"]["request"]))
             lines += [f"## {method}", "", *markdown(QUALITY, [quality_row(r) for r in rows]), ""]
+    if compared := comparison(runs):
+        lines += ["## Structured methods side by side", "", *compared, ""]
     if costs:
         lines += ["## Cost", "", *cost_table(costs), ""]
     if streams:
         lines += ["## Streaming", "", *stream_table(streams), ""]
     trained = [r for r in records if r["kind"] == "train"]
+    speeds = [r for r in records if r["kind"] == "train-speed"]
+    if speeds:
+        lines += ["## Speed of training", "", *speed_table(speeds), ""]
     if trained:
         lines += ["## Training", "", *train_table(trained), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def comparison(runs: list[dict[str, Any]]) -> list[str]:
+    """Ours against every rival at every ratio: mean over draws of calibration windows, and from the least to the most."""
+    found: dict[tuple[float, str], dict[str, dict[Any, float]]] = defaultdict(lambda: defaultdict(dict))
+    corpora = (*CORPORA, MORE)
+    for row in runs:
+        request = row["recipe"]["request"] or {}
+        name, more = request.get("method"), request.get("compensate") or request.get("pattern")
+        if name == "prunus" or (name in RIVALS and not request.get("uniform") and not more):
+            label = f"{name} --uniform" if request.get("uniform") else str(name)
+            for corpus, _ in corpora:
+                if corpus in row["figures"]:
+                    value = row["figures"][corpus]["perplexity"]
+                    found[request["ratio"], label][corpus][row["recipe"]["seed"]] = float("inf") if value is None else value
+    lines = []
+    for ratio in sorted({ratio for ratio, _ in found}):
+        here = {label: values for (at, label), values in found.items() if at == ratio}
+        shown = [(corpus, name) for corpus, name in corpora if any(corpus in values for values in here.values())]
+        names = [label for label in ("prunus", "prunus --uniform", *RIVALS) if label in here]
+        rows = [
+            [
+                f"`{label}`",
+                *(_spread(here[label].get(corpus, {}).values()) for corpus, _ in shown),
+                str(max(map(len, here[label].values()))),
+            ]
+            for label in names
+        ]
+        missing = [name for name in RIVALS if name not in here]
+        lines += [f"Ratio {ratio:g}:", "", *markdown(["method", *(name for _, name in shown), "draws"], rows), ""]
+        if missing:
+            lines += [f"Not run yet: {', '.join(missing)}.", ""]
+        if "prunus" in here:
+            leads = [_lead(here, corpus, name) for corpus, name in shown]
+            lines += [*(lead for lead in leads if lead), ""]
+    return lines[:-1]
+
+
+def _spread(values: Collection[float]) -> str:
+    if not values:
+        return ""
+    mean = number(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({number(min(values))} to {number(max(values))})"
+
+
+def _lead(here: dict[str, dict[str, dict[Any, float]]], corpus: str, name: str) -> str:
+    means = {label: sum(v[corpus].values()) / len(v[corpus]) for label, v in here.items() if v.get(corpus)}
+    rivals = {label: mean for label, mean in means.items() if label in RIVALS}
+    if "prunus" not in means or not rivals:
+        return ""
+    best = min(rivals, key=lambda label: rivals[label])
+    return f"- {name}: `prunus` is {means['prunus'] / rivals[best] - 1:+.1%} from the best rival, `{best}`."
+
+
+def speed_table(rows: list[dict[str, Any]]) -> list[str]:
+    """`benchmarks/train.py`: what a step and each option of a recipe costs, against a bare loop in the same run."""
+    header = ["shape", "precision", "row", "tokens/s", "times the bare loop", "of the matmul rate", "first step, s"]
+    header += ["kept for the way back, MiB", "commit"]
+    cells, besides = [], []
+    for r in rows:
+        f, recipe = r["figures"], r["recipe"]
+        bare, peak = f["step_s"]["bare loop"], f["gemm_flops_per_s"]
+        for name, seconds in f["step_s"].items():
+            kept = f["kept_bytes"].get(name)
+            cells.append(
+                [
+                    recipe["shape"], recipe["precision"], name, f"{f['tokens'] / seconds:,.0f}", f"{bare / seconds:.2f}",
+                    f"{f['step_flops'] / seconds / peak:.0%}", f"{f['first_step_s'][name]:.0f}",
+                    "" if kept is None else f"{kept / 2**20:,.0f}", r["commit"] or "",
+                ]
+            )  # fmt: skip
+        besides.append(f"{recipe['shape']} {sum(f['besides_s'].values()) / f['step_s']['plain']:.2%}")
+    m = rows[0]["machine"]
+    return [
+        f"`benchmarks/train.py --options`, rows taking turns in one run; {m['cpu']}, {m['threads']} threads. What a run does "
+        f"besides its steps (reading, log, ledger), of a plain step: {', '.join(besides)}.",
+        "",
+        *markdown(header, cells),
+    ]
 
 
 def train_table(rows: list[dict[str, Any]]) -> list[str]:
