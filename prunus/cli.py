@@ -11,7 +11,39 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_data, cli_train
+from . import cli_compare, cli_data, cli_train
+from .cli_options import (
+    METHOD_HELP,
+    AllocateOpt,
+    BatchOpt,
+    CompensateOpt,
+    CostOpt,
+    DocumentsOpt,
+    DtypeOpt,
+    FieldOpt,
+    JsonOpt,
+    MethodOpt,
+    MultipleOpt,
+    OnlineOpt,
+    OptionOpt,
+    OrderOpt,
+    PatternOpt,
+    RatioOpt,
+    RecordOpt,
+    SeedOpt,
+    SeqLenOpt,
+    SourceArg,
+    SparsityOpt,
+    SplitOpt,
+    TargetOpt,
+    UniformOpt,
+    WindowsOpt,
+    order_of,
+    pairs,
+    sizes_of,
+    split_of,
+    tell,
+)
 from .errors import UserError, VerificationError
 from .methods import METHODS
 from .network import offline
@@ -31,101 +63,7 @@ app = typer.Typer(
 
 app.add_typer(cli_data.app, name="data")
 app.command(name="ledger")(cli_data.ledger)
-
-_METHOD_HELP = (
-    "One of: "
-    + "; ".join(f"{m.name} ({m.summary})" for m in METHODS.values())
-    + ". Or several from coarse to fine, joined by +, such as shortgpt+flap+wanda."
-)
-
-SourceArg = Annotated[str, typer.Argument(help="A Hugging Face folder, a .gguf file, or a hub name.", metavar="SOURCE")]
-MethodOpt = Annotated[str, typer.Option("--method", "-m", help=_METHOD_HELP)]
-RatioOpt = Annotated[
-    float | None,
-    typer.Option("--ratio", "-r", help="Fraction of block parameters to remove; for sparse methods the share of zeros."),
-]
-PatternOpt = Annotated[str | None, typer.Option("--pattern", help="n:m sparsity, such as 2:4 (keep 2 of every 4).")]
-TargetOpt = Annotated[
-    list[str] | None, typer.Option("--target", help="SIZE=NUMBER to reach instead of a ratio, such as hidden_size=512.")
-]
-UniformOpt = Annotated[bool, typer.Option("--uniform", help="Make all layers alike, so that stock engines can load it.")]
-MultipleOpt = Annotated[int | None, typer.Option("--multiple-of", help="Sizes become multiples of this.")]
-CompensateOpt = Annotated[
-    str | None,
-    typer.Option("--compensate", help="What repairs the rest: none, bias, gain. Of a combination PART=VALUE[,PART=VALUE]."),
-]
-OptionOpt = Annotated[
-    list[str] | None, typer.Option("--option", help="NAME=VALUE, an option of the method; of a combination PART.NAME=VALUE.")
-]
-SparsityOpt = Annotated[
-    float | None, typer.Option("--sparsity", help="Share of zeros that a combination's sparse last part makes.")
-]
-SplitOpt = Annotated[
-    str | None,
-    typer.Option("--split", help="Shares of the removed parameters, one for each other part of a combination: 0.5,0.5."),
-]
-AllocateOpt = Annotated[
-    str | None, typer.Option("--allocate", help="Where the cut falls, of the method's allocators: see prunus methods.")
-]
-CostOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--cost", help="What the ratio is of, and scores are divided by: params, flops, kv-bytes, prefill-ms, decode-ms."
-    ),
-]
-OrderOpt = Annotated[
-    bool | None,
-    typer.Option(
-        "--sequential/--dense", help="Whether a block's statistics see the cut blocks before it (default: the method's)."
-    ),
-]
-WindowsOpt = Annotated[int, typer.Option("--windows", help="Number of calibration windows.")]
-SeqLenOpt = Annotated[int, typer.Option("--seq-len", help="Tokens a window.")]
-SeedOpt = Annotated[int | None, typer.Option("--seed", help="Draw the windows at random instead of taking the first.")]
-DocumentsOpt = Annotated[str | None, typer.Option("--documents", help="A slice of the documents, such as :800 or -100:.")]
-BatchOpt = Annotated[int, typer.Option("--batch-size", help="Windows that go through a block together.")]
-FieldOpt = Annotated[str, typer.Option("--field", help="The field of a JSONL or Parquet row that holds the text.")]
-DtypeOpt = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-OnlineOpt = Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")]
-RecordOpt = Annotated[Path | None, typer.Option("--record", help="Append a JSON line with recipe, versions and figures.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-
-
-def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
-    out = {}
-    for item in items or []:
-        name, equals, value = item.partition("=")
-        if not (name and equals and value):
-            raise UserError(f"{option}: '{item}' is not NAME=VALUE")
-        out[name] = value
-    return out
-
-
-def _sizes(items: list[str] | None) -> dict[str, int]:
-    out = {}
-    for name, value in _pairs(items, "--target").items():
-        if not (value.isascii() and value.isdigit()):
-            raise UserError(f"--target: {name}={value} is not a whole number")
-        out[name] = int(value)
-    return out
-
-
-def _split(text: str | None) -> tuple[float, ...]:
-    try:
-        return tuple(float(share) for share in text.split(",")) if text is not None else ()
-    except ValueError as error:
-        raise UserError(f"--split: '{text}' is no list of shares such as 0.5,0.5") from error
-
-
-def _order(sequential: bool | None) -> str | None:
-    return None if sequential is None else "sequential" if sequential else "dense"
-
-
-def _print(result: dict[str, Any], as_json: bool, show: Any) -> None:
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-    else:
-        show(result)
+app.command(name="compare-methods")(cli_compare.compare_methods)
 
 
 @app.command()
@@ -133,7 +71,7 @@ def methods(as_json: JsonOpt = False) -> None:
     """List the pruning methods: what they cut, what they cost, and what comes out."""
     from . import report, show
 
-    _print({"methods": {name: report.method(row) for name, row in METHODS.items()}}, as_json, show.methods)
+    tell({"methods": {name: report.method(row) for name, row in METHODS.items()}}, as_json, show.methods)
 
 
 @app.command()
@@ -142,7 +80,7 @@ def plan(
         str,
         typer.Argument(help="A Hugging Face folder, a .gguf file, or a hub name; with --train a recipe.", metavar="SOURCE"),
     ],
-    method: Annotated[str | None, typer.Option("--method", "-m", help=_METHOD_HELP)] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help=METHOD_HELP)] = None,
     ratio: RatioOpt = None,
     pattern: PatternOpt = None,
     target: TargetOpt = None,
@@ -186,8 +124,17 @@ def plan(
     from .planning import Request
     from .progress import Progress
 
-    asked = (method, ratio, pattern, _sizes(target), uniform, multiple_of, compensate, _pairs(option, "--option"))
-    request = Request(*asked, sparsity, _split(split), allocate, cost, _order(sequential))
+    asked = (
+        method,
+        ratio,
+        pattern,
+        sizes_of(target),
+        uniform,
+        multiple_of,
+        compensate,
+        pairs(option, "--option"),
+    )
+    request = Request(*asked, sparsity, split_of(split), allocate, cost, order_of(sequential))
     text = api.TextOptions(windows, seq_len, seed, documents, field)
     with Progress(quiet=as_json) as progress:
         result = api.plan(
@@ -201,7 +148,7 @@ def plan(
             online=online,
             progress=progress,
         )
-    _print(result, as_json, show.plan)
+    tell(result, as_json, show.plan)
 
 
 @app.command()
@@ -246,7 +193,7 @@ def prune(
     from .distributed import World, leads
     from .progress import Progress
 
-    sizes, options, shares = _sizes(target), _pairs(option, "--option"), _split(split)
+    sizes, options, shares = sizes_of(target), pairs(option, "--option"), split_of(split)
     checkpoint.check_destination(out, overwrite=overwrite, needed_bytes=0)
     with World.joined() as world, Progress(quiet=as_json or not leads()) as progress:
         result = api.prune(
@@ -264,7 +211,7 @@ def prune(
             split=shares,
             allocate=allocate,
             cost=cost,
-            order=_order(sequential),
+            order=order_of(sequential),
             text=api.TextOptions(windows, seq_len, seed, documents, field),
             statistics=statistics,
             dtype=dtype,
@@ -280,7 +227,7 @@ def prune(
         progress("verify", 0, 1)
         manifest = result.save(out, overwrite=overwrite)
         progress("verify", 1, 1)
-    _print({"out": str(out), **manifest.model_dump(exclude={"fingerprint"})}, as_json, show.manifest)
+    tell({"out": str(out), **manifest.model_dump(exclude={"fingerprint"})}, as_json, show.manifest)
 
 
 @app.command(name="eval")
@@ -306,60 +253,7 @@ def evaluate(
     sources = [source] + ([baseline] if baseline else [])
     with Progress(quiet=as_json) as progress:
         result = api.compare(sources, text, options=options, dtype=dtype, online=online, progress=progress, record=record)
-    _print(result, as_json, show.evaluation)
-
-
-@app.command(name="compare-methods")
-def compare_methods(
-    source: SourceArg,
-    names: Annotated[
-        str,
-        typer.Option(
-            "--methods", "-m", help="Methods, with commas between; NAME+uniform or NAME+OPTION=VALUE sets options."
-        ),
-    ],
-    ratios: Annotated[list[float], typer.Option("--ratio", "-r", help="Ratio of every method; give it again for more.")],
-    text: Annotated[str, typer.Option("--text", "-t", help="Evaluation text.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the comparison; one that is there goes on.")],
-    calibration: Annotated[str | None, typer.Option("--calibration", "-c", help="Calibration text.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Draws of calibration windows; 1 takes the first ones.")] = 1,
-    windows: WindowsOpt = 32,
-    seq_len: SeqLenOpt = 512,
-    documents: DocumentsOpt = None,
-    eval_windows: Annotated[int, typer.Option("--eval-windows", help="Number of evaluation windows.")] = 16,
-    eval_seq_len: Annotated[int, typer.Option("--eval-seq-len", help="Tokens an evaluation window.")] = 1024,
-    eval_documents: Annotated[
-        str | None, typer.Option("--eval-documents", help="A slice of the evaluation documents, such as -100:.")
-    ] = None,
-    field: FieldOpt = "text",
-    batch_size: BatchOpt = 4,
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time prefill and decoding of every cut.")] = True,
-    dtype: DtypeOpt = "float32",
-    record: RecordOpt = None,
-    online: OnlineOpt = False,
-    as_json: JsonOpt = False,
-) -> None:
-    """Cut one model by several methods, score every cut on the same text, and write one table and one picture."""
-    from . import api, comparison, show
-    from .progress import Progress
-
-    question = comparison.Question(
-        source,
-        comparison.split_methods(names),
-        ratios,
-        text,
-        calibration,
-        seeds,
-        api.TextOptions(windows, seq_len, None, documents, field),
-        api.TextOptions(eval_windows, eval_seq_len, None, eval_documents, field),
-        dtype,
-        batch_size,
-        latency,
-        online,
-    )
-    with Progress(quiet=as_json) as progress:
-        result = comparison.run(question, out, also=record, progress=progress)
-    _print(result, as_json, show.comparison)
+    tell(result, as_json, show.evaluation)
 
 
 @app.command()
@@ -378,7 +272,7 @@ def plot(
         result = train_plots.run(folders, out, overwrite=overwrite)
     else:
         result = checkpoint_plots.run(folders[0], out, overwrite=overwrite)
-    _print(result, as_json, show.plotted)
+    tell(result, as_json, show.plotted)
 
 
 @app.command()
@@ -390,7 +284,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that prunus wr
     keep = checkpoint.read_keep(folder)
     kept = {name: len(units) for name, units in keep.units.items()} if keep else {}
     result = {"folder": str(folder), **manifest.model_dump(exclude={"fingerprint"}), "kept_units": kept}
-    _print(result, as_json, show.manifest)
+    tell(result, as_json, show.manifest)
 
 
 @app.command()
@@ -398,7 +292,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A folder that prunus wro
     """Check a checkpoint against its own record: files unchanged, counts right, logits and generation as when saved."""
     from . import checkpoint, show
 
-    _print({"folder": str(folder), **checkpoint.verify(folder)}, as_json, show.verified)
+    tell({"folder": str(folder), **checkpoint.verify(folder)}, as_json, show.verified)
 
 
 @app.command()
@@ -415,7 +309,7 @@ def quickstart(
 
     with Progress(quiet=as_json) as progress:
         result = run.run(out, source=source, text=text, progress=progress)
-    _print(result, as_json, show.quickstart)
+    tell(result, as_json, show.quickstart)
 
 
 app.command()(cli_train.train)

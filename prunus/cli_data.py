@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_options import FieldOpt, JsonOpt, OnlineOpt, tell
 from .errors import UserError
 
 app = typer.Typer(
@@ -19,20 +19,10 @@ app = typer.Typer(
 )
 
 SourcesArg = Annotated[list[str], typer.Argument(help="Text, JSONL, Parquet, or datasets:NAME.", metavar="TEXT...")]
-FieldOpt = Annotated[str, typer.Option("--field", help="The field of a JSONL or Parquet row that holds the text.")]
 SeparatorOpt = Annotated[
     str | None, typer.Option("--separator", help="What stands between documents of plain text, such as <|endoftext|>.")
 ]
-OnlineOpt = Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 FolderArg = Annotated[Path, typer.Argument(help="A folder of prepared data.")]
-
-
-def _print(result: dict[str, Any], as_json: bool, show: Any) -> None:
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-    else:
-        show(result)
 
 
 def _splits(items: list[str] | None) -> dict[str, float | None] | None:
@@ -72,7 +62,7 @@ def tokenizer(
     with checkpoint.staged(out, overwrite=False) as stage:
         made.save_pretrained(stage)
     result = {"out": str(out), "vocab_size": vocab_size, "sha256": fingerprint(made)}
-    _print(result | {"seconds": time.monotonic() - started}, as_json, show_data.tokenizer)
+    tell(result | {"seconds": time.monotonic() - started}, as_json, show_data.tokenizer)
 
 
 @app.command()
@@ -119,7 +109,7 @@ def prepare(
         print("prunus: stopped; the same command goes on where it was", file=sys.stderr)
         raise SystemExit(130) from None
     result = {"out": str(out), **show_data.described(manifest), "seconds": time.monotonic() - started}
-    _print(result, as_json, show_data.prepared)
+    tell(result, as_json, show_data.prepared)
 
 
 @app.command()
@@ -139,7 +129,7 @@ def inspect(
             manifest.verify(folder, progress)
         for which in manifest.ranges:
             manifest.check_files(folder, which)
-    _print({"out": str(folder), **show_data.described(manifest), "verified": verify}, as_json, show_data.prepared)
+    tell({"out": str(folder), **show_data.described(manifest), "verified": verify}, as_json, show_data.prepared)
 
 
 @app.command()
@@ -170,7 +160,7 @@ def overlap(
         documents = text(data).documents()
     found = text_overlap(asked.documents(), documents, n=n)
     result = {"evaluation": evaluation, "data": data, **found.to_json(), "warning": found.warning(evaluation, data)}
-    _print(result, as_json, show_data.overlap)
+    tell(result, as_json, show_data.overlap)
 
 
 def ledger(
@@ -190,4 +180,4 @@ def ledger(
     if len(ledgers) == 2:
         result["own"] = asdict(compare(*ledgers))
         result["with_parents"] = asdict(compare(*ledgers, parents=True))
-    _print(result, as_json, show_data.ledger)
+    tell(result, as_json, show_data.ledger)

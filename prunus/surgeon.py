@@ -3,7 +3,7 @@
 1. One pass forward and back gives F = E[g g^T] at what every o_proj and down_proj puts out: g is the gradient of a token's
    loss there, so an output error e costs about e^T F e / 2 nats (the Fisher information as the loss's curvature).
 2. One dense sweep gives for every sub-layer the error, in nats, of all sizes that it could have: units go the cheapest first,
-   and after each the weights that read the rest are solved again (optimal brain surgery on Gram matrices, `solve.eliminate`).
+   and after each the weights that read the rest are solved again (optimal brain surgery on Gram matrices, `eliminate.py`).
 3. A dynamic programme takes the sizes with the least sum of errors that meet the target (`allocate.least_error`); an error
    of attention counts three times (see `_FROM_AFAR`).
 4. Sub-layer by sub-layer, on what the cut sub-layers before give: units go as in step 2, to the size of step 3, and the
@@ -23,12 +23,13 @@ from .allocate import Curve, least_error
 from .axes import Axis, kind_of
 from .compensate import INPUT_OF, reader_moments
 from .cut import zero_
+from .eliminate import eliminate
 from .findings import Findings, wanted
 from .job import Job, Outcome, finish_
 from .keep import Keep
 from .planning import Plan, biased_anatomy
 from .sizes import Sizes, named
-from .solve import eliminate, refit
+from .solve import refit
 from .statistics import Moments, layer_moments
 from .taylor import walk_back
 

@@ -17,6 +17,7 @@ from .axes import kind_of, layer_of
 from .compensate import measured_gains, output_bias, reader_moments, refit_readers_, set_biases_
 from .criteria import UNIT_CRITERIA, Scores
 from .cut import zero_
+from .eliminate import stay_after_swaps, stay_one_by_one
 from .errors import UserError
 from .evaluation import mean_loss
 from .findings import Findings, wanted
@@ -25,7 +26,6 @@ from .keep import Keep
 from .planning import FEW_WINDOWS, LOSS_WINDOWS, Plan, biased_anatomy
 from .search import Gene, evolve
 from .sizes import Sizes, adaptive_counts, alike_counts
-from .solve import stay_after_swaps, stay_one_by_one
 from .statistics import BlockCosine, Statistics, collect, layer_moments
 from .taylor import unit_taylor
 

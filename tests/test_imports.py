@@ -20,7 +20,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "errors place tables network distributed axes shape families anatomy keep cut",
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
     "data.tokenizer data.encode data.shards data.writer data.prepare data.mixing data.order data.overlap ledger",
-    "statistics criteria allocate compensate solve sizes",
+    "statistics criteria allocate compensate solve eliminate sizes",
     "record latency costs search",
     "planning asked shaping builders",
     "findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
@@ -29,12 +29,14 @@ LAYERS = (  # the lowest first; a new module is placed here
     "train train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop "
     "train.feeds train.export train.lora train.track train.estimate train.sweep train.opening train.run train.listing train.study",
     "plots report checkpoint_plots train_plots comparison",
-    "show show_data show_train progress quickstart cli_data cli_train cli",
+    "show show_data show_train progress quickstart cli_options cli_compare cli_data cli_train cli",
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 TOP = len(LAYERS)  # where the package itself stands
-PURE = "distributed axes shape keep cut allocate anatomy solve criteria statistics".split()  # torch and the standard library
-LIGHT = "cli cli_data cli_train errors methods network progress".split()
+PURE = (
+    "distributed axes shape keep cut allocate anatomy solve eliminate criteria statistics".split()
+)  # torch and the standard library
+LIGHT = "cli cli_options cli_compare cli_data cli_train errors methods network progress".split()
 HEAVY = {"torch", "transformers", "pydantic", "numpy", "safetensors", "datasets", "accelerate", "gguf", "yaml", "rich"}
 
 

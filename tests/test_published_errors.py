@@ -18,9 +18,10 @@ import torch
 from test_every_method import request_for, run
 
 from prunus import METHODS
+from prunus.eliminate import stay_after_swaps
 from prunus.oneshot import one_shot_
 from prunus.rotation import Gram
-from prunus.solve import factor, inverse_upper, sparsegpt, stay_after_swaps
+from prunus.solve import factor, inverse_upper, sparsegpt
 from prunus.statistics import Moments
 
 WINDOWS = pipeline.windows(4, 8)

@@ -11,18 +11,16 @@ import math
 import pytest
 import torch
 
+from prunus.eliminate import eliminate, stay_after_swaps, stay_one_by_one
 from prunus.solve import (
     _GRADUAL,
     _ITERATIONS,
     _RHO,
     admm,
-    eliminate,
     factor,
     inverse_upper,
     refit,
     sparsegpt,
-    stay_after_swaps,
-    stay_one_by_one,
 )
 
 
@@ -400,7 +398,7 @@ def test_removals_that_wait_are_removals(monkeypatch, size):
     gram, rows = (x.T @ x).double(), units_of(size, 48)
     found = []
     for together in (1, 5, 10**6):
-        monkeypatch.setattr("prunus.solve._TOGETHER", together)
+        monkeypatch.setattr("prunus.eliminate._TOGETHER", together)
         found.append(eliminate(weight, gram, rows, 2, damp=1e-9, step=0.0))
     for other in found[1:]:
         assert torch.equal(other.order, found[0].order)

@@ -15,10 +15,10 @@ from test_solve import naive_admm, naive_sparsegpt
 from prunus.anatomy import Anatomy
 from prunus.criteria import UNIT_CRITERIA
 from prunus.cut import zero_
+from prunus.eliminate import stay_after_swaps, stay_one_by_one
 from prunus.errors import UserError
 from prunus.keep import Keep
 from prunus.oneshot import one_shot_
-from prunus.solve import stay_after_swaps, stay_one_by_one
 from prunus.statistics import Moments
 
 IDS = pipeline.windows()
