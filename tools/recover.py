@@ -7,7 +7,6 @@ that neither calibration nor training reads: WikiText-2, and the last 100 C4 doc
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -76,7 +75,10 @@ def main() -> None:
             "weights": made.weights_sha256,
         }
         if record.digest(recipe) not in done:
-            record.append(arguments.record, "recovery", recipe, {"tokens": 0, **scores(model, arguments.data)})
+            params = Source.open(str(model)).anatomy.num_params
+            record.append(
+                arguments.record, "recovery", recipe, {"params": params, "tokens": 0, **scores(model, arguments.data)}
+            )
     for name in arguments.arms:
         recipe_name, more = ARMS[name]
         out = work / f"{name}-{arguments.tokens}-{arguments.lr}"
@@ -86,8 +88,7 @@ def main() -> None:
         trained = record.read(out / "record.jsonl")[-1]
         recipe = {"command": "tools/recover.py", "arm": name, **trained["recipe"]}
         if record.digest(recipe) not in done:
-            figures = trained["figures"] | {"ledger": json.loads((out / "ledger.json").read_text())["stages"][-1]["flops"]}
-            record.append(arguments.record, "recovery", recipe, figures | scores(out / "model", arguments.data))
+            record.append(arguments.record, "recovery", recipe, trained["figures"] | scores(out / "model", arguments.data))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,9 @@ def page(records: list[dict[str, Any]]) -> str:
     if streams:
         lines += ["## Streaming", "", *stream_table(streams), ""]
     trained = [r for r in records if r["kind"] == "train"]
+    recovered = [r for r in records if r["kind"] == "recovery"]
+    if recovered:
+        lines += ["## Recovery", "", *recovery_table(recovered), ""]
     speeds = [r for r in records if r["kind"] == "train-speed"]
     if speeds:
         lines += ["## Speed of training", "", *speed_table(speeds), ""]
@@ -163,6 +166,35 @@ def _lead(here: dict[str, dict[str, dict[Any, float]]], corpus: str, name: str) 
         return ""
     best = min(rivals, key=lambda label: rivals[label])
     return f"- {name}: `prunus` is {means['prunus'] / rivals[best] - 1:+.1%} from the best rival, `{best}`."
+
+
+def recovery_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A cut model before and after it is trained on, and its parent."""
+    order = ("parent", "cut", "plain", "distilled")
+    header = ["model", "parameters", "tokens", "lr", "FLOPs", "minutes", *(name for _, name in CORPORA), "commit"]
+    cells = []
+    for r in sorted(rows, key=lambda r: order.index(r["recipe"]["arm"])):
+        f = r["figures"]
+        cells.append(
+            [
+                r["recipe"]["arm"], f"{f['params']:,}", f"{f['tokens']:,}", f"{f['lr']:g}" if "lr" in f else "",
+                f"{sum(f['flops'].values()):.3g}" if "flops" in f else "",
+                f"{f['seconds'] / 60:.1f}" if "seconds" in f else "",
+                *(number(f[corpus]["perplexity"]) for corpus, _ in CORPORA), r["commit"] or "",
+            ]
+        )  # fmt: skip
+    trained = next((r["recipe"]["recipe"] for r in rows if "recipe" in r["recipe"]), None)
+    how = ""
+    if trained:
+        how = (
+            f" Trained on C4 that no evaluation reads, sequences of {trained['data']['seq_len']}, "
+            f"{trained['batch_tokens']:,} tokens an update, {trained['schedule']['kind']}, {trained['precision']}; one seed; perplexity."
+        )
+    return [
+        f"`tools/recover.py`: SmolLM2-135M cut by `flap --ratio 0.2`, then trained on.{how}",
+        "",
+        *markdown(header, cells),
+    ]
 
 
 def speed_table(rows: list[dict[str, Any]]) -> list[str]:
