@@ -1,4 +1,4 @@
-"""The commands of training: `prunus train`, `prunus runs`, `prunus recipe`. Imports nothing heavy at the top."""
+"""The commands of training: `prunus train`, `prunus teach`, `prunus runs`, `prunus recipe`. Imports nothing heavy at the top."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ StudyArg = Annotated[Path, typer.Argument(help="A study's .yaml file.", metavar=
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE with a dotted name, such as optimizer.lr=1e-3.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 RecipeArg = Annotated[str, typer.Argument(help="A .yaml file, or the bare name of a recipe that ships.", metavar="RECIPE")]
+SourceOpt = Annotated[str | None, typer.Option("--source", help="Short for model.source.")]
+DataOpt = Annotated[str | None, typer.Option("--data", help="Short for data.domains: one folder of prepared data.")]
+TokensOpt = Annotated[str | None, typer.Option("--tokens", help="Short for tokens, such as 200k or 4M.")]
+TokenizerOpt = Annotated[str | None, typer.Option("--tokenizer", help="Short for model.tokenizer.")]
+OnlineOpt = Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")]
 
 
 def _fields(source: str | None, data: str | None, tokens: str | None, tokenizer: str | None) -> dict[str, Any]:
@@ -45,14 +50,14 @@ def train(
     recipe: RecipeArg,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; one that is there goes on.")],
     changes: SetOpt = None,
-    source: Annotated[str | None, typer.Option("--source", help="Short for model.source.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Short for data.domains: one folder of prepared data.")] = None,
-    tokens: Annotated[str | None, typer.Option("--tokens", help="Short for tokens, such as 200k or 4M.")] = None,
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Short for model.tokenizer.")] = None,
+    source: SourceOpt = None,
+    data: DataOpt = None,
+    tokens: TokensOpt = None,
+    tokenizer: TokenizerOpt = None,
     track: Annotated[
         list[str] | None, typer.Option("--track", help="tensorboard or trackio, besides the run's own log.jsonl.")
     ] = None,
-    online: Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")] = False,
+    online: OnlineOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train by a recipe: from fresh weights, on from a checkpoint, or taught by a parent. Stopped anywhere, it goes on."""
@@ -86,6 +91,45 @@ def train(
         print(json.dumps(result, allow_nan=False))
     else:
         show_train.result(result, out)
+
+
+def teach(
+    recipe: RecipeArg,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to write, or to go on with; default: teacher.cache.")
+    ] = None,
+    changes: SetOpt = None,
+    source: SourceOpt = None,
+    data: DataOpt = None,
+    tokens: TokensOpt = None,
+    tokenizer: TokenizerOpt = None,
+    online: OnlineOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write down what a recipe's teacher says of the tokens that the run will read; the run then needs no teacher.
+
+    Give the recipe, --set and the rest as the run will have them. What it takes on disk is said before it begins.
+    """
+    from . import show_train
+    from .progress import Progress
+    from .train import recipe as recipes_
+    from .train import teaching
+
+    asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer))
+    work = teaching.prepare(asked, out, online=online)
+    plan = work.describe()
+    print(f"note: {show_train.teaching(plan)}", file=sys.stderr, flush=True)
+    try:
+        with Progress(quiet=as_json) as progress:
+            manifest = teaching.write(work, progress)
+    except KeyboardInterrupt:
+        print("prunus: stopped; the same command goes on behind the last shard", file=sys.stderr)
+        raise SystemExit(130) from None
+    result = {**plan, "digest": manifest.digest, "shards": len(manifest.shards), "flops": manifest.flops}
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        show_train.taught(result)
 
 
 def runs(

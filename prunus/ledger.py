@@ -155,6 +155,7 @@ class Stage(_Strict):
     tokens: Annotated[int, Field(ge=0)] = 0  # all that were predicted, repetitions too
     other_text: dict[str, int] = {}  # tokens of text that is no prepared data (calibration), by its SHA-256
     flops: dict[Kind, Annotated[int, Field(ge=0)]] = {}
+    teacher_cache: str | None = None  # the teacher's were spent when this was written, maybe for other runs too
 
     def consume(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         """Count the `ranges` of a `Batch`."""
@@ -240,6 +241,7 @@ class Ledger(_Strict):
                     "tokens": stage.tokens,
                     "unique_tokens": stage.unique_tokens,
                     "flops": dict(stage.flops),
+                    "teacher_cache": stage.teacher_cache,
                     "data": [f"{data.manifest}:{data.range}" for data in stage.data.values()],
                 }
                 for own in reversed(list(self.lineage()))

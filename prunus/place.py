@@ -1,7 +1,8 @@
-"""Files out, all of them or none: written beside their places first."""
+"""Files out, all of them or none: written beside their places first; and one process a folder."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,3 +27,19 @@ def staged_files(*paths: Path) -> Iterator[list[Path]]:
         for stage in stages:
             if stage.exists():
                 stage.unlink()
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One process a folder, which is made if need be; UserError for the second."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{out}: another process is at work there; wait for it, or give another --out") from error
+        yield

@@ -95,6 +95,10 @@ def ledger(result: dict[str, Any]) -> None:
         console.print(run["run"], style="bold", markup=False)
         console.print(table)
         at_least = "at least " if run["unrecorded"] else ""
+        for cache in sorted({stage["teacher_cache"] for stage in run["stages"]} - {None}):
+            console.print(
+                f"the teacher's FLOPs were spent when its cache {cache} was written, once for all runs that read it"
+            )
         console.print(f"own: {run['tokens']:,} tokens, {big(run['flops'], 'FLOP')}")
         console.print(f"in all: {at_least}{run['total_tokens']:,} tokens, {at_least}{big(run['total_flops'], 'FLOP')}")
         for what in run["unrecorded"]:

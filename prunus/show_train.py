@@ -92,6 +92,25 @@ def plan(result: Mapping[str, Any]) -> None:
     parts = ("weights", "gradients", "moments", "activations", "logits")
     listed = ", ".join(f"{name} {big(result[name], 'B')}" for name in parts)
     print(f"memory of each of {result['devices']} devices: {big(result['memory'], 'B')} ({listed})")
+    if result["teacher_cache"] is not None:
+        print(f"disk: {big(result['teacher_cache'], 'B')} of what the teacher says (prunus teach)")
     print(f"speed: {result['tokens_per_s']:,.0f} tokens/s, {result['hours']:.2f} hours ({result['basis']})")
     if "mend" in result:
         print(f"does not fit: {result['mend']}")
+
+
+def teaching(plan: Mapping[str, Any]) -> str:
+    """What `prunus teach` will write, before it does."""
+    written = plan["bytes"] - plan["bytes_left"]
+    there = f", {big(written, 'B')} of it there already" if written else ""
+    return (
+        f"{plan['out']}: {plan['tokens']:,} tokens x {plan['bytes_per_token']:,} bytes (top {plan['top_k']}) = "
+        f"{big(plan['bytes'], 'B')}{there}; "
+        f"{big(plan['bytes_free'], 'B')} free; the teacher takes {big(plan['flops_left'], 'FLOP')}"
+    )
+
+
+def taught(result: Mapping[str, Any]) -> None:
+    """What `prunus teach` wrote."""
+    print(f"{result['out']}: {result['tokens']:,} tokens of {result['teacher']}, {big(result['bytes'], 'B')}")
+    print(f"train with --set teacher.cache={result['out']}")

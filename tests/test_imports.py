@@ -27,7 +27,8 @@ LAYERS = (  # the lowest first; a new module is placed here
     "saliency reload verification checkpoint measure",
     "api",
     "train train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop "
-    "train.feeds train.export train.lora train.track train.estimate train.sweep train.opening train.run train.listing train.study",
+    "train.feeds train.export train.lora train.track train.estimate train.sweep train.cache train.opening train.teaching train.run "
+    "train.listing train.study",
     "plots report checkpoint_plots train_plots comparison",
     "show show_data show_train progress quickstart cli_options cli_compare cli_data cli_train cli",
 )

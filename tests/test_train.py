@@ -21,6 +21,7 @@ from prunus.anatomy import Anatomy
 from prunus.data.prepare import Text, prepare
 from prunus.errors import UserError
 from prunus.ledger import Ledger
+from prunus.place import locked
 from prunus.train import estimate, saved, study, sweep, track
 from prunus.train import recipe as recipes
 from prunus.train import run as runs
@@ -318,7 +319,7 @@ def test_a_finished_run_is_not_run_again(monkeypatch):
 
 
 def test_two_processes_on_one_run():
-    with runs._locked(finished()), pytest.raises(UserError, match="another process is working on this run"):
+    with locked(finished()), pytest.raises(UserError, match="another process is at work there"):
         run(finished())
 
 

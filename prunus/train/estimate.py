@@ -9,6 +9,7 @@ from .. import measure
 from ..anatomy import Anatomy
 from ..errors import UserError
 from ..source import Source
+from .cache import bytes_of
 from .loss import CHUNK
 from .recipe import Recipe
 from .shapes import config_of
@@ -57,8 +58,9 @@ class Estimate:
 def estimate(
     recipe: Recipe, anatomy: Anatomy, *, teacher: Anatomy | None = None, devices: int = 1, rate: float | None = None
 ) -> Estimate:
-    """Weights, gradients and moments are shared out over devices; activations are of one device's micro-batch.
+    """Weights, gradients and moments are shared out over devices; a teacher and the activations of a micro-batch are not.
 
+    A teacher whose words are read from a cache takes no memory and no time.
     `rate`: FLOPs a second of one device, as reached in training; else half the float32 matmul rate measured here now.
     """
     width = 2 if recipe.precision == "bfloat16" else 4
@@ -76,11 +78,11 @@ def estimate(
         flops += teacher.flops(seq_len) / seq_len
     speed = devices * (rate or EFFICIENCY * measure.gemm_rate()) / flops
     return Estimate(
-        weights=(params * width + taught) // devices,
+        weights=params * width // devices + taught,
         gradients=trained * width // devices,
         moments=2 * trained * width // devices,
         activations=tokens * kept * inside,
-        logits=min(tokens, CHUNK) * shape.vocab_size * 4 * (2 if teacher is None else 4),
+        logits=min(tokens, CHUNK) * shape.vocab_size * 4 * (2 if recipe.teacher is None else 4),
         devices=devices,
         flops_per_token=flops,
         tokens_per_s=speed,
@@ -97,7 +99,9 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
             raise UserError(f"{name}: {value} is not above 0")
     source = None if recipe.model.source is None else Source.open(recipe.model.source)
     anatomy = source.anatomy if source is not None else Anatomy.of(config_of(recipe.model.shape or "", 0))
-    teacher = None if recipe.teacher is None else Source.open(recipe.teacher.source).anatomy
+    part = recipe.teacher
+    teacher = None if part is None or part.cache is not None else Source.open(part.source or "").anatomy
+    vocab_size, read = anatomy.shape.vocab_size, recipe.steps * recipe.batch_tokens
     found = estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate)
     basis = "stated rate" if rate is not None else f"{EFFICIENCY:.0%} of the float32 matmul rate measured now"
     plain = found.describe(None if memory is None else round(memory * 1e9))
@@ -107,6 +111,7 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
         "tokens": recipe.tokens,
         "steps": recipe.steps,
         "basis": basis,
+        "teacher_cache": None if part is None or part.cache is None else bytes_of(read, part.top_k or 0, vocab_size),
     } | plain
 
 

@@ -87,13 +87,16 @@ class Feeds:
         params: int,
         source: Source | None,
         beginnings: tuple[int, int] = (0, 0),
+        teacher_cache: str | None = None,
     ) -> dict[str, Any]:
         """The run's ledger: what the first `sequences` of the stream were, what it cost, and the parent's own.
 
         `beginnings`: sequences, and how often they were trained on to find the rate; a stage of its own, before the other.
+        `teacher_cache`: where the teacher's words were read, once for every sequence, whoever read them how often.
         """
         stages = []
-        for name, count, times in (("lr sweep", *beginnings), (recipe.name, sequences, 1)):
+        free = () if teacher_cache is None else ("teacher",)
+        for name, count, times, unspent in (("lr sweep", *beginnings, free), (recipe.name, sequences, 1, ())):
             if not count * times:
                 continue
             stage = Stage(
@@ -104,11 +107,14 @@ class Feeds:
                 positions=(0, count),
                 history=self.training.history,
                 data={domain: Data(**identity) for domain, identity in self.identity().items()},
+                teacher_cache=teacher_cache,
             )
             for _ in range(times):
                 for batch in self._batches(count):
                     stage.consume(batch.ranges)
             for kind, spent in flops.items():
+                if kind in unspent:
+                    continue
                 stage.spend(kind, spent * count * times // sequences)  # type: ignore[arg-type]
             stages.append(stage)
         parent, unrecorded = _parent(source)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .loss import Mix, head_loss, head_nll
+from .loss import Likeliest, Mix, head_loss, head_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-Taught = Callable[..., Mix]  # ids [B, T] and positions -> what the loss is mixed with
+Taught = Callable[..., Mix]  # ids [B, T], `at` of the first in the stream, and positions -> what the loss is mixed with
 
 
 @dataclass
@@ -29,9 +29,10 @@ class Teacher:
     learner: Learner
     mix: float
     temperature: float
+    top_k: int | None = None
 
     @torch.no_grad()
-    def __call__(self, ids_BT: Tensor, **positions: Tensor) -> Mix:
+    def __call__(self, ids_BT: Tensor, *, at: int = 0, **positions: Tensor) -> Mix:
         """Its logits are made chunk by chunk, when the student's are."""
         hidden_ND = self.learner.hidden(ids_BT, **positions).flatten(0, 1)
         head: Any = self.learner.model.get_output_embeddings()
@@ -42,7 +43,10 @@ class Teacher:
             raw = raw if head.bias is None else raw + head.bias
             return raw if cap is None else cap * torch.tanh(raw / cap)
 
-        return Mix(logits, self.mix, self.temperature)
+        def likeliest(part: slice) -> Likeliest:
+            return Likeliest.of(logits(part), self.top_k or 0, self.temperature)
+
+        return Mix(logits if self.top_k is None else likeliest, self.mix, self.temperature)
 
 
 class Learner(nn.Module):
@@ -56,10 +60,12 @@ class Learner(nn.Module):
         decoder: Any = model.get_decoder()
         self.decode = torch.compile(decoder, dynamic=False) if compiled else decoder
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor, *, teacher: Taught | None = None, **positions: Tensor) -> Tensor:
-        """Sum over tokens of the loss in nats, float32 or wider."""
+    def forward(
+        self, ids_BT: Tensor, targets_BT: Tensor, *, teacher: Taught | None = None, at: int = 0, **positions: Tensor
+    ) -> Tensor:
+        """Sum over tokens of the loss in nats, float32 or wider. `at`: where in the stream the first sequence stands."""
         hidden_ND, targets_N = self.hidden(ids_BT, **positions).flatten(0, 1), targets_BT.flatten()
-        mix = None if teacher is None else teacher(ids_BT, **positions)
+        mix = None if teacher is None else teacher(ids_BT, at=at, **positions)
         head: Any = self.model.get_output_embeddings()
         return head_loss(hidden_ND, head.weight, targets_N, bias_V=head.bias, cap=self.cap, mix=mix)
 

@@ -86,9 +86,10 @@ def train_(run: Training, until: int, each: Callable[[Training], None] = lambda 
     parameters = [p for p in run.learner.parameters() if p.requires_grad]
     while run.step < until:
         share = run.world.share(run.batch)
-        batch = run.feed.take(run.position + share.start, share.stop - share.start)
+        first = run.position + share.start
+        batch = run.feed.take(first, share.stop - share.start)
         predictions = run.batch * (batch.ids.shape[1] - 1)
-        loss = run.world.total(_backward_(run, batch, predictions))
+        loss = run.world.total(_backward_(run, batch, first, predictions))
         for hook in run.hooks:
             hook.before_clip(run)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, run.clip, foreach=True)))
@@ -115,8 +116,8 @@ def train_(run: Training, until: int, each: Callable[[Training], None] = lambda 
         each(run)
 
 
-def _backward_(run: Training, batch: Batch, predictions: int) -> float:
-    """Adds up gradients of the loss of these sequences, in micro-batches; returns that loss in nats.
+def _backward_(run: Training, batch: Batch, position: int, predictions: int) -> float:
+    """Adds up gradients of the loss of the sequences from `position` on, in micro-batches; returns that loss in nats.
 
     Both are divided by `predictions`, the tokens of the whole update.
     """
@@ -127,7 +128,8 @@ def _backward_(run: Training, batch: Batch, predictions: int) -> float:
         part = slice(0, 1) if idle else slice(first, first + run.micro)
         ids, targets = batch.ids[part, :-1], batch.ids[part, 1:]
         positions = {} if starts_BT is None else boundaries(starts_BT[part])
-        loss = run.learner(ids, torch.full_like(targets, IGNORED) if idle else targets, teacher=run.teacher, **positions)
+        counted = torch.full_like(targets, IGNORED) if idle else targets
+        loss = run.learner(ids, counted, teacher=run.teacher, at=position + part.start, **positions)
         (loss / predictions).backward()
         total += float(loss.detach())
     return total / predictions

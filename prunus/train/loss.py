@@ -16,12 +16,32 @@ CHUNK = 512  # tokens whose logits are in memory together
 IGNORED = -100  # a target that counts for nothing
 
 
-Teacher = Callable[[slice], Tensor]  # some tokens -> the teacher's logits [n, V] of them
+@dataclass(frozen=True)
+class Likeliest:
+    """The k tokens that a teacher thinks most probable, int64 [N, k], and their log-probabilities [N, k] at a temperature.
+
+    The other V - k count as one, the tail, which has what is left of the probability.
+    """
+
+    ids: Tensor
+    logs: Tensor
+
+    @classmethod
+    def of(cls, logits_NV: Tensor, k: int, temperature: float) -> Likeliest:
+        """Those of logits."""
+        top = torch.log_softmax(logits_NV / temperature, 1).topk(k)
+        return cls(top.indices, top.values)
+
+
+Teacher = Callable[[slice], Tensor | Likeliest]  # some tokens -> the teacher's logits [n, V], or its likeliest tokens there
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What the loss is: a share `mix` of temperature^2 * KL(teacher || student), and the rest cross-entropy."""
+    """What the loss is: a share `mix` of temperature^2 * KL(teacher || student), and the rest cross-entropy.
+
+    Where the teacher names its likeliest tokens only, both distributions are those of these tokens and of the tail.
+    """
 
     teacher: Teacher
     mix: float = 1.0
@@ -97,16 +117,48 @@ def _cross_entropy_(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tenso
 
 
 def _mixed(logits_NV: Tensor, targets_N: Tensor, mix: Mix, part: slice) -> tuple[Tensor, Tensor]:
-    """As `_cross_entropy_`. The gradient of t^2 KL(p || q) at the logits of q is t (q - p), q and p at temperature t."""
-    t, counted_N1 = mix.temperature, (targets_N != IGNORED)[:, None]
-    theirs = torch.log_softmax(mix.teacher(part).to(logits_NV.dtype) / t, 1)
+    """As `_cross_entropy_`. The gradient of t^2 KL at the logits is t times that at the logits divided by t."""
+    t, counted_N = mix.temperature, targets_N != IGNORED
+    theirs = mix.teacher(part)
     ours = torch.log_softmax(logits_NV / t, 1)
-    share = theirs.exp()
-    loss = mix.mix * t * t * (share * (theirs - ours) * counted_N1).sum(dtype=torch.float64)
-    grad = mix.mix * t * (ours.exp() - share) * counted_N1
+    if isinstance(theirs, Likeliest):
+        soft, grad = _divergence_of_likeliest(theirs, ours)
+    else:
+        soft, grad = _divergence(torch.log_softmax(theirs.to(ours.dtype) / t, 1), ours)
+    loss = mix.mix * t * t * (soft * counted_N).sum()
+    grad *= mix.mix * t * counted_N[:, None]
     if mix.mix < 1:
         hard, hard_grad = _cross_entropy_(logits_NV, targets_N)
         loss, grad = loss + (1 - mix.mix) * hard, grad + (1 - mix.mix) * hard_grad
+    return loss, grad
+
+
+def _divergence(theirs_NV: Tensor, ours_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL(p || q) of every token in float64, its gradient q - p where log q = log_softmax(x)) from log p and log q."""
+    share = theirs_NV.exp()
+    return (share * (theirs_NV - ours_NV)).sum(1, dtype=torch.float64), ours_NV.exp() - share
+
+
+def _divergence_of_likeliest(theirs: Likeliest, ours_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_divergence`, with one lumped tail r: q_i - p_i at the likeliest, q_i - p_r q_i / q_r at every other i.
+
+    The student's tail is summed from its members, as logarithms: 1 - sum q would lose it to cancellation, and where q_r itself
+    rounds to 0, q_i / q_r still does not. The teacher's tail is what its likeliest leave.
+    """
+    ids, logs = theirs.ids, theirs.logs.to(ours_NV.dtype)
+    everything = ids.shape[1] == ours_NV.shape[1]
+    total = logs.exp().sum(1, keepdim=True)
+    # Rounded logarithms can add up to a little more than 1, or without a tail to less: made a distribution again.
+    logs = logs - (total if everything else total.clamp_min(1)).log()
+    share = logs.exp()
+    loss = (share * (logs - ours_NV.gather(1, ids))).sum(1, dtype=torch.float64)
+    grad = ours_NV.exp().scatter_add_(1, ids, -share)
+    if not everything:
+        tail = (1 - share.sum(1, keepdim=True)).clamp_min(0)  # rounding again; and 0 log 0 is 0 below
+        rest = ours_NV.scatter(1, ids, -torch.inf)
+        whole = rest.logsumexp(1, keepdim=True)
+        loss += (torch.xlogy(tail, tail) - tail * whole).squeeze(1)
+        grad -= rest.sub_(whole).exp_().mul_(tail)
     return loss, grad
 
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import checkpoint, record
 from ..anatomy import Anatomy
-from ..data.tokenizer import open_tokenizer
+from ..data.tokenizer import fingerprint, open_tokenizer
 from ..errors import UserError
 from ..keep import WeightMask
 from ..source import Source
 from . import lora
+from .cache import Cache, wanted
+from ..distributed import leads
 from .feeds import Feeds
 from .loop import Clock
 from .recipe import Recipe
@@ -37,8 +39,9 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     feeds: Feeds
     source: Source | None
-    teacher: Source | None
+    teacher: Source | None  # whose weights are to be read
     mask: WeightMask | None
+    cache: Cache | None = None  # what a teacher said, where none is to be read
     best: dict[str, float] = field(default_factory=dict)  # loss and step of the best validation
     adapters: Any = None  # peft's wrapper of the model, where only adapters are trained
     clock: Clock = field(default_factory=Clock)
@@ -48,12 +51,24 @@ class Run:
         """Of the model that is trained."""
         return Anatomy.of(self.config)
 
+    @property
+    def teacher_flops(self) -> int | None:
+        """Of one sequence, on-line or when the cache was written; None without a teacher."""
+        if self.cache is not None:
+            return self.cache.manifest.flops_per_sequence
+        return None if self.teacher is None else self.teacher.anatomy.flops(self.recipe.data.seq_len)
+
 
 def prepare(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
     """Open what the recipe names and check that it fits together; UserError otherwise. Reads no weight of a model."""
     if recipe.lora is not None:
         lora.check_library()
     _check_folder(out, recipe)
+    return opened(recipe, out, online=online)
+
+
+def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
+    """As `prepare`, whatever is in the folder `out`."""
     source = None if recipe.model.source is None else Source.open(recipe.model.source, online=online)
     named = recipe.model.tokenizer
     tokenizer = source.tokenizer() if named is None and source is not None else open_tokenizer(named or "", online=online)
@@ -68,18 +83,36 @@ def prepare(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
             f"set data.seq_len to {window} or less, or drop it"
         )
     feeds = Feeds.open(recipe, tokenizer)
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = Source.open(recipe.teacher.source, online=online)
-        if teacher.anatomy.shape.vocab_size != Anatomy.of(config).shape.vocab_size or (
-            teacher.tokenizer().get_vocab() != tokenizer.get_vocab()
-        ):
-            raise UserError(
-                f"teacher.source: {teacher.label} has another vocabulary than the model that it is to teach, so their "
-                "distributions cannot be compared; give a teacher of the same tokenizer"
-            )
-    mask = None if recipe.model.mask is None else _mask(Path(recipe.model.mask), Anatomy.of(config))
-    return Run(recipe, out, config, tokenizer, feeds, source, teacher, mask)
+    anatomy = Anatomy.of(config)
+    teacher, cache = _teacher(recipe, feeds, tokenizer, anatomy.shape.vocab_size, online=online)
+    mask = None if recipe.model.mask is None else _mask(Path(recipe.model.mask), anatomy)
+    return Run(recipe, out, config, tokenizer, feeds, source, teacher, mask, cache)
+
+
+def _teacher(
+    recipe: Recipe, feeds: Feeds, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, online: bool
+) -> tuple[Source | None, Cache | None]:
+    """Whose weights are to be read, or what a teacher said; UserError for one that cannot teach this model."""
+    part = recipe.teacher
+    if part is None:
+        return None, None
+    if part.top_k is not None and part.top_k > vocab_size:
+        raise UserError(f"teacher.top_k: {part.top_k:,} are more than the vocabulary's {vocab_size:,}; give fewer, or null")
+    teacher = None if part.source is None else Source.open(part.source, online=online)
+    if teacher is not None and (
+        teacher.anatomy.shape.vocab_size != vocab_size or teacher.tokenizer().get_vocab() != tokenizer.get_vocab()
+    ):
+        raise UserError(
+            f"teacher.source: {teacher.label} has another vocabulary than the model that it is to teach, so their "
+            "distributions cannot be compared; give a teacher of the same tokenizer"
+        )
+    if part.cache is None:
+        return teacher, None
+    asked = wanted(recipe, feeds, fingerprint(tokenizer), vocab_size)
+    first = leads()  # one process is enough to hash files
+    named = teacher.sha256 if teacher is not None and first else None
+    folder, sequences = Path(part.cache).expanduser(), recipe.steps * recipe.sequences
+    return None, Cache.open(folder, asked, sequences, teacher=named, whole=first)
 
 
 def _check_folder(out: Path, recipe: Recipe) -> None:

@@ -102,11 +102,30 @@ class SchedulePart(_Strict):
 
 
 class TeacherPart(_Strict):
-    """Distillation: forward KL from a parent's next-token distribution."""
+    """Distillation: temperature^2 * KL(parent || model) of the next token, mixed with cross-entropy."""
 
-    source: str
+    source: str | None = Field(
+        default=None,
+        description="folder, GGUF file or hub name of the parent; with cache only compared, and may be left out",
+    )
     mix: float = Field(default=1.0, ge=0, le=1, description="share of the KL; the rest is cross-entropy")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="both models' logits are divided by it")
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="KL over the parent's so many likeliest tokens and all others as one; default: over all",
+    )
+    cache: str | None = Field(
+        default=None, description="what `prunus teach` wrote: the parent's weights are not read; needs top_k"
+    )
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> TeacherPart:
+        if self.source is None and self.cache is None:
+            raise ValueError("give source, the parent that teaches, or cache, what prunus teach wrote of it")
+        if self.cache is not None and self.top_k is None:
+            raise ValueError("a cache holds likeliest tokens only; give top_k, the number that it was written with")
+        return self
 
 
 class LoraPart(_Strict):
@@ -168,6 +187,10 @@ class Recipe(_Strict):
             raise ValueError("lora adapts weights that are there; give model.source")
         if self.data.mixing is not None and not self.validate_.every:
             raise ValueError("data.mixing goes by losses on the validation range; give validate.every")
+        if self.data.mixing is not None and self.teacher is not None and self.teacher.cache is not None:
+            raise ValueError(
+                "teacher.cache is of an order of the data that is known beforehand, which data.mixing settles as it goes; drop one"
+            )
         total = self.schedule.total
         if total is not None and total < self.schedule.start + self.tokens:
             raise ValueError(
@@ -192,7 +215,7 @@ class Recipe(_Strict):
     def named(self) -> dict[str, Any]:
         """As `plain`, for records: what lies in folders is named by the folder alone, whose place is nobody else's business."""
         data = self.plain()
-        for part, fields in (("model", ("source", "tokenizer", "mask")), ("teacher", ("source",))):
+        for part, fields in (("model", ("source", "tokenizer", "mask")), ("teacher", ("source", "cache"))):
             for name in fields if data[part] else ():
                 data[part][name] = _last(data[part][name])
         for domain in data["data"]["domains"]:

@@ -7,13 +7,12 @@ RUN/ledger.json   tokens and FLOPs                           RUN/record.jsonl   
 
 from __future__ import annotations
 
-import fcntl
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +20,18 @@ from torch import Tensor
 from .. import measure, record
 from ..distributed import World
 from ..errors import UserError
-from ..place import staged_files
+from ..place import locked, staged_files
 from ..source import DTYPES
 from . import lora, optim, saved
 from .export import export
-from .learner import Learner, Teacher
+from .learner import Learner
 from .loop import Hook, Sparse, Training, train_, validate
 from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, RECIPE, RECORD, Run
 from .recipe import Recipe
 from .schedule import Schedule
 from .shapes import fresh
 from .sweep import Sweep, swept
-
-if TYPE_CHECKING:
-    pass
+from .teaching import taught
 
 KIND = "train"
 Say = Callable[[Mapping[str, Any]], None]
@@ -58,7 +55,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
     first writes and says what there is to say.
     """
     recipe, out = run.recipe, run.out
-    with World.joined() as world, _locked(out) if world.first else nullcontext():
+    with World.joined() as world, locked(out) if world.first else nullcontext():
         _check_shares(recipe, world)
         done = world.agree(_begin(run) if world.first else None)
         if done is not None:
@@ -173,17 +170,13 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> tup
         sparse = Sparse(named, {name: world.part(kept) for name, kept in run.mask.kept.items()})
         sparse.after_step(None)
         hooks = (*hooks, sparse)
-    teacher = None
-    if run.teacher is not None and recipe.teacher is not None:
-        parent = Learner(run.teacher.load(str(dtype).removeprefix("torch.")), precision=recipe.precision)
-        teacher = Teacher(parent, recipe.teacher.mix, recipe.teacher.temperature)
     plan = recipe.schedule
     schedule = Schedule(
         plan.kind, lr, plan.total or plan.start + recipe.steps * recipe.batch_tokens, plan.start, plan.warmup,
         plan.floor, plan.decay,
     )  # fmt: skip
     training = Training(
-        learner, optimizer, run.feeds.training, schedule, recipe.sequences, recipe.micro_batch, chosen.clip, teacher,
+        learner, optimizer, run.feeds.training, schedule, recipe.sequences, recipe.micro_batch, chosen.clip, taught(run),
         run.feeds.starts if recipe.data.separate_documents else None, recipe.skip_spikes, hooks, world,
     )  # fmt: skip
     tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items()}
@@ -277,9 +270,13 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
     seq_len = run.recipe.data.seq_len
     flops = {"train": 3 * run.anatomy.flops(seq_len) * training.tokens // seq_len}
     beginnings = (0, 0) if tried is None else (tried.steps * run.recipe.sequences, len(tried.losses))
-    if run.teacher is not None:
-        flops["teacher"] = run.teacher.anatomy.flops(seq_len) * training.tokens // seq_len
-    ledger = run.feeds.ledger(run.recipe, training.tokens // seq_len, flops, run.anatomy.num_params, run.source, beginnings)
+    if run.teacher_flops is not None:
+        flops["teacher"] = run.teacher_flops * training.tokens // seq_len
+    cached = None if run.cache is None else run.cache.describe()
+    ledger = run.feeds.ledger(
+        run.recipe, training.tokens // seq_len, flops, run.anatomy.num_params, run.source, beginnings,
+        None if cached is None else cached["digest"],
+    )  # fmt: skip
     with staged_files(run.out / LEDGER) as (stage,):
         stage.write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
     lines = [json.loads(line) for line in (run.out / LOG).read_text(encoding="utf-8").splitlines()]
@@ -291,6 +288,7 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
         "lr": training.schedule.peak,
         "sweep": None if tried is None else {"steps": tried.steps, "losses": list(tried.losses.items())},
         "flops": flops,
+        "teacher_cache": cached,
         "loss": training.last["loss"] if training.last else None,
         "validation": [line for line in lines if "validation" in line],
         "best": run.best,
@@ -300,18 +298,6 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
     }
     recipe = {"command": KIND, "recipe": run.recipe.named(), "data": run.feeds.identity()}
     return record.append(run.out / RECORD, KIND, recipe, figures)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One process a run folder; UserError for the second."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{out}: another process is working on this run; wait for it, or give another --out") from error
-        yield
 
 
 @contextmanager
