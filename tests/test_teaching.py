@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -17,6 +16,7 @@ from pipeline import cli
 from test_distributed import compare, lines, work
 from test_train import SEQ, Killed, _same, asked, data, other_data, run, tiny_shape, weights
 
+from prunus.cli import run as command_line
 from prunus.errors import UserError
 from prunus.ledger import Ledger
 from prunus.source import Source
@@ -110,15 +110,25 @@ def test_disk_use_by_hand():
 
 
 def test_killed_anywhere_it_goes_on_behind_the_last_shard(tmp_path, monkeypatch):
-    """In the middle of a shard, between its files and the manifest: what is complete stays, byte for byte."""
+    """At once, inside a shard, between its files and the manifest: what is complete stays, byte for byte."""
     out = tmp_path / "cache"
 
-    def dies(stage, done, total):
-        if done > 12:
-            raise Killed
+    def dies_at(sequences):
+        def dies(stage, done, total):
+            if done > sequences:
+                raise Killed
 
+        return dies
+
+    out.mkdir()
+    (out / ".lock").touch()
     with pytest.raises(Killed):
-        teach(out, progress=dies)
+        teach(out, progress=dies_at(2))
+    assert Manifest.read(out).shards == []
+    with pytest.raises(UserError, match=r"was written for something else \(temperature differs\)"):
+        teach(out, taught_by(teacher__temperature=1.0))
+    with pytest.raises(Killed):
+        teach(out, progress=dies_at(12))
     assert [shard.sequences for shard in Manifest.read(out).shards] == [5, 5]
     before = {path: path.stat().st_mtime_ns for number in range(2) for path in files(out, number)}
     (out / ".ids-00002.partial-1.npy").write_bytes(b"half")
@@ -126,7 +136,7 @@ def test_killed_anywhere_it_goes_on_behind_the_last_shard(tmp_path, monkeypatch)
 
     def write(manifest, folder):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise Killed
         real(manifest, folder)
 
@@ -246,6 +256,7 @@ def test_a_plan_counts_no_teacher(tmp_path):
     )  # each holds it whole
 
 
+@pytest.mark.slow
 def test_two_processes_read_their_own_positions(tmp_path):
     """Five sequences an update, three and two: the second micro-batch is empty in one process."""
     recipe = taught_by(written(), batch_tokens=5 * SEQ, tokens=6 * 5 * SEQ)
@@ -407,16 +418,16 @@ def test_the_command_line(tmp_path):
     assert code == 2 and "scratch" in err
 
 
-def test_ctrl_c_leaves_something_to_go_on_with(tmp_path, monkeypatch):
+def test_ctrl_c_leaves_something_to_go_on_with(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.yaml").write_text(json.dumps(taught_by().plain()))
 
     def write(work, progress):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(teaching, "write", write)
-    with contextlib.suppress(SystemExit):
-        code, _, err = cli("teach", tmp_path / "r.yaml", "--out", tmp_path / "cache")
-        assert code == 130 and "the same command goes on behind the last shard" in err
+    with pytest.raises(SystemExit) as stop:
+        command_line(["teach", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "cache")])
+    assert stop.value.code == 130 and "the same command goes on behind the last shard" in capsys.readouterr().err
 
 
 def test_an_idle_process_asks_for_a_position_that_is_there():

@@ -43,10 +43,10 @@ class Teacher:
             raw = raw if head.bias is None else raw + head.bias
             return raw if cap is None else cap * torch.tanh(raw / cap)
 
-        def likeliest(part: slice) -> Likeliest:
-            return Likeliest.of(logits(part), self.top_k or 0, self.temperature)
-
-        return Mix(logits if self.top_k is None else likeliest, self.mix, self.temperature)
+        k, temperature = self.top_k, self.temperature
+        if k is None:
+            return Mix(logits, self.mix, temperature)
+        return Mix(lambda part: Likeliest.of(logits(part), k, temperature), self.mix, temperature)
 
 
 class Learner(nn.Module):

@@ -106,7 +106,7 @@ def prepare(recipe: Recipe, out: Path | None = None, *, online: bool = False) ->
             )
         there.check_files(out, whole=True)
         manifest = there
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise UserError(f"{out}: is there already and holds nothing that prunus teach wrote; give another --out")
     made = Teaching(run, out, manifest, recipe.steps * recipe.sequences)
     free = shutil.disk_usage(standing(out)).free
@@ -125,6 +125,7 @@ def write(teaching: Teaching, progress: Callable[[str, int, int], None] = lambda
     with locked(out):
         for path in out.glob(".*.partial-*"):  # of a process that was killed
             path.unlink()
+        manifest.write(out)  # whose folder it is, before the first shard is whole
         teacher, size = taught(run), max(1, SHARD_BYTES // teaching._bytes(1))
         assert teacher is not None
         while manifest.sequences < teaching.sequences:
