@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_options import JsonOpt, OnlineOpt, tell
 from .errors import UserError
 
 recipes = typer.Typer(name="recipe", help="Training recipes.", no_args_is_help=True)
@@ -17,13 +18,11 @@ studies = typer.Typer(name="study", help="Grids of training runs.", no_args_is_h
 StudyArg = Annotated[Path, typer.Argument(help="A study's .yaml file.", metavar="FILE")]
 
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE with a dotted name, such as optimizer.lr=1e-3.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 RecipeArg = Annotated[str, typer.Argument(help="A .yaml file, or the bare name of a recipe that ships.", metavar="RECIPE")]
 SourceOpt = Annotated[str | None, typer.Option("--source", help="Short for model.source.")]
 DataOpt = Annotated[str | None, typer.Option("--data", help="Short for data.domains: one folder of prepared data.")]
 TokensOpt = Annotated[str | None, typer.Option("--tokens", help="Short for tokens, such as 200k or 4M.")]
 TokenizerOpt = Annotated[str | None, typer.Option("--tokenizer", help="Short for model.tokenizer.")]
-OnlineOpt = Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")]
 
 
 def _fields(source: str | None, data: str | None, tokens: str | None, tokenizer: str | None) -> dict[str, Any]:
@@ -126,10 +125,7 @@ def teach(
         print("prunus: stopped; the same command goes on behind the last shard", file=sys.stderr)
         raise SystemExit(130) from None
     result = {**plan, "digest": manifest.digest, "shards": len(manifest.shards), "flops": manifest.flops}
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-    else:
-        show_train.taught(result)
+    tell(result, as_json, show_train.taught)
 
 
 def runs(
@@ -154,10 +150,7 @@ def plan(recipe: str, changes: list[str], devices: int, rate: float | None, memo
     from .train.estimate import planned
 
     result = planned(recipes_.read(recipe, changes), devices=devices, rate=rate, memory=memory)
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-    else:
-        show_train.plan(result)
+    tell(result, as_json, show_train.plan)
 
 
 @recipes.command()
@@ -198,16 +191,13 @@ def run_study(
     from .train import study
     from .train.run import StoppedError
 
-    tell = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr, flush=True))
+    note = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr, flush=True))
     try:
-        result = study.run(file, out, tell=tell, say=(lambda line: None) if as_json else show_train.line)
+        result = study.run(file, out, tell=note, say=(lambda line: None) if as_json else show_train.line)
     except StoppedError as stop:
         print(f"prunus: {stop}", file=sys.stderr)
         raise typer.Exit(stop.code) from stop
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-    else:
-        show_train.study(result)
+    tell(result, as_json, show_train.study)
 
 
 @studies.command(name="plan")

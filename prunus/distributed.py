@@ -40,7 +40,7 @@ class World:
 
         The group stands until the process ends: what torchrun gave to find each other by is good for one group.
         """
-        if not several():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls(device=device)
             return
         import torch.distributed as dist
@@ -200,11 +200,6 @@ class World:
 
 
 ALONE = World()
-
-
-def several() -> bool:
-    """Whether torchrun started this process among others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def leads() -> bool:

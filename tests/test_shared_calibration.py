@@ -117,7 +117,8 @@ def test_more_processes_than_windows_are_refused(monkeypatch, tmp_path):
     assert code == 2 and "8 processes cannot share 4 windows of calibration text; give at least 8, or start fewer" in said
 
 
-def test_what_cannot_be_shared_is_refused(monkeypatch):
+@pytest.mark.parametrize("command", ["methods", "teach"])
+def test_what_cannot_be_shared_is_refused(monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, said = pipeline.cli("methods")
-    assert code == 2 and "methods: torchrun started 2 processes, but only train and prune share their work" in said
+    code, _, said = pipeline.cli(command)
+    assert code == 2 and f"{command}: torchrun started 2 processes, but only train and prune share their work" in said

@@ -188,7 +188,8 @@ def recovery_table(rows: list[dict[str, Any]]) -> list[str]:
     if trained:
         how = (
             f" Trained on C4 that no evaluation reads, sequences of {trained['data']['seq_len']}, "
-            f"{trained['batch_tokens']:,} tokens an update, {trained['schedule']['kind']}, {trained['precision']}; one seed; perplexity."
+            f"{trained['batch_tokens']:,} tokens an update, {trained['schedule']['kind']}, {trained['precision']}; "
+            "one seed; perplexity."
         )
     return [
         f"`tools/recover.py`: SmolLM2-135M cut by `flap --ratio 0.2`, then trained on.{how}",

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from .. import checkpoint, record
 from ..anatomy import Anatomy
 from ..data.tokenizer import fingerprint, open_tokenizer
+from ..distributed import leads
 from ..errors import UserError
 from ..keep import WeightMask
 from ..source import Source
 from . import lora
 from .cache import Cache, wanted
-from ..distributed import leads
 from .feeds import Feeds
 from .loop import Clock
 from .recipe import Recipe

@@ -23,7 +23,6 @@ from ..errors import UserError
 from ..headers import sha256
 from ..place import locked, staged_files
 from .cache import LOGS, MANIFEST, Manifest, Remembered, Shard, bytes_of, files, wanted
-from .distributed import several
 from .learner import Learner, Taught, Teacher, boundaries
 from .loss import CHUNK
 from .opening import Run, opened
@@ -82,8 +81,6 @@ def prepare(recipe: Recipe, out: Path | None = None, *, online: bool = False) ->
             "data.mixing: the order of the data is settled while the run goes, so no teacher can be asked before; drop it, or "
             "teach on-line without teacher.cache"
         )
-    if several():
-        raise UserError("prunus teach is for one process; start it without torchrun")
     if out is None and part.cache is None:
         raise UserError("--out: where to? give it, or teacher.cache in the recipe")
     out = Path(out or part.cache or "").expanduser()
