@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pipeline
@@ -754,16 +755,51 @@ def test_curves_have_what_was_logged():
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):
+    """Once: a run that goes on tells the steps since its checkpoint again."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sink = track.sink("tensorboard", tmp_path)
-    sink({"step": 3, "loss": 1.5, "validation": {"loss": 2.0, "by_domain": {"a": 2.5}, "sequences": 4}})
+    def line(step, loss):
+        return {"step": step, "loss": loss, "validation": {"loss": 2.0, "by_domain": {"a": 2.5}, "sequences": 4}}
+
+    before = track.sink("tensorboard", tmp_path)
+    assert not list(tmp_path.iterdir())  # opened when there is something to tell, by the process that tells it
+    before(line(3, 1.5))
+    before(line(4, 1.25))
+    track.sink("tensorboard", tmp_path)(line(4, 1.75))
     seen = EventAccumulator(str(tmp_path / "tensorboard"))
     seen.Reload()
-    told = {name: (event.step, event.value) for name in seen.Tags()["scalars"] for event in seen.Scalars(name)}
-    assert told == {"loss": (3, 1.5), "validation/loss": (3, 2.0), "validation/by_domain/a": (3, 2.5)}
+    told = {name: [(event.step, event.value) for event in seen.Scalars(name)] for name in seen.Tags()["scalars"]}
+    assert told["loss"] == [(3, 1.5), (4, 1.75)]
+    assert told["validation/loss"] == [(3, 2.0), (4, 2.0)] and told["validation/by_domain/a"] == [(3, 2.5), (4, 2.5)]
     with pytest.raises(UserError, match=r"unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):
         track.check("tensorbord")
+
+
+def test_trackio_goes_on_with_its_run_and_leaves_stdout_alone(tmp_path, monkeypatch, capsys):
+    """A stand-in that prints as trackio does: the same run under the same name, although another folder is called alike."""
+    calls, lines = [], []
+
+    class Trackio(types.ModuleType):
+        def init(self, **asked):
+            print("* Trackio project initialized")
+            calls.append(asked)
+
+        def log(self, numbers, step):
+            lines.append((step, numbers))
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(track, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"trackio is not installed; pip install 'prunus\[trackio\]'"):
+        track.check("trackio")
+    monkeypatch.setattr(track, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "trackio", Trackio("trackio"))
+    for step in (1, 2):
+        track.sink("trackio", tmp_path)({"step": step, "loss": 1.5})
+    assert lines == [(1, {"loss": 1.5}), (2, {"loss": 1.5})]
+    assert calls[0] == calls[1] and calls[0]["resume"] == "allow" and calls[0]["name"].startswith(f"{tmp_path.name}-")
+    assert capsys.readouterr().out == ""
 
 
 # -- what a run will take -------------------------------------------------------------------------------------------------

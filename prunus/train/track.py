@@ -1,4 +1,4 @@
-"""Where what is logged goes besides `log.jsonl`: TensorBoard or trackio (the extra `track`), or any function.
+"""Where what is logged goes besides `log.jsonl`: TensorBoard or trackio (the extras `track` and `trackio`), or any function.
 
 A sink is called with every line of the log. Another service needs no more than a function of one dictionary::
 
@@ -9,7 +9,11 @@ A sink is called with every line of the log. Another service needs no more than 
 
 from __future__ import annotations
 
+import atexit
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,10 +34,10 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
     return out
 
 
-def _tensorboard(out: Path) -> Sink:
+def _tensorboard(out: Path, step: int) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(out / "tensorboard"))
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step)  # what a killed process told of later steps is void
 
     def sink(line: Mapping[str, Any]) -> None:
         for name, value in scalars(line).items():
@@ -43,28 +47,43 @@ def _tensorboard(out: Path) -> Sink:
     return sink
 
 
-def _trackio(out: Path) -> Sink:
+def _trackio(out: Path, step: int) -> Sink:
     import trackio
 
-    trackio.init(project="prunus", name=out.name)
+    note = out / "trackio.txt"  # all runs lie in one store of trackio's, where two folders may be called the same
+    if not note.exists():
+        note.write_text(f"{out.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}\n", encoding="utf-8")
+    with redirect_stdout(sys.stderr):  # stdout is for what the command itself tells
+        trackio.init(project="prunus", name=note.read_text(encoding="utf-8").strip(), resume="allow")
+
+    @atexit.register
+    def finish() -> None:
+        with redirect_stdout(sys.stderr):
+            trackio.finish()
+
     return lambda line: trackio.log(scalars(line), step=line["step"])
 
 
-_SINKS: Mapping[str, tuple[str, Callable[[Path], Sink]]] = {
-    "tensorboard": ("tensorboard", _tensorboard),
-    "trackio": ("trackio", _trackio),
-}
+_SINKS: Mapping[str, Callable[[Path, int], Sink]] = {"tensorboard": _tensorboard, "trackio": _trackio}
+_EXTRAS = {"tensorboard": "track", "trackio": "trackio"}
 
 
 def check(kind: str) -> None:
     """UserError, before any work, for a sink that is not known or not installed."""
     if kind not in _SINKS:
         raise unknown("tracker", kind, _SINKS)
-    if find_spec(_SINKS[kind][0]) is None:
-        raise UserError(f"track: {kind} is not installed; pip install 'prunus[track]'")
+    if find_spec(kind) is None:
+        raise UserError(f"track: {kind} is not installed; pip install 'prunus[{_EXTRAS[kind]}]'")
 
 
 def sink(kind: str, out: Path) -> Sink:
-    """Open a sink for the run in `out`."""
+    """A sink for the run in `out`. It opens at its first line: then the folder is a run's, and one process alone has lines."""
     check(kind)
-    return _SINKS[kind][1](out)
+    opened: list[Sink] = []
+
+    def put(line: Mapping[str, Any]) -> None:
+        if not opened:
+            opened.append(_SINKS[kind](out, line["step"]))
+        opened[0](line)
+
+    return put
