@@ -25,7 +25,7 @@ from prunus.data.order import Domain, Stream
 from prunus.ledger import Data, Stage
 from prunus.network import offline
 from prunus.train import lora
-from prunus.train.learner import Learner, Teacher
+from prunus.train.learner import Learner, Teacher, recompute_
 from prunus.train.loop import Sparse, Training, train_
 from prunus.train.optim import adamw, start_slots_
 from prunus.train.recipe import LoraPart
@@ -73,7 +73,7 @@ def ours(
         lora.attach_(model, anatomy, LoraPart(), 0)
         model.train()
     if recomputed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = adamw(named.items(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
     start_slots_(optimizer, 0)

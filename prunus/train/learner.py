@@ -91,6 +91,12 @@ class Learner(nn.Module):
             return self.decode(input_ids=ids_BT, use_cache=False, **positions).last_hidden_state
 
 
+def recompute_(model: PreTrainedModel) -> None:
+    """Changes `model`: on the way back each block is computed anew from its input, so nothing inside it is kept."""
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def boundaries(starts_BT: Tensor) -> dict[str, Tensor]:
     """Keywords that keep packed documents apart: positions that begin anew, and a mask [B, 1, T, T] (True: is seen).
 

@@ -24,7 +24,7 @@ from ..place import locked, staged_files
 from ..source import DTYPES
 from . import lora, optim, saved
 from .export import export
-from .learner import Learner
+from .learner import Learner, recompute_
 from .loop import Hook, Sparse, Training, train_, validate
 from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, RECIPE, RECORD, Run
 from .recipe import Recipe
@@ -160,7 +160,7 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> tup
     run.adapters = None if recipe.lora is None else lora.attach_(model, run.anatomy, recipe.lora, recipe.seed)
     model.train()
     if recipe.checkpoint_activations:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_(model)
     learner = Learner(model, precision=recipe.precision, compiled=recipe.compile)
     world.shard_(learner, model.get_submodule(run.anatomy.family.blocks).children())
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
