@@ -86,7 +86,7 @@ def by_two() -> Path:
     stop_alone(out / "on-by-two", tied())
     jobs += [{"recipe": tied(), "out": out / name} for name in ("stopped", "on-by-two")]
     done = work(out, jobs)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-20_000:]
     return out
 
 
@@ -225,7 +225,7 @@ def test_the_command_line_under_torchrun(tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(tied(validate__every=0, tokens=2 * 4 * SEQ).plain()))
     command = torchrun("-m", "prunus.cli", "train", tmp_path / "r.yaml", "--out", tmp_path / "run", "--json")
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-20_000:]
     figures = json.loads(done.stdout)["figures"]  # one object, from one process
     assert figures["processes"] == 2 and figures["verified"]["clean_process"] and figures["tokens"] == 2 * 4 * SEQ
 
@@ -237,18 +237,22 @@ def test_the_command_line_under_torchrun(tmp_path):
 def test_two_are_one_in_bfloat16_and_with_activations_computed_again(tmp_path):
     """A product in bfloat16 rounds at 2^-8, and rows in another micro-batch may round the other way."""
     done = work(tmp_path, [{"recipe": make(), "out": tmp_path / name} for name, make in MORE.items()])
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-20_000:]
     compare(tmp_path / "recomputed", alone("recomputed"))
     compare(tmp_path / "autocast", alone("autocast"), tolerance=2e-2)
 
 
 @pytest.mark.slow
 def test_three_are_one(tmp_path):
-    """More processes than some tensors have rows to share evenly; one is idle in every second micro-batch."""
+    """More processes than some tensors have rows to share evenly; one is idle in every second micro-batch.
+
+    With micro-batches of one, a weight's first gradient is of the size of AdamW's eps (1.79e-8 in one order of sums, 1.74e-8 in
+    the other), where the first step's size depends on it: that one weight of 45,000 ends 3e-5 away.
+    """
     done = work(tmp_path, [{"recipe": uneven(micro_batch=1), "out": tmp_path / "run"}], processes=3)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-20_000:]
     run(tmp_path / "alone", uneven(micro_batch=1))
-    compare(tmp_path / "run", tmp_path / "alone")
+    compare(tmp_path / "run", tmp_path / "alone", tolerance=1e-4)
 
 
 @pytest.mark.slow
@@ -258,7 +262,7 @@ def test_one_that_dies_takes_the_other_along(tmp_path):
     recipe = tied(save__every=2, validate__every=0)
     done = work(tmp_path, [{"recipe": recipe, "out": tmp_path / "run", "at": 5, "how": "die", "rank": 1}])
     assert done.returncode != 0 and time.monotonic() - since < 90
-    assert re.search(r"process 0 of 2 lost another one|exitcode +: 7", done.stderr), done.stderr[-3000:]
+    assert re.search(r"process 0 of 2 lost another one|exitcode +: 7", done.stderr), done.stderr[-20_000:]
     assert saved.steps(tmp_path / "run" / "checkpoints") == [2, 4]
     run(tmp_path / "run", recipe)
     assert weights(tmp_path / "run")
