@@ -210,66 +210,11 @@ def test_one_cosine_over_two_stages():
     assert [second(n) for n in range(0, 601, 50)] == [whole(400 + n) for n in range(0, 601, 50)]
 
 
-# -- stopped and gone on --------------------------------------------------------------------------------------------------
+# -- stopped and gone on; test_resume.py kills runs everywhere -----------------------------------------------------------
 
 
 class Killed(BaseException):
     """As hard as a signal: nothing may catch it."""
-
-
-@pytest.mark.parametrize(
-    ("precision", "at"), [("float32", 1), ("float32", 2), ("float32", 7), ("bfloat16-autocast", 5), ("bfloat16", 5)]
-)
-def test_killed_after_any_step_it_ends_the_same(tmp_path, precision, at):
-    recipe = asked(precision=precision, validate__every=0)
-    straight = pipeline.scratch() / f"straight-{precision}"
-    if not straight.exists():
-        run(straight, recipe)
-
-    def say(line):
-        if line["step"] == at:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(tmp_path / "run", recipe, say=say)
-    assert saved.steps(tmp_path / "run" / "checkpoints") == [s for s in (2, 4, 6) if s < at][-2:]
-    run(tmp_path / "run", recipe)
-    assert _same(weights(tmp_path / "run"), weights(straight))
-    mine, theirs = (
-        [
-            {k: v for k, v in json.loads(t).items() if k in ("step", "loss", "lr", "grad_norm")}
-            for t in f.read_text().splitlines()
-        ]
-        for f in (tmp_path / "run" / "log.jsonl", straight / "log.jsonl")
-    )
-    assert mine == theirs
-    assert (tmp_path / "run" / "ledger.json").read_bytes() == (straight / "ledger.json").read_bytes()
-
-
-@pytest.mark.parametrize("where", ["dcp", "state", "rename"])
-def test_killed_inside_a_save_the_checkpoint_before_counts(tmp_path, monkeypatch, where):
-    import torch.distributed.checkpoint as dcp
-
-    calls = []
-
-    def dies(real):
-        def call(*arguments, **keywords):
-            calls.append(1)
-            if len(calls) == 2:
-                raise Killed
-            return real(*arguments, **keywords)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        place, name = {"dcp": (dcp, "save"), "state": (saved, "_to_disk"), "rename": (Path, "rename")}[where]
-        patch.setattr(place, name, dies(getattr(place, name)))
-        with pytest.raises(Killed):
-            run(tmp_path / "run", asked())
-    assert saved.steps(tmp_path / "run" / "checkpoints") == [2]
-    run(tmp_path / "run", asked())
-    assert _same(weights(tmp_path / "run"), weights(finished()))
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 _CHILD = """
@@ -289,7 +234,10 @@ except run.StoppedError as stop:
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [
+        (signal.SIGTERM, 143),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((signal.SIGINT, 130), (signal.SIGKILL, -9))),
+    ],
 )
 def test_a_real_process_is_killed(tmp_path, kind, code):
     """SIGTERM and Ctrl-C save where they stand; after SIGKILL the last checkpoint counts. The end is the same, bit for bit."""
@@ -641,6 +589,7 @@ def test_a_folder_of_another_run_is_not_touched(tmp_path):
     with pytest.raises(UserError, match=r"holds a run of another recipe \(optimizer.lr differs\)"):
         opened(asked(optimizer__lr=0.5), finished())
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is there already and holds no run of prunus"):
         opened(asked(), tmp_path / "there")
 

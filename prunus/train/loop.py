@@ -166,8 +166,10 @@ class Sparse:
 
 @torch.no_grad()
 def validate(learner: Learner, feed: Feed, sequences: int, micro: int, world: World = ALONE) -> dict[str, Any]:
-    """Mean cross-entropy in nats a token of the first sequences of a feed, and of each of its domains."""
+    """Mean cross-entropy in nats a token of the first sequences of a feed, and of each of its domains, without dropout."""
     found: list[tuple[int, float]] = []
+    trains = learner.model.training
+    learner.model.eval()
     share = world.share(sequences)
     for first in range(share.start, share.start + world.largest_share(sequences), micro):
         idle = first >= share.stop
@@ -175,6 +177,7 @@ def validate(learner: Learner, feed: Feed, sequences: int, micro: int, world: Wo
         losses_BT = learner.nll(batch.ids[:, :-1], batch.ids[:, 1:])
         if not idle:
             found += zip(_domains(batch), losses_BT.mean(1).tolist(), strict=True)
+    learner.model.train(trains)
     sums: dict[int, list[float]] = {}
     for domain, loss in world.together(found):
         sums.setdefault(domain, []).append(loss)

@@ -116,8 +116,10 @@ def _teacher(
 
 
 def _check_folder(out: Path, recipe: Recipe) -> None:
-    """UserError unless the folder is free, or holds this very run."""
-    if not out.exists():
+    """UserError unless the folder is free, or holds this very run. Free is one that holds what is not seen at most: the lock
+    of a run that was killed before it wrote its recipe.
+    """
+    if not out.exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):
         record.check_place(out / RECORD, "out")
         return
     try:

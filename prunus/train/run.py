@@ -8,6 +8,7 @@ RUN/ledger.json   tokens and FLOPs                           RUN/record.jsonl   
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -68,13 +69,13 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
         _resume_(run, training, tensors)
         peak, last_flops = world.total(measure.gemm_rate()), run.anatomy.flops(recipe.data.seq_len) / recipe.data.seq_len
         with _asked_to_stop() as asked:
-            began = training.step
+            began, before = training.step, run.clock.seconds
 
             def each(training: Training) -> None:
                 run.clock.stop()
                 whole = training.step == recipe.steps
                 if training.step % recipe.log_every == 0 or whole:
-                    speed = (training.step - began) * recipe.batch_tokens / max(run.clock.seconds, 1e-9)
+                    speed = (training.step - began) * recipe.batch_tokens / max(run.clock.seconds - before, 1e-9)
                     tell(_line(run, training, speed, 3 * last_flops * speed / peak))
                 every = recipe.validate_.every
                 if every and (training.step % every == 0 or whole):
@@ -144,6 +145,11 @@ def _begin(run: Run) -> dict[str, Any] | None:
     if not (run.out / RECIPE).exists():
         with staged_files(run.out / RECIPE) as (stage,):
             stage.write_text(json.dumps(run.recipe.plain(), indent=1) + "\n", encoding="utf-8")
+    for left in [
+        *run.out.glob(".*.partial-*"),
+        *run.out.glob(".*.replaced-*"),
+    ]:  # by a killed process, whose number comes again
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     saved.clear_partial(run.out / CHECKPOINTS)
     done = record.read(run.out / RECORD) if (run.out / RECORD).exists() else []
     return done[-1] if done else None
@@ -152,6 +158,7 @@ def _begin(run: Run) -> dict[str, Any] | None:
 def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> tuple[Training, dict[str, Tensor]]:
     """The run's live parts, and every tensor of a checkpoint by name."""
     recipe, chosen = run.recipe, run.recipe.optimizer
+    torch.manual_seed(recipe.seed)  # for dropout, where a model has it
     dtype = DTYPES["bfloat16" if recipe.precision == "bfloat16" else "float32"]
     if run.source is not None:
         model = run.source.load(str(dtype).removeprefix("torch."))
@@ -206,9 +213,13 @@ def _save(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
         "versions": record.versions(),
     }
     saved.write(run.out / CHECKPOINTS, training.step, tensors, state, training.world)
-    best = run.best.get("step")
     if training.world.first:
-        saved.prune(run.out / CHECKPOINTS, run.recipe.save.keep, None if best is None else int(best))
+        _prune(run)
+
+
+def _prune(run: Run) -> None:
+    best = run.best.get("step")
+    saved.prune(run.out / CHECKPOINTS, run.recipe.save.keep, None if best is None else int(best))
 
 
 def _resume_(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
@@ -224,10 +235,11 @@ def _resume_(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> Non
         optim.start_slots_(training.optimizer, state["updates"])
         training.step, training.tokens, training.skipped = state["step"], state["tokens"], state["skipped"]
         run.feeds.remember_(state["mixing"])
-        training.usual, run.best, run.clock.seconds = state["usual"], state["best"], 0.0
+        training.usual, run.best, run.clock.seconds = state["usual"], state["best"], state["seconds"]
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
     if world.first:
         _cut_log(run.out / LOG, at)
+        _prune(run)
 
 
 def _cut_log(path: Path, step: int) -> None:
@@ -289,7 +301,7 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
         "sweep": None if tried is None else {"steps": tried.steps, "losses": list(tried.losses.items())},
         "flops": flops,
         "teacher_cache": cached,
-        "loss": training.last["loss"] if training.last else None,
+        "loss": next(line["loss"] for line in reversed(lines) if "loss" in line),
         "validation": [line for line in lines if "validation" in line],
         "best": run.best,
         "seconds": run.clock.seconds,
@@ -297,7 +309,8 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
         "verified": verified,
     }
     recipe = {"command": KIND, "recipe": run.recipe.named(), "data": run.feeds.identity()}
-    return record.append(run.out / RECORD, KIND, recipe, figures)
+    with staged_files(run.out / RECORD) as (stage,):
+        return record.append(stage, KIND, recipe, figures)
 
 
 @contextmanager

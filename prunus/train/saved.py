@@ -64,8 +64,7 @@ def write(
             text = json.dumps({"format": FORMAT, **state, "files": files}, allow_nan=False)
             (stage / STATE).write_text(text + "\n", encoding="utf-8")
             _to_disk(stage)
-            if target.exists():
-                shutil.rmtree(target)
+            _remove(target)
             stage.rename(target)
         world.barrier()
     except OSError as error:
@@ -77,9 +76,17 @@ def write(
 
 
 def clear_partial(checkpoints: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove what a killed process left half-written, or half-removed."""
     for path in checkpoints.glob(f".{_PREFIX}*.partial-*") if checkpoints.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """A checkpoint goes as it comes, whole: by its name first, so that a killed process leaves nothing that looks like one."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name}.partial-gone")
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _to_disk(folder: Path) -> None:
@@ -147,4 +154,4 @@ def prune(checkpoints: Path, keep: int, best: int | None) -> None:
     """Remove all but the last `keep` checkpoints and the best."""
     for step in steps(checkpoints)[:-keep]:
         if step != best:
-            shutil.rmtree(folder_of(checkpoints, step))
+            _remove(folder_of(checkpoints, step))
