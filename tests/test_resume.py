@@ -190,7 +190,7 @@ def end(out: Path) -> dict[str, object]:
         "state": without(state, "seconds", "files"),  # headers of the files have their fields in no fixed order
         "log": [without(line, "tokens_per_s", "share_of_peak", "seconds_left") for line in log],
         "ledger": (out / "ledger.json").read_bytes(),
-        "figures": without(figures, "seconds"),
+        "figures": without(figures, "seconds", "share_of_peak"),
         "model": {path.name: path.read_bytes() for path in (out / "model").iterdir()},
         "files": sorted(str(path.relative_to(out)) for path in out.rglob("*")),
     }

@@ -292,6 +292,7 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
     with staged_files(run.out / LEDGER) as (stage,):
         stage.write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
     lines = [json.loads(line) for line in (run.out / LOG).read_text(encoding="utf-8").splitlines()]
+    last = next(line for line in reversed(lines) if "loss" in line)
     figures = {
         "params": run.anatomy.num_params,
         "tokens": training.tokens,
@@ -301,10 +302,11 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
         "sweep": None if tried is None else {"steps": tried.steps, "losses": list(tried.losses.items())},
         "flops": flops,
         "teacher_cache": cached,
-        "loss": next(line["loss"] for line in reversed(lines) if "loss" in line),
+        "loss": last["loss"],
         "validation": [line for line in lines if "validation" in line],
         "best": run.best,
         "seconds": run.clock.seconds,
+        "share_of_peak": last["share_of_peak"],
         "processes": training.world.size,
         "verified": verified,
     }
