@@ -24,8 +24,8 @@ from prunus.anatomy import Anatomy
 from prunus.data.order import Domain, Stream
 from prunus.ledger import Data, Stage
 from prunus.network import offline
-from prunus.train import lora
-from prunus.train.learner import Learner, Teacher, recompute_
+from prunus.train import cache, lora
+from prunus.train.learner import Learner, Taught, Teacher, recompute_
 from prunus.train.loop import Sparse, Training, train_
 from prunus.train.optim import adamw, start_slots_
 from prunus.train.recipe import LoraPart
@@ -64,7 +64,7 @@ def ours(
     documents: int = 0,
     sparse: bool = False,
     adapters: bool = False,
-    taught: bool = False,
+    taught: str | None = None,
 ) -> Steps:
     """`steps -> updates`; what an option needs is in place before the first."""
     model = model_of(shape, torch.bfloat16 if precision == "bfloat16" else torch.float32)
@@ -92,9 +92,39 @@ def ours(
         hooks = (Sparse(named, kept),)
     run = Training(
         learner, optimizer, Feed(ids), Schedule("cosine", LR, 10**9), len(ids), micro or len(ids), CLIP,
-        Teacher(Learner(model_of(shape), precision=precision), 1.0, 1.0) if taught else None, starts, None, hooks,
+        None if taught is None else TEACHERS[taught](shape, ids), starts, None, hooks,
     )  # fmt: skip
     return lambda count: train_(run, run.step + count)
+
+
+def _asked(shape: str, top_k: int | None) -> Teacher:
+    return Teacher(Learner(model_of(shape)), 1.0, 1.0, top_k)
+
+
+def _remembered(shape: str, ids: torch.Tensor) -> Taught:
+    """What is read from files of the size that `prunus teach` writes."""
+    folder = Path(tempfile.mkdtemp(prefix="prunus-bench-"))
+    size = (len(ids), ids.shape[1] - 1, TOP_K)
+    vocab_size = config_of(shape, 1).vocab_size
+    for path, array in zip(
+        cache.files(folder, 0),
+        (np.random.default_rng(0).integers(0, vocab_size, size), np.full(size, np.log(0.9 / TOP_K))),
+        strict=True,
+    ):
+        np.save(path, array.astype(cache.ids_dtype(vocab_size) if path.name.startswith("ids") else cache.LOGS))
+    manifest = cache.Manifest.model_construct(
+        shards=[cache.Shard.model_construct(sequences=len(ids))], top_k=TOP_K, temperature=1.0, vocab_size=vocab_size
+    )
+    known = cache.Remembered(cache.Cache(folder, manifest), 1.0)
+    return lambda ids_BT, *, at=0, **positions: known(ids_BT, at=0)
+
+
+TOP_K = 64
+TEACHERS: Mapping[str, Callable[[str, torch.Tensor], Taught]] = {
+    "asked": lambda shape, ids: _asked(shape, None),
+    "asked, likeliest": lambda shape, ids: _asked(shape, TOP_K),
+    "remembered": _remembered,
+}
 
 
 def bare(shape: str, ids: torch.Tensor, precision: str) -> Steps:
@@ -146,7 +176,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # row -> what a recipe sets for it
     "checkpoint_activations": {"recomputed": True},
     "data.separate_documents": {"documents": 4},
     "model.mask": {"sparse": True},
-    "teacher: of its own size": {"taught": True},
+    "teacher: of its own size": {"taught": "asked"},
+    f"teacher.top_k: {TOP_K}": {"taught": "asked, likeliest"},
+    f"teacher.cache: top {TOP_K}": {"taught": "remembered"},
     "lora": {"adapters": True},
 }
 

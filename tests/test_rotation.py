@@ -19,6 +19,7 @@ from prunus.keep import Keep
 from prunus.oneshot import one_shot_
 from prunus.rotation import directions, stem_norms, turned_
 from prunus.source import Source
+from prunus.train.learner import recompute_
 
 IDS = pipeline.windows()
 UNSEEN = tiny.tokens(3, 13, seed=9, vocab=pipeline.VOCAB)
@@ -317,7 +318,7 @@ def test_the_sliced_type_decodes_trains_and_sees_no_future(case):
     assert tiny.relative(logits["sdpa"], logits["eager"]) < 1e-5
     assert torch.equal(tiny.greedy_stepwise(model, ids[:1, :5], 6), tiny.greedy_by_hand(model, ids[:1, :5], 6))
     model.train()
-    model.activation_checkpointing_enable()
+    recompute_(model)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
     widths = [h.shape[-1] for h in model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states]
