@@ -234,6 +234,7 @@ def train_table(rows: list[dict[str, Any]]) -> list[str]:
         "training FLOPs",
         "minutes",
         "tokens/s",
+        "of the matmul rate",
         "precision",
         "validation loss",
         "by tokens seen",
@@ -248,7 +249,8 @@ def train_table(rows: list[dict[str, Any]]) -> list[str]:
             [
                 recipe["name"], f"{f['params']:,}", f"{f['tokens']:,}", f"{sum(f['flops'].values()):.3g}",
                 f"{f['seconds'] / 60:.1f}",
-                f"{f['tokens'] / f['seconds']:,.0f}", recipe["precision"], f"{losses[-1][1]:.4f}" if losses else "", curve,
+                f"{f['tokens'] / f['seconds']:,.0f}", f"{f['share_of_peak']:.0%}" if "share_of_peak" in f else "",
+                recipe["precision"], f"{losses[-1][1]:.4f}" if losses else "", curve,
                 r["commit"] or "",
             ]
         )  # fmt: skip
