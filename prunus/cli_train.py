@@ -22,27 +22,36 @@ RecipeArg = Annotated[str, typer.Argument(help="A .yaml file, or the bare name o
 SourceOpt = Annotated[str | None, typer.Option("--source", help="Short for model.source.")]
 DataOpt = Annotated[str | None, typer.Option("--data", help="Short for data.domains: one folder of prepared data.")]
 TokensOpt = Annotated[str | None, typer.Option("--tokens", help="Short for tokens, such as 200k or 4M.")]
+EpochsOpt = Annotated[int | None, typer.Option("--epochs", help="Short for data.epochs: how often data may be seen.")]
+ParamsOpt = Annotated[
+    str | None,
+    typer.Option("--target-params", help="Short for model.target_params, such as 10M: fresh weights of this size."),
+]
 TokenizerOpt = Annotated[str | None, typer.Option("--tokenizer", help="Short for model.tokenizer.")]
 
 
-def _fields(source: str | None, data: str | None, tokens: str | None, tokenizer: str | None) -> dict[str, Any]:
+def _fields(
+    source: str | None, data: str | None, tokens: str | None, tokenizer: str | None, epochs: int | None, params: str | None
+) -> dict[str, Any]:
     """Flags as the fields that they stand for."""
     named: dict[str, Any] = {
         "model.source": source,
         "data.domains": [{"folder": data}] if data else None,
         "model.tokenizer": tokenizer,
-        "tokens": None if tokens is None else _count(tokens),
+        "tokens": None if tokens is None else _count("--tokens", tokens),
+        "data.epochs": epochs,
+        "model.target_params": None if params is None else _count("--target-params", params),
     }
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _count(text: str) -> int:
+def _count(option: str, text: str) -> int:
     """``4M`` -> 4,000,000."""
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
     try:
         return round(float(text[:-1]) * scale) if scale else int(text)
     except ValueError as error:
-        raise UserError(f"--tokens: '{text}' is no number of tokens; write for example 200000, 200k or 4M") from error
+        raise UserError(f"{option}: '{text}' is no number; write for example 200000, 200k or 4M") from error
 
 
 def train(
@@ -53,6 +62,8 @@ def train(
     data: DataOpt = None,
     tokens: TokensOpt = None,
     tokenizer: TokenizerOpt = None,
+    epochs: EpochsOpt = None,
+    target_params: ParamsOpt = None,
     track: Annotated[
         list[str] | None, typer.Option("--track", help="tensorboard or trackio, besides the run's own log.jsonl.")
     ] = None,
@@ -69,7 +80,7 @@ def train(
 
     for kind in track or ():
         tracking.check(kind)
-    asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer))
+    asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer, epochs, target_params))
     run = prepare(asked, out, online=online)
     for note in run.feeds.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -102,6 +113,8 @@ def teach(
     data: DataOpt = None,
     tokens: TokensOpt = None,
     tokenizer: TokenizerOpt = None,
+    epochs: EpochsOpt = None,
+    target_params: ParamsOpt = None,
     online: OnlineOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -114,7 +127,7 @@ def teach(
     from .train import recipe as recipes_
     from .train import teaching
 
-    asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer))
+    asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer, epochs, target_params))
     work = teaching.prepare(asked, out, online=online)
     plan = work.describe()
     print(f"note: {show_train.teaching(plan)}", file=sys.stderr, flush=True)

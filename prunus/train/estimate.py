@@ -145,7 +145,11 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
         if value is not None and not value > 0:
             raise UserError(f"{name}: {value} is not above 0")
     source = None if recipe.model.source is None else Source.open(recipe.model.source)
-    anatomy = source.anatomy if source is not None else Anatomy.of(config_of(recipe.model.shape or "", 0))
+    anatomy = (
+        source.anatomy
+        if source is not None
+        else Anatomy.of(config_of(recipe.model.shape or "", 0, recipe.model.target_params))
+    )
     part = recipe.teacher
     teacher = None if part is None or part.cache is not None else Source.open(part.source or "").anatomy
     vocab_size, read = anatomy.shape.vocab_size, recipe.steps * recipe.batch_tokens

@@ -18,8 +18,8 @@ from . import lora
 from .cache import Cache, wanted
 from .feeds import Feeds
 from .loop import Clock
-from .recipe import Recipe
-from .shapes import config_of
+from .recipe import NO_TOKENIZER, Recipe
+from .shapes import config_of, is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,9 +70,14 @@ def prepare(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
 def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
     """As `prepare`, whatever is in the folder `out`."""
     source = None if recipe.model.source is None else Source.open(recipe.model.source, online=online)
-    named = recipe.model.tokenizer
-    tokenizer = source.tokenizer() if named is None and source is not None else open_tokenizer(named or "", online=online)
-    config = source.config if source is not None else config_of(recipe.model.shape or "", len(tokenizer))
+    asked = recipe.model
+    if asked.tokenizer is not None:
+        tokenizer = open_tokenizer(asked.tokenizer, online=online)
+    elif source is not None or is_folder(str(asked.shape)):
+        tokenizer = (source or Source.open(str(asked.shape))).tokenizer()
+    else:
+        raise UserError(f"model: {NO_TOKENIZER}")
+    config = source.config if source is not None else config_of(asked.shape or "", len(tokenizer), asked.target_params)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and recipe.data.seq_len > limit:
         raise UserError(f"data.seq_len: {recipe.data.seq_len} is more than the {limit} positions that the model knows")

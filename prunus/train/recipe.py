@@ -17,6 +17,9 @@ from ..record import digest
 _SUFFIXES = (".yaml", ".yml")
 
 
+NO_TOKENIZER = "a shape brings no tokenizer; give tokenizer, a folder that has one"
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,13 +27,14 @@ class _Strict(BaseModel):
 class ModelPart(_Strict):
     """What is trained: a checkpoint to go on from, or a shape with fresh weights."""
 
-    source: str | None = Field(
-        None, description="folder, GGUF file or hub name to start from; with shape: its tokenizer only"
-    )
+    source: str | None = Field(None, description="folder, GGUF file or hub name to go on from; its tokenizer is the run's")
     shape: str | dict[str, Any] | None = Field(
-        default=None, description="fresh weights of this shape: a name, or config fields"
+        default=None, description="fresh weights of this shape: a name, config fields, or a checkpoint's folder"
     )
-    tokenizer: str | None = Field(default=None, description="folder of the tokenizer, where no source brings one")
+    target_params: int | None = Field(
+        default=None, ge=1, description="the shape's heads, stem and FFN scaled to so many parameters, within 1 %"
+    )
+    tokenizer: str | None = Field(default=None, description="folder of the tokenizer, where no checkpoint brings one")
     init: Literal["standard", "depth-scaled"] = Field(default="standard", description="how fresh weights are drawn")
     mask: str | None = Field(default=None, description="a sparse checkpoint whose zeros stay zero (its mask is used)")
 
@@ -38,8 +42,10 @@ class ModelPart(_Strict):
     def _one(self) -> ModelPart:
         if (self.source is None) == (self.shape is None):
             raise ValueError("give either source (weights to go on from) or shape (fresh weights)")
-        if self.shape is not None and self.tokenizer is None:
-            raise ValueError("a shape brings no tokenizer; give tokenizer, a folder that has one")
+        if self.target_params is not None and self.shape is None:
+            raise ValueError("target_params scales a shape; a source's weights have their sizes")
+        if isinstance(self.shape, dict) and self.tokenizer is None:
+            raise ValueError(NO_TOKENIZER)
         return self
 
 
@@ -215,9 +221,10 @@ class Recipe(_Strict):
     def named(self) -> dict[str, Any]:
         """As `plain`, for records: what lies in folders is named by the folder alone, whose place is nobody else's business."""
         data = self.plain()
-        for part, fields in (("model", ("source", "tokenizer", "mask")), ("teacher", ("source", "cache"))):
+        for part, fields in (("model", ("source", "shape", "tokenizer", "mask")), ("teacher", ("source", "cache"))):
             for name in fields if data[part] else ():
-                data[part][name] = _last(data[part][name])
+                if isinstance(data[part][name], str):  # not the fields of a shape
+                    data[part][name] = _last(data[part][name])
         for domain in data["data"]["domains"]:
             domain["folder"] = _last(domain["folder"])
         data["data"]["evaluation"] = [_last(text) for text in data["data"]["evaluation"]]

@@ -1,13 +1,17 @@
-"""Named shapes for fresh weights: the nano ladder, and SmolLM2's own. Fields of a Hugging Face config."""
+"""Shapes for fresh weights: the nano ladder and SmolLM2's own by name, fields of a Hugging Face config, or a checkpoint's."""
 
 from __future__ import annotations
 
+import copy
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..anatomy import Anatomy
 from ..errors import UserError, unknown
+from ..source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,8 +41,29 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(shape: str | dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """The config of a named shape, or of fields; UserError for what no family takes, or for a tokenizer that is too large."""
+def config_of(shape: str | dict[str, Any], vocab_size: int, target_params: int | None = None) -> PreTrainedConfig:
+    """The config of a named shape, of a checkpoint's folder, or of fields; with `target_params` its widths are scaled.
+
+    UserError for what no family takes, and for a tokenizer that is too large.
+    """
+    if isinstance(shape, str) and is_folder(shape):
+        config = Source.open(shape).config
+    else:
+        config = _of_fields(shape)
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.shape: a vocabulary of {config.vocab_size:,} is too small for the tokenizer's {vocab_size:,} tokens"
+        )
+    Anatomy.of(config).checked()
+    return config if target_params is None else _scaled(config, target_params)
+
+
+def is_folder(shape: str) -> bool:
+    """Whether a shape is that of a checkpoint; a name goes before a folder that is called the same."""
+    return shape not in SHAPES and Path(shape).expanduser().is_dir()
+
+
+def _of_fields(shape: str | dict[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if isinstance(shape, str):
@@ -50,15 +75,51 @@ def config_of(shape: str | dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     if not isinstance(kind, str):
         raise UserError("model.shape: it has no model_type; give for example model_type: llama")
     try:
-        config = AutoConfig.for_model(kind, **fields)
+        return AutoConfig.for_model(kind, **fields)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.shape: {str(error).strip().splitlines()[-1]}") from error
-    if config.vocab_size < vocab_size:
+
+
+_STEP = 8  # scaled widths are multiples of it
+_NEAR = 0.01  # of the parameters asked for
+
+
+def _scaled(config: PreTrainedConfig, params: int) -> PreTrainedConfig:
+    """The config with KV groups, query heads and stem in proportion, and the FFN that brings it to `params`.
+
+    Of all numbers of groups the one whose FFN is nearest to the same multiple of the stem. UserError if none comes near.
+    """
+    shape = Anatomy.of(config).shape
+    first = shape.layers[0]
+    if any(layer != first for layer in shape.layers) or not first.num_key_value_heads or not first.intermediate_size:
+        raise UserError("model.target_params: only a shape whose layers are alike can be scaled; drop it")
+    groups, per_group = first.num_key_value_heads, first.num_attention_heads // first.num_key_value_heads
+    ratio = first.intermediate_size / shape.hidden_size
+
+    def sized(count: int, ffn: int) -> PreTrainedConfig:
+        out = copy.deepcopy(config)
+        out.hidden_size = _STEP * max(1, round(shape.hidden_size * count / groups / _STEP))
+        out.num_key_value_heads, out.num_attention_heads = count, count * per_group
+        out.head_dim, out.intermediate_size = shape.head_dim, ffn
+        return out
+
+    def num_params(count: int, ffn: int) -> int:
+        return Anatomy.of(sized(count, ffn)).num_params
+
+    best: tuple[float, int, int] | None = None
+    for count in range(1, 16 * groups + 1):
+        least = num_params(count, _STEP)
+        if least > params * (1 + _NEAR):
+            break
+        ffn = _STEP * (1 + max(0, round((params - least) / (num_params(count, 2 * _STEP) - least))))
+        odd = abs(math.log(ffn / sized(count, ffn).hidden_size / ratio))
+        if abs(num_params(count, ffn) / params - 1) <= _NEAR and (best is None or odd < best[0]):
+            best = odd, count, ffn
+    if best is None:
         raise UserError(
-            f"model.shape: a vocabulary of {config.vocab_size:,} is too small for the tokenizer's {vocab_size:,} tokens"
+            f"model.target_params: no width of this shape comes within 1 % of {params:,} parameters; change the shape"
         )
-    Anatomy.of(config).checked()
-    return config
+    return sized(*best[1:])
 
 
 def fresh(config: PreTrainedConfig, *, init: str, seed: int, dtype: torch.dtype) -> PreTrainedModel:
