@@ -260,7 +260,7 @@ def train_table(rows: list[dict[str, Any]]) -> list[str]:
     m = rows[0]["machine"]
     return [
         f"`prunus train`; loss in nats a token on the validation range; data: {', '.join(data)}; {m['cpu']}, {m['threads']} "
-        "threads, shared with other work.",
+        "threads.",
         "",
         *markdown(header, cells),
     ]
