@@ -21,7 +21,10 @@ MARKERS = ("<!-- results: begin (written by `make results`) -->", "<!-- results:
 CORPORA = (("wikitext2", "WikiText-2"), ("c4-unseen", "C4, unseen"))
 MORE = ("wikitext2-80", "WikiText-2, 80 windows")  # scored where little was removed
 RIVALS = ("flap", "llm-pruner", "wanda-sp", "slicegpt", "minitron-width", "shortgpt", "sleb", "adapt-pruner")
-README_ROWS = ("dense", "flap --ratio 0.2", "flap --ratio 0.2 --uniform", "minitron-depth --ratio 0.2", "wanda --ratio 0.5")
+README_ROWS = (
+    "dense", "flap --ratio 0.2", "prunus --ratio 0.2", "flap --ratio 0.3", "prunus --ratio 0.3",
+    "sparsegpt --ratio 0.5", "prunus-sparse --ratio 0.5",
+)  # fmt: skip
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
@@ -335,6 +338,12 @@ def readme_table(records: list[dict[str, Any]]) -> str:
         if name in runs:
             full = quality_row(runs[name])
             rows.append([full[0], full[1], full[3], full[4], full[6]])
+    for r in records:
+        if r["kind"] == "recovery" and r["figures"]["tokens"]:
+            f, how = r["figures"], {"plain": "trained on", "distilled": "taught by its parent on"}[r["recipe"]["arm"]]
+            removed = quality_row(runs["flap --ratio 0.2"])[3]
+            perplexities = [number(f[corpus]["perplexity"]) for corpus, _ in CORPORA]
+            rows.append([f"`flap --ratio 0.2`, {how} {f['tokens']:,} tokens", f"{f['params']:,}", removed, *perplexities])
     return "\n".join(markdown(header, rows))
 
 
