@@ -272,7 +272,8 @@ def prune(
     )
     del model
     if world.first and statistics is not None and windows is not None:
-        _keep_findings(saved, outcome.findings, statistics, findings.key(opened, windows, DTYPES[dtype]))
+        key = findings.key(opened, windows, DTYPES[dtype])
+        findings.keep(saved, outcome.findings, Path(statistics).expanduser(), key)
     return Result(outcome, opened, tokenizer, windows)
 
 
@@ -317,12 +318,6 @@ def _scratch(made: Plan, source: Source, stream: bool, scratch: str | Path | Non
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"scratch: {folder} is no folder that can be written to; changed weights are put aside there")
     return folder
-
-
-def _keep_findings(before: findings.Findings | None, after: findings.Findings | None, path: str | Path, key: str) -> None:
-    """Write what there is more to keep: a greedy search may have gone on where an earlier one stopped."""
-    if after is not None and (before is None or len(after.rounds) > len(before.rounds)):
-        findings.save(after, Path(path).expanduser(), key)
 
 
 def _saved_findings(

@@ -93,6 +93,12 @@ def save(found: Findings, path: Path, key: str) -> None:
         save_file({n: t.contiguous() for n, t in tensors.items()}, stage, metadata={"key": key, "about": json.dumps(about)})
 
 
+def keep(before: Findings | None, after: Findings | None, path: Path, key: str) -> None:
+    """Save what there is more than before: a greedy search may have gone on where an earlier one stopped."""
+    if after is not None and (before is None or len(after.rounds) > len(before.rounds)):
+        save(after, path, key)
+
+
 def load(path: Path, key: str, what: str) -> Findings:
     """Findings saved earlier; UserError if they are of something else, or of another method's making."""
     from safetensors import safe_open
