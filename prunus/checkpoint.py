@@ -24,6 +24,7 @@ from .headers import safetensors_entries, safetensors_shapes, sha256
 from .hf import quiet
 from .job import Outcome
 from .keep import Keep, WeightMask
+from .ledger import LEDGER, Ledger, Stage
 from .planning import Plan
 from .source import Source
 from .tensorfiles import read, write
@@ -194,6 +195,7 @@ def save(
         try:
             write_folder(outcome.model, tokenizer, stage, outcome.store.save)
             _write_decision(outcome, source, calibration, stage)
+            _ledger(outcome, source, calibration).write(stage / LEDGER)
             for file in stage.rglob("*.safetensors"):
                 file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
         except (OSError, SafetensorError) as error:
@@ -253,6 +255,14 @@ def _write_decision(outcome: Outcome, source: Source, calibration: Windows | Non
     for name, measured in outcome.measured.items():
         (stage / EXTRA).mkdir(exist_ok=True)
         (stage / EXTRA / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+
+def _ledger(outcome: Outcome, source: Source, calibration: Windows | None) -> Ledger:
+    stage = Stage(name=outcome.plan.method.name, params=outcome.target.anatomy.num_params)
+    if calibration is not None:
+        stage.consume_text(calibration.sha256, calibration.num_tokens)
+    stage.spend("scoring", outcome.flops)
+    return Ledger.after(source.path, source.label, [stage])
 
 
 def _manifest(

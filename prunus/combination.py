@@ -355,6 +355,7 @@ def joined(plan: Plan, outcomes: Sequence[Outcome]) -> Outcome:
         findings=outcomes[0].findings,  # later ones are of no model that is in any file
         measured=measured,
         seconds={f"{o.plan.method.name}: {stage}": s for o in outcomes for stage, s in o.seconds.items()},
+        flops=sum(outcome.flops for outcome in outcomes),
         store=last.store,
     )
 

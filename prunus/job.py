@@ -87,6 +87,7 @@ class Outcome:
     losses: list[float] | None = None  # of depth methods, nats a token: without each candidate, or after each removal
     measured: Mapping[str, Any] = field(default_factory=dict)  # what depth methods save: name of a file -> plain data
     seconds: dict[str, float] = field(default_factory=dict)
+    flops: int = 0  # of the matrix products that scoring and cutting took, in all processes
     notes: tuple[str, ...] = ()
     store: Store = field(default_factory=InMemory)
 

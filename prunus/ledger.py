@@ -153,7 +153,7 @@ class Stage(_Strict):
     data: dict[str, Data] = {}  # by domain
     consumed: dict[str, _Spans] = {}  # by domain
     tokens: Annotated[int, Field(ge=0)] = 0  # all that were predicted, repetitions too
-    other_text: dict[str, int] = {}  # tokens of text that is no prepared data (calibration), by its SHA-256
+    other_text: dict[str, Annotated[int, Field(ge=1)]] = {}  # text that is no prepared data (calibration): SHA-256 -> tokens
     flops: dict[Kind, Annotated[int, Field(ge=0)]] = {}
     teacher_cache: str | None = None  # the teacher's were spent when this was written, maybe for other runs too
 
@@ -167,7 +167,7 @@ class Stage(_Strict):
 
     def consume_text(self, sha256: str, tokens: int) -> None:
         """Count text that is no prepared data, such as calibration windows."""
-        self.other_text[sha256] = self.other_text.get(sha256, 0) + tokens
+        self.other_text[sha256] = tokens
         self.tokens += tokens
 
     def spend(self, kind: Kind, flops: int) -> None:
@@ -176,7 +176,7 @@ class Stage(_Strict):
 
     @property
     def unique_tokens(self) -> int:
-        """Different tokens of prepared data."""
+        """Different tokens."""
         return sum(spans.size for spans in _by_data([self])[0].values())
 
 
@@ -187,6 +187,14 @@ class Ledger(_Strict):
     stages: list[Stage] = []
     parent: Ledger | None = None
     unrecorded: str | None = None  # what came before all this without a ledger, such as a released model
+
+    @classmethod
+    def after(cls, checkpoint: Path, label: str, stages: list[Stage]) -> Ledger:
+        """What stands in the ledger of a checkpoint, then `stages`; of one without a ledger, that `label` is unrecorded."""
+        for folder in (checkpoint, checkpoint.parent):
+            if (folder / LEDGER).is_file():
+                return cls(stages=stages, parent=cls.read(folder))
+        return cls(stages=stages, unrecorded=label)
 
     def lineage(self) -> Iterator[Ledger]:
         """This ledger, its parent, and so on."""
@@ -306,10 +314,13 @@ def compare(a: Ledger, b: Ledger, *, parents: bool = False) -> Comparison:
         if x.key != y.key and not x.apart_from(y)
     ]
     if parents:
-        reasons += [f"{text} has no ledger" for ledger in (a, b) for text in ledger.missing]
+        reasons += [f"{text} has no ledger" for text in dict.fromkeys(a.missing + b.missing)]
     notes = []
-    if any(stage.other_text for listed in stages for stage in listed):
-        notes.append("text that is no prepared data, such as calibration windows, is not compared")
+    texts = [{text for stage in listed for text in stage.other_text} for listed in stages]
+    if texts[0] ^ texts[1]:
+        notes.append(
+            "text that is no prepared data, such as calibration windows, is told apart as a whole, not token by token"
+        )
     counts = [sum(stage.tokens for stage in listed) for listed in stages]
     verdict: Verdict
     if shared and (only_a or only_b):
@@ -332,6 +343,9 @@ def _order(stages: list[Stage]) -> list[Any]:
     ]
 
 
+_TEXT = "text"  # in place of a manifest: no digest is called so
+
+
 def _by_data(stages: Iterable[Stage]) -> tuple[Mapping[tuple[str, str], Intervals], Mapping[tuple[str, str], Data]]:
     spans: dict[tuple[str, str], Intervals] = defaultdict(Intervals)
     known = {}
@@ -340,4 +354,6 @@ def _by_data(stages: Iterable[Stage]) -> tuple[Mapping[tuple[str, str], Interval
             data = stage.data[domain]
             spans[data.key] = spans[data.key] | consumed
             known[data.key] = data
+        for text, tokens in stage.other_text.items():
+            spans[_TEXT, text] = spans[_TEXT, text] | Intervals([(0, tokens)])
     return spans, known

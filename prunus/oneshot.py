@@ -18,6 +18,7 @@ from .findings import Findings
 from .job import InMemory, Job, Outcome, Progress, no_progress
 from .keep import Keep
 from .planning import Plan
+from .spent import Flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +65,13 @@ def one_shot_(
         return combination.joined(plan, outcomes)
     tensors = hf.weights(model, plan.anatomy) if store is None else store.weights
     job = Job(plan, model, tensors, windows, batch_size, progress, findings, store=store or InMemory(), world=world)
+    with Flops() as spent:
+        outcome = _run_(job)
+    return replace(outcome, flops=round(world.total(spent.total)))
+
+
+def _run_(job: Job) -> Outcome:
+    plan = job.plan
     if plan.method.is_sparse:
         return weights.run_(job)
     if plan.method.criterion == "output-error":

@@ -23,6 +23,7 @@ from prunus.anatomy import Anatomy
 from prunus.errors import UserError, VerificationError
 from prunus.headers import sha256
 from prunus.keep import Keep, WeightMask
+from prunus.ledger import Ledger
 from prunus.source import Source
 
 KINDS = sorted(pipeline.SAVED)
@@ -64,6 +65,7 @@ def test_a_checkpoint_is_complete(kind):
         "config.json",
         "generation_config.json",
         "keep.json",
+        "ledger.json",
         "model.safetensors",
         "prunus.json",
         "tokenizer.json",
@@ -76,6 +78,30 @@ def test_a_checkpoint_is_complete(kind):
     assert set(listing(folder)) == expected
     assert list(folder.glob("*.safetensors")) == [folder / "model.safetensors"]  # engines glob for these
     assert not [p for p in folder.parent.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ledger_says_what_the_cut_read_and_spent(kind):
+    folder, _, _ = pipeline.saved(kind)
+    manifest, ledger = checkpoint.read_manifest(folder), Ledger.read(folder)
+    (stage,) = ledger.stages
+    assert (stage.name, stage.params) == (manifest.method["name"], manifest.after["params"])
+    assert stage.other_text == {manifest.calibration["sha256"]: 96} and stage.tokens == 96
+    assert set(stage.flops) == {"scoring"} and stage.flops["scoring"] > 0
+    assert ledger.missing == [manifest.source["name"]]
+
+
+def test_a_cut_of_a_cut_has_both_in_its_ledger(monkeypatch, tmp_path):
+    pipeline.verify_here(monkeypatch)
+    folder, _, _ = pipeline.saved("uniform")
+    code, _, said = pipeline.cli(
+        "prune", folder, "-m", "magnitude-sp", "-r", "0.3", "--multiple-of", 1, "-o", tmp_path / "out"
+    )
+    assert code == 0, said
+    ledger = Ledger.read(tmp_path / "out")
+    assert ledger.parent == Ledger.read(folder)
+    assert [stage.name for stage in ledger.all_stages()] == ["minitron-width", "magnitude-sp"]
+    assert (ledger.tokens, ledger.flops) == (0, 0) and ledger.total_flops == ledger.parent.flops  # it reads no text
 
 
 @pytest.mark.parametrize("kind", KINDS)

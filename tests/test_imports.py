@@ -20,7 +20,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "errors place tables network distributed axes shape families anatomy keep cut",
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
     "data.tokenizer data.encode data.shards data.writer data.prepare data.mixing data.order data.overlap ledger",
-    "statistics criteria allocate compensate solve eliminate sizes",
+    "spent statistics criteria allocate compensate solve eliminate sizes",
     "record latency costs search",
     "planning asked shaping builders",
     "findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",

@@ -106,8 +106,30 @@ def test_repeated_tokens_count_but_are_not_different():
 def test_calibration_text_counts():
     calibrated = Stage(name="prune")
     calibrated.consume_text("c4", 4096)
-    calibrated.consume_text("c4", 4)
-    assert (calibrated.tokens, calibrated.unique_tokens, calibrated.other_text) == (4100, 0, {"c4": 4100})
+    calibrated.consume_text("c4", 4096)
+    assert (calibrated.tokens, calibrated.unique_tokens, calibrated.other_text) == (8192, 4096, {"c4": 4096})
+
+
+def test_calibration_text_is_the_same_or_another_as_a_whole():
+    def cut(text):
+        made = Stage(name="flap")
+        made.consume_text(text, 64)
+        return Ledger(stages=[made])
+
+    same, other = compare(cut("c4"), cut("c4")), compare(cut("c4"), cut("wiki"))
+    assert (same.verdict, same.shared, same.notes) == ("same", 64, [])
+    assert (other.verdict, other.only_a, other.only_b) == ("disjoint", 64, 64) and "as a whole" in other.notes[0]
+
+
+def test_what_stands_before(tmp_path):
+    run = tmp_path / "run"
+    assert Ledger.after(run / "model", "a model", []).missing == ["a model"]
+    (run / "model").mkdir(parents=True)
+    Ledger(stages=[stage((0, 10))]).write(run / "ledger.json")
+    assert Ledger.after(run / "model", "a model", []).total_tokens == 10
+    Ledger(stages=[stage((0, 30))]).write(run / "model" / "ledger.json")
+    after = Ledger.after(run / "model", "a model", [stage((0, 5))])
+    assert (after.total_tokens, after.missing) == (35, [])
 
 
 def test_a_domain_that_is_not_the_stage_s():

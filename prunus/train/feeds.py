@@ -117,8 +117,8 @@ class Feeds:
                     continue
                 stage.spend(kind, spent * count * times // sequences)  # type: ignore[arg-type]
             stages.append(stage)
-        parent, unrecorded = _parent(source)
-        return Ledger(stages=stages, parent=parent, unrecorded=unrecorded).model_dump(mode="json")
+        made = Ledger(stages=stages) if source is None else Ledger.after(source.path, source.label, stages)
+        return made.model_dump(mode="json")
 
     def _batches(self, sequences: int) -> Iterator[Batch]:
         for first in range(0, sequences, _TOGETHER):
@@ -159,13 +159,3 @@ def _overlap(text: str, part: DataPart) -> list[str]:
         if warning := found.warning(Path(text).name, Path(domain.folder).name):
             notes.append(warning)
     return notes
-
-
-def _parent(source: Source | None) -> tuple[Ledger | None, str | None]:
-    """The ledger of the checkpoint that was gone on from, or what to call it if it has none."""
-    if source is None:
-        return None, None
-    for folder in (source.path, source.path.parent):
-        if (folder / "ledger.json").is_file():
-            return Ledger.read(folder), None
-    return None, source.label
