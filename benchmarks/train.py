@@ -1,5 +1,7 @@
 """What a training step costs: our loop against a bare eager loop and the Hugging Face Trainer, taking turns in one run.
 
+Each has a process of its own, so that nobody's settings or leftovers in memory are another's.
+
 Same model, batch, precision and optimizer settings. A figure is the best of `--repeats` stretches of `--steps` updates, after
 one of each. Rows: `plain` (nothing compiled), `compiled` (its start-up stated), and with `--options` what each option of a
 recipe costs or gains; then what a run does besides its steps: reading, logging, the ledger.
@@ -9,17 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from prunus import measure, record
+from prunus import heap, measure, record
 from prunus.anatomy import Anatomy
 from prunus.data.order import Domain, Stream
 from prunus.ledger import Data, Stage
@@ -183,19 +188,62 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # row -> what a recipe sets for it
 }
 
 
-def alternated(runs: Mapping[str, Steps], steps: int, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+def ids_of(shape: str) -> torch.Tensor:
+    """What is trained on [B, T + 1]."""
+    sequences, length = SETTINGS[shape]
+    vocab_size = config_of(shape, 1).vocab_size
+    return torch.randint(0, vocab_size, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
+
+
+def row(told: Connection, kind: str, shape: str, precision: str, chosen: Mapping[str, Any]) -> None:
+    """A process of one row: it is asked for steps and says their seconds, or for 0 and says the bytes that one step keeps."""
+    offline(online=False)
+    warnings.filterwarnings("ignore")
+    ids = ids_of(shape)
+    with heap.kept() if kind == "ours" else nullcontext():  # as `prunus train` does
+        if kind == "ours":
+            steps: Steps | None = ours(shape, ids, **{"precision": precision, **chosen})
+        else:
+            steps = (bare if kind == "bare" else trainer)(shape, ids, precision)
+        told.send(steps is not None)
+        while steps is not None and (count := told.recv()) is not None:
+            start = time.perf_counter()
+            if count:
+                steps(count)
+                told.send(time.perf_counter() - start)
+            else:
+                told.send(kept_bytes(lambda: steps(1)))
+
+
+class Row:
+    """A row as seen from outside."""
+
+    def __init__(self, *asked: Any) -> None:
+        self.told, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=row, args=(theirs, *asked), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.stands = self.told.recv()
+
+    def ask(self, count: int) -> float:
+        """Seconds of `count` steps; bytes kept for 0."""
+        self.told.send(count)
+        return self.told.recv()
+
+    def end(self) -> None:
+        """The process goes."""
+        if self.stands:
+            self.told.send(None)
+        self.process.join()
+
+
+def alternated(runs: Mapping[str, Row], steps: int, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """(best seconds of a step, seconds to the end of the first step), the runs taking turns."""
-    first = {}
-    for name, run in runs.items():
-        start = time.perf_counter()
-        run(1)
-        first[name] = time.perf_counter() - start
+    first = {name: run.ask(1) for name, run in runs.items()}
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run(steps)
-            best[name] = min(best[name], (time.perf_counter() - start) / steps)
+            best[name] = min(best[name], run.ask(steps) / steps)
     return best, first
 
 
@@ -317,19 +365,23 @@ def main() -> None:
 def measured(shape: str, precision: str, arguments: argparse.Namespace, *, options: bool) -> dict[str, Any]:
     """All rows of one shape, printed as they are known."""
     sequences, length = SETTINGS[shape]
-    config = config_of(shape, 1)
-    ids = torch.randint(0, config.vocab_size, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
-    flops = 3 * Anatomy.of(config).flops(length) * sequences
-    runs = {"bare loop": bare(shape, ids, precision), "plain": ours(shape, ids, precision)}
-    if (theirs := trainer(shape, ids, precision)) is not None:
-        runs["Trainer"] = theirs
+    flops = 3 * Anatomy.of(config_of(shape, 1)).flops(length) * sequences
+    asked: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "bare loop": ("bare", {}),
+        "plain": ("ours", {}),
+        "Trainer": ("Trainer", {}),
+    }
     if not arguments.no_compile:
-        runs["compiled"] = ours(shape, ids, precision, compiled=True)
+        asked["compiled"] = ("ours", {"compiled": True})
     if options:
-        runs |= {name: ours(shape, ids, **chosen) for name, chosen in OPTIONS.items()}
+        asked |= {name: ("ours", chosen) for name, chosen in OPTIONS.items()}
+    started = {name: Row(kind, shape, precision, chosen) for name, (kind, chosen) in asked.items()}
+    runs = {name: one for name, one in started.items() if one.stands}
     best, first = alternated(runs, arguments.steps, arguments.repeats)
     peak = measure.gemm_rate()
-    kept = {name: kept_bytes(lambda run=run: run(1)) for name, run in runs.items() if name not in ("Trainer", "compiled")}
+    kept = {name: int(run.ask(0)) for name, run in runs.items() if name not in ("Trainer", "compiled")}
+    for one in started.values():
+        one.end()
     besides = bookkeeping(sequences, length)
     for name, seconds in best.items():
         print(

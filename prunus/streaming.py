@@ -7,16 +7,14 @@ next one's turn comes. So nobody but the `Store` knows the difference, and memor
 
 from __future__ import annotations
 
-import ctypes
 from collections import ChainMap
-from collections.abc import Callable, Iterator, MutableMapping
-from functools import cache
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import hf, tensorfiles
+from . import heap, hf, tensorfiles
 from .anatomy import Anatomy
 from .cut import SlicePlan
 from .source import DTYPES, Source
@@ -24,17 +22,6 @@ from .tensorfiles import Scratch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-@cache
-def _trim() -> Callable[[int], int]:
-    """glibc's malloc_trim; nothing where the C library has none."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
-
-
-def _give_back() -> None:
-    """Freed pages go back to the system: glibc keeps those of middling tensors, and the heap would grow block by block."""
-    _trim()(0)
 
 
 class Turns(MutableMapping[str, Tensor]):
@@ -92,7 +79,7 @@ class Turns(MutableMapping[str, Tensor]):
             for module, leaf, empty in self._homes[name]:
                 module._parameters[leaf] = empty
         self._live, self._turn = {}, None
-        _give_back()
+        heap.give_back()
 
     def __getitem__(self, name: str) -> Tensor:
         if self._turn is None or name not in self._names[self._turn]:

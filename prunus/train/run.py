@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import measure, record
+from .. import heap, measure, record
 from ..distributed import World
 from ..errors import UserError
 from ..place import locked, staged_files
@@ -56,7 +56,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
     first writes and says what there is to say.
     """
     recipe, out = run.recipe, run.out
-    with World.joined() as world, locked(out) if world.first else nullcontext():
+    with World.joined() as world, locked(out) if world.first else nullcontext(), heap.kept():
         _check_shares(recipe, world)
         done = world.agree(_begin(run) if world.first else None)
         if done is not None:
