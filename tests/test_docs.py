@@ -27,7 +27,7 @@ def commands() -> list[tuple[str, str]]:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.startswith("prunus "):
-                    found.append((page.name, line.partition(" #")[0]))
+                    found.append((page.relative_to(ROOT).as_posix(), line.partition(" #")[0].rstrip()))
     return found
 
 

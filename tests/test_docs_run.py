@@ -1,0 +1,119 @@
+"""Commands on pages are run, page by page, each page in a folder of its own where a tiny model goes by the big one's name.
+
+What is scaled down stands in `SMALLER`; all else is typed as a reader would type it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pipeline
+import pytest
+import tiny
+import torch
+from test_docs import ROOT, commands
+
+from prunus.ledger import Ledger
+
+SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size can do in a second
+    "hidden_size=468": "hidden_size=44",
+    "hidden_size=432": "hidden_size=40",
+    "intermediate_size=1280": "intermediate_size=112",
+    "--tokens 1M": "--tokens 16k --set compile=false",
+    "--tokens 200k": "--tokens 8k --set compile=false",
+    "[1000000, 2000000]": "[8192, 16384]",
+    "generations=10": "generations=2",
+    "quickstart": "quickstart --source ./SmolLM2-135M",
+    "--vocab-size 4096": "--vocab-size 320",
+}
+MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "parent", "cut")
+QUICK = ("README.md", "docs/index.md", "docs/data.md")  # the others take minutes in all
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Thirty blocks of heads as SmolLM2 has them, a tenth as wide."""
+    config = tiny.tiny_config(
+        "llama_tied", vocab_size=pipeline.VOCAB, hidden_size=54, intermediate_size=128, head_dim=6, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048,
+    )  # fmt: skip
+    dense = tiny.grown(config, dtype=torch.float32)
+    return checkpoints.save_folder(tmp_path_factory.mktemp("model") / "tiny", dense, pipeline.tokenizer())
+
+
+def texts(seed: int, size: int) -> list[str]:
+    """Documents of two hundred words."""
+    words = " ".join(pipeline.corpus()).split()
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(words, size=200)) for _ in range(size)]
+
+
+@pytest.fixture
+def desk(model, tmp_path, monkeypatch):
+    """A folder with what the pages take for granted."""
+    for name in MODELS:
+        shutil.copytree(model, tmp_path / name)
+    (tmp_path / "c4.jsonl").write_text("".join(json.dumps({"text": doc}) + "\n" for doc in texts(0, 400)), encoding="utf-8")
+    (tmp_path / "wiki.txt").write_text("\n\n".join(texts(1, 200)), encoding="utf-8")
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(texts(2, 300)), encoding="utf-8")
+    (tmp_path / "scratch").mkdir()
+    Ledger(stages=[]).write(tmp_path / "scratch" / "ledger.json")
+    monkeypatch.chdir(tmp_path)
+    pipeline.verify_here(monkeypatch)
+    return tmp_path
+
+
+def scaled(line: str) -> str:
+    """A command or file that a tiny model can follow."""
+    for large, small in SMALLER.items():
+        line = line.replace(large, small)
+    return line
+
+
+def made_room(words: list[str]) -> None:
+    """Every command is an example of its own: what it writes anew is not there, and what an earlier page wrote is."""
+    for option in ("-o", "--out"):
+        if option in words and words[0] in ("prune", "compare-methods", "train", "data", "quickstart"):
+            shutil.rmtree(words[words.index(option) + 1], ignore_errors=True)
+    if "./out" in words[1:2] and not Path("out").exists():
+        must("prune", "SmolLM2-135M", "-m", "flap", "-r", "0.2", "-c", "c4.jsonl", "-o", "out")
+    for before, word in pairwise(words):
+        if before in ("-o", "--out"):
+            continue
+        if word.startswith("./tokens") and not Path("tokens").exists() and words[0] != "data":
+            must("data", "prepare", "c4.jsonl", "--tokenizer", "SmolLM2-135M", "--out", "tokens")
+        if word == "./tokenizer" and not Path("tokenizer").exists():
+            must("data", "tokenizer", "stories.txt", "--vocab-size", "320", "-o", "tokenizer")
+
+
+def must(*words: object) -> None:
+    code, _, said = pipeline.cli(*words)
+    assert code == 0, (words, said[-3000:])
+
+
+def pages() -> list[Any]:
+    """Pages with commands, the long ones marked."""
+    names = dict.fromkeys(page for page, _ in commands())
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_commands_run(page, desk):
+    shown = (ROOT / page).read_text(encoding="utf-8")
+    for yaml, name in re.findall(r"```yaml\n(.*?)```\s*```bash\n[^`]*?([\w-]+\.yaml)", shown, re.S):
+        (desk / name).write_text(scaled(yaml), encoding="utf-8")
+    for where, line in commands():
+        if where == page:
+            words = shlex.split(scaled(line))[1:]
+            made_room(words)
+            code, out, said = pipeline.cli(*words)
+            assert code == 0, f"{line}\n{said[-3000:]}"
+            assert out.strip(), line
