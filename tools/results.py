@@ -221,8 +221,9 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
         besides.append(f"{recipe['shape']} {sum(f['besides_s'].values()) / f['step_s']['plain']:.2%}")
     m = rows[0]["machine"]
     return [
-        f"`benchmarks/train.py --options`, rows taking turns in one run; {m['cpu']}, {m['threads']} threads. What a run does "
-        f"besides its steps (reading, log, ledger), of a plain step: {', '.join(besides)}.",
+        "`benchmarks/train.py --options`, rows taking turns in one run, each in a process of its own; "
+        f"{m['cpu']}, {m['threads']} threads. What a run does besides its steps (reading, log, ledger), of a "
+        f"plain step: {', '.join(besides)}.",
         "",
         *markdown(header, cells),
     ]
