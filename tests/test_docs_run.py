@@ -24,8 +24,8 @@ from test_docs import ROOT, commands
 from prunus.ledger import Ledger
 
 SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size can do in a second
-    "hidden_size=468": "hidden_size=44",
-    "hidden_size=432": "hidden_size=40",
+    "hidden_size=468": "hidden_size=60",
+    "hidden_size=432": "hidden_size=56",
     "intermediate_size=1280": "intermediate_size=112",
     "--tokens 1M": "--tokens 16k --set compile=false",
     "--tokens 200k": "--tokens 8k --set compile=false",
@@ -40,9 +40,9 @@ QUICK = ("README.md", "docs/index.md", "docs/data.md")  # the others take minute
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Thirty blocks of heads as SmolLM2 has them, a tenth as wide."""
+    """Thirty blocks of heads as SmolLM2 has them, an eighth as wide."""
     config = tiny.tiny_config(
-        "llama_tied", vocab_size=pipeline.VOCAB, hidden_size=54, intermediate_size=128, head_dim=6, num_hidden_layers=30,
+        "llama_tied", vocab_size=pipeline.VOCAB, hidden_size=72, intermediate_size=128, head_dim=8, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048,
     )  # fmt: skip
     dense = tiny.grown(config, dtype=torch.float32)
