@@ -21,6 +21,7 @@ from .errors import UserError, unknown
 from .evaluation import Perplexity
 from .evaluation import perplexity as score_windows
 from .job import Outcome, Progress, no_progress
+from .ledger import Ledger
 from .methods import METHODS
 from .network import offline
 from .oneshot import decided, one_shot_
@@ -243,6 +244,7 @@ def prune(
     asked = (method, ratio, pattern, target or {}, uniform, multiple_of, compensate, options or {})
     request = Request(*asked, sparsity, tuple(split or ()), allocate, cost, order)
     opened = Source.open(source, online=online)
+    Ledger.check(opened.path)
     made = _planned(opened, request, dtype_named(dtype), progress, world)
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} windows at a time are too few; give at least 1")

@@ -15,7 +15,10 @@ _MAPPINGS = 65536  # glibc's default
 
 @cache
 def _glibc(name: str) -> Callable[..., Any] | None:
-    return getattr(ctypes.CDLL(None), name, None)
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):  # no C library by that name: Windows
+        return None
 
 
 def give_back() -> None:

@@ -189,6 +189,11 @@ class Ledger(_Strict):
     unrecorded: str | None = None  # what came before all this without a ledger, such as a released model
 
     @classmethod
+    def check(cls, checkpoint: Path) -> None:
+        """UserError if the ledger that stands by a checkpoint cannot be read; for before the work."""
+        cls.after(checkpoint, "", [])
+
+    @classmethod
     def after(cls, checkpoint: Path, label: str, stages: list[Stage]) -> Ledger:
         """What stands in the ledger of a checkpoint, then `stages`; of one without a ledger, that `label` is unrecorded."""
         for folder in (checkpoint, checkpoint.parent):

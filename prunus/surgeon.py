@@ -37,10 +37,6 @@ _LEVELS = 48  # sizes of an axis that the programme tells apart
 # What a KV group's error counts more than a channel's. Attention brings things from far back, of which calibration windows
 # show less than longer texts ask for (LOG.md has what it gains and costs).
 _FROM_AFAR = 3.0
-# What an input's variance is taken to be more than it was seen to be, as a share of the mean variance, where units are priced.
-# Channels of the last blocks fire for a few words each; those whose words the calibration windows lack look free, and at 10 %
-# the last MLP lost what cost seventeen times the price (LOG.md). Refits go by what was seen.
-_UNSEEN = 0.02
 
 
 @torch.no_grad()
@@ -108,7 +104,7 @@ def error_curves(job: Job, metric: Mapping[str, Tensor]) -> dict[str, Curve]:
             reader = anatomy.reader(axis.name)
             moments = reader_moments(statistics, axis)
             weight = metric[reader.param] @ job.tensors[reader.param].double()
-            found = eliminate(weight, _gram(job.plan, moments), reader.rows(range(axis.size)), 1, damp=_UNSEEN)
+            found = eliminate(weight, _gram(job.plan, moments), reader.rows(range(axis.size)), 1, damp=_unseen(job.plan))
             added = torch.cat([torch.zeros(1, dtype=torch.float64), found.added.cumsum(0)]) / (2 * moments.count)
             curves[axis.name] = Curve(tuple(range(1, axis.size + 1)), tuple(added.flip(0).tolist()))
         job.progress("score", layer + 1, count)
@@ -126,6 +122,15 @@ def _axes(plan: Plan, layer: int) -> list[Axis]:
 def _gram(plan: Plan, moments: Moments) -> Tensor:
     """What least squares minimises under [C, C]: a bias takes up the mean, so with one only what is around it counts."""
     return moments.covariance_CC if plan.compensator == "affine" else moments.gram_CC
+
+
+def _unseen(plan: Plan) -> float:
+    """What an input's variance is taken to be more than it was seen to be where units are priced, in shares of the mean variance.
+
+    Channels of the last blocks fire for a few words each; those whose words the calibration windows lack would look free
+    (LOG.md). Refits go by what was seen.
+    """
+    return float(plan.options["unseen"])
 
 
 def _root(fisher_DD: Tensor) -> Tensor:
@@ -245,7 +250,7 @@ def _cut_(job: Job, axis: Axis, size: int, moments: Moments, metric: Tensor, ext
     anatomy, tensors = job.plan.anatomy, job.tensors
     reader = anatomy.reader(axis.name)
     weight, gram = tensors[reader.param], _gram(job.plan, moments)
-    gone = eliminate(metric @ weight.double(), gram, reader.rows(range(axis.size)), size, damp=_UNSEEN).order
+    gone = eliminate(metric @ weight.double(), gram, reader.rows(range(axis.size)), size, damp=_unseen(job.plan)).order
     stays = torch.ones(axis.size, dtype=torch.bool)
     stays[gone] = False
     units = tuple(stays.nonzero().squeeze(1).tolist())

@@ -104,6 +104,16 @@ def test_a_cut_of_a_cut_has_both_in_its_ledger(monkeypatch, tmp_path):
     assert (ledger.tokens, ledger.flops) == (0, 0) and ledger.total_flops == ledger.parent.flops  # it reads no text
 
 
+def test_a_broken_ledger_is_told_before_any_weight_is_read(monkeypatch, tmp_path):
+    folder, _, _ = pipeline.saved("uniform")
+    shutil.copytree(folder, tmp_path / "source")
+    (tmp_path / "source" / "ledger.json").write_text("[]")
+    monkeypatch.setattr(Source, "load", lambda *a, **k: pytest.fail("no weight may be read"))
+    code, _, said = pipeline.cli("prune", tmp_path / "source", "-m", "magnitude-sp", "-r", "0.3", "-o", tmp_path / "out")
+    assert code == 2 and "ledger.json: is no ledger" in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_are_as_readable_as_their_folder(kind):
     folder, _, _ = pipeline.saved(kind)

@@ -92,6 +92,7 @@ def test_who_shares_with_whom():
     assert what(method="flap") == what(method="flap", allocate="search")
     assert what(method="prunus", multiple_of=1) == what(method="prunus", multiple_of=4, cost="flops", ratio=0.5)
     assert what(method="prunus", multiple_of=1) != what(method="prunus", multiple_of=1, compensate="least-squares")
+    assert what(method="prunus", multiple_of=1) != what(method="prunus", multiple_of=1, options={"unseen": "0.1"})
     taylor = {"method": "llm-pruner", "options": {"protect": "0,0"}}
     assert what(**taylor) != what(method="llm-pruner", options={"protect": "0,0", "score": "second"})
     for sequential in ({"method": "wanda"}, {"method": "wanda-sp"}, {"method": "ziplm"}, {"method": "minitron-depth"}):

@@ -399,7 +399,7 @@ def test_saved_and_loaded_in_a_clean_process(case, options, model_type, biases, 
         ({"ratio": 0.2, "pattern": "2:4"}, r"pattern: prunus does not take it; drop the option"),
         ({"ratio": 0.2, "target": {"hidden_size": 8}}, r"target: prunus does not take it; drop the option"),
         ({"ratio": 0.2, "compensate": "none"}, r"unknown value for compensate of prunus 'none'"),
-        ({"ratio": 0.2, "options": {"score": "first"}}, r"option 'score' does not exist for prunus; it has none"),
+        ({"ratio": 0.2, "options": {"score": "first"}}, r"option 'score' does not exist for prunus; it has unseen"),
         ({"ratio": 0.2, "multiple_of": 0}, r"multiple_of: 0 is no multiple; it must be 1 or more"),
     ],
 )

@@ -13,6 +13,7 @@ from ..data.tokenizer import fingerprint, open_tokenizer
 from ..distributed import leads
 from ..errors import UserError
 from ..keep import WeightMask
+from ..ledger import Ledger
 from ..source import Source
 from . import lora
 from .cache import Cache, wanted
@@ -87,6 +88,8 @@ def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
             f"data.separate_documents: this model sees {window} tokens back in some layers, and one mask for all would undo that; "
             f"set data.seq_len to {window} or less, or drop it"
         )
+    if source is not None:
+        Ledger.check(source.path)
     feeds = Feeds.open(recipe, tokenizer)
     anatomy = Anatomy.of(config)
     teacher, cache = _teacher(recipe, feeds, tokenizer, anatomy.shape.vocab_size, online=online)
