@@ -18,6 +18,11 @@ def line(found: Mapping[str, Any]) -> None:
     if "sweep" in found:
         loss = found["sweep"]["loss"]
         text = f"lr {found['sweep']['lr']:.0e}: loss {'none' if loss is None else format(loss, '.4f')} after {found['step']} steps"
+    elif "pruned" in found:
+        gone = ", ".join(f"{count} x {kind}" for kind, count in found["pruned"]["groups"].items())
+        before, after = found["loss_before"], found["loss_after"]
+        change = f"loss {'none yet' if before is None else format(before, '.4f')} -> {after:.4f}"
+        text = f"step {found['pruned']['step']:>6}  cut {gone}: {big(found['pruned']['params'])} params, {change}"
     elif "validation" in found:
         text = f"step {found['step']:>6}  validation loss {found['validation']['loss']:.4f}"
     else:

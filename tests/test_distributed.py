@@ -62,7 +62,22 @@ def sparse(**changes):
     return asked(model={"source": str(folder), "mask": str(folder)}, **changes)
 
 
-RECIPES = {"tied": tied, "uneven": uneven, "sparse": sparse}
+def pruned(**changes):
+    """Cut in every axis while it trains: matrices are summed weight by weight, by rows of which every process has some."""
+    part = {"target": {"ratio": 0.4}, "pace": {"start": 0.1, "end": 0.8}, "slice_at": 0.1}
+    return tied(**{"prune": part} | changes)
+
+
+def pruned_each(**changes):
+    """Units by themselves, of every matrix; sums over rows are shared at once."""
+    part = {
+        "target": {"ratio": 0.4}, "axes": ["kv_heads", "intermediate"], "alike": False,
+        "saliency": {"matrices": "all", "metric": "second"},
+    }  # fmt: skip
+    return tied(**{"prune": part, "micro_batch": 4} | changes)
+
+
+RECIPES = {"tied": tied, "uneven": uneven, "sparse": sparse, "pruned": pruned, "pruned-each": pruned_each}
 MORE = {
     "autocast": functools.partial(tied, precision="bfloat16-autocast"),
     "recomputed": functools.partial(uneven, checkpoint_activations=True),
@@ -112,7 +127,10 @@ def compare(one: Path, other: Path, tolerance: float = 1e-5) -> dict[str, float]
     assert [(m["step"], m["tokens"], m.get("lr")) for m in mine] == [(t["step"], t["tokens"], t.get("lr")) for t in theirs]
     worst = {"loss": 0.0, "grad_norm": 0.0, "validation": 0.0}
     for m, t in zip(mine, theirs, strict=True):
-        if "validation" in m:
+        if "pruned" in m:
+            for key in ("groups", "gone", "units", "params", "shape"):
+                assert m["pruned"][key] == t["pruned"][key]
+        elif "validation" in m:
             assert m["validation"]["sequences"] == t["validation"]["sequences"]
             worst["validation"] = max(worst["validation"], abs(m["validation"]["loss"] / t["validation"]["loss"] - 1))
         else:

@@ -98,7 +98,7 @@ def after(real):
 
 WRITER = dcp.HuggingFaceStorageWriter
 PLACES: dict[str, tuple[object, str, Callable[[Callable], Callable]]] = {
-    "after gradients": (loops, "_backward_", after),
+    "after gradients": (loops, "accumulate_", after),
     "before an update": (loops, "set_lr_", lambda real: die),
     "after a line": (runs, "_log", after),
     "in a line": (runs, "_log", lambda real: half_a_line),

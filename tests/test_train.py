@@ -27,7 +27,7 @@ from prunus.train import estimate, saved, study, sweep, track
 from prunus.train import recipe as recipes
 from prunus.train import run as runs
 from prunus.train.learner import Learner, boundaries, recompute_
-from prunus.train.loop import Training, train_
+from prunus.train.loop import Hook, Training, train_
 from prunus.train.opening import prepare as opened
 from prunus.train.optim import adamw, start_slots_, steps_done
 from prunus.train.run import StoppedError, execute
@@ -153,7 +153,7 @@ def test_documents_kept_apart_are_documents_alone():
 def test_gradients_are_whole_and_unclipped_at_the_seam():
     norms = []
 
-    class Look:
+    class Look(Hook):
         def before_clip(self, training):
             norms.append(torch.stack([p.grad.norm() for p in training.learner.parameters()]).norm())
 

@@ -11,6 +11,7 @@ import torch
 
 from prunus.errors import UserError
 from prunus.train import export, opening, recipe, run
+from prunus.train.loop import Hook
 
 torch.set_num_threads(1)
 verify = export.check_saved
@@ -20,7 +21,7 @@ class StopError(Exception):
     pass
 
 
-class At:
+class At(Hook):
     """A step that no process sees the end of."""
 
     def __init__(self, step, how, rank):

@@ -59,6 +59,12 @@ class Learner(nn.Module):
         self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
         decoder: Any = model.get_decoder()
         self.decode = torch.compile(decoder, dynamic=False) if compiled else decoder
+        self.trained: dict[str, nn.Parameter] = {}
+        self.name_trained_()
+
+    def name_trained_(self) -> None:
+        """Note by name what is updated. A model that is shared out shows its parts only until it is first run: note them before."""
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def forward(
         self, ids_BT: Tensor, targets_BT: Tensor, *, teacher: Taught | None = None, at: int = 0, **positions: Tensor

@@ -37,14 +37,17 @@ class Feed(Protocol):
         """Sequences `position` to `position + count`."""
 
 
-class Hook(Protocol):
+class Hook:
     """What rides on the loop. Gradients are whole and not yet clipped in `before_clip`; weights are new in `after_step`."""
+
+    def after_backward(self, run: Training) -> None:
+        """Read gradients after each of an update's micro-batches, if it has several."""
 
     def before_clip(self, run: Training) -> None:
         """Read, or change, gradients."""
 
     def after_step(self, run: Training) -> None:
-        """Read, or change, weights and moments."""
+        """Read, or change, weights and moments; or put another model and optimizer in their place."""
 
 
 @dataclass
@@ -83,15 +86,11 @@ def train_(run: Training, until: int, each: Callable[[Training], None] = lambda 
 
     UserError if the loss or a gradient is no number: nothing is updated then.
     """
-    parameters = [p for p in run.learner.parameters() if p.requires_grad]
     while run.step < until:
-        share = run.world.share(run.batch)
-        first = run.position + share.start
-        batch = run.feed.take(first, share.stop - share.start)
-        predictions = run.batch * (batch.ids.shape[1] - 1)
-        loss = run.world.total(_backward_(run, batch, first, predictions))
+        loss, predictions = accumulate_(run, run.position, run.batch)
         for hook in run.hooks:
             hook.before_clip(run)
+        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
         norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, run.clip, foreach=True)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             run.optimizer.zero_grad(set_to_none=True)
@@ -116,26 +115,33 @@ def train_(run: Training, until: int, each: Callable[[Training], None] = lambda 
         each(run)
 
 
-def _backward_(run: Training, batch: Batch, position: int, predictions: int) -> float:
-    """Adds up gradients of the loss of the sequences from `position` on, in micro-batches; returns that loss in nats.
+def accumulate_(run: Training, position: int, sequences: int) -> tuple[float, int]:
+    """Adds up gradients of the mean loss of the sequences from `position` on, in micro-batches and over processes.
 
-    Both are divided by `predictions`, the tokens of the whole update.
+    (that loss in nats, the tokens it is the mean of)
     """
+    share = run.world.share(sequences)
+    first_own = position + share.start
+    batch = run.feed.take(first_own, share.stop - share.start)
+    predictions = sequences * (batch.ids.shape[1] - 1)
     total = 0.0
     starts_BT = run.starts(batch) if run.starts is not None else None
-    for first in range(0, run.world.largest_share(run.batch), run.micro):
+    rounds = range(0, run.world.largest_share(sequences), run.micro)
+    for first in rounds:
         idle = first >= len(batch.ids)  # others still work, and need this process's part of the weights
         part = slice(0, 1) if idle else slice(first, first + run.micro)
         ids, targets = batch.ids[part, :-1], batch.ids[part, 1:]
         positions = {} if starts_BT is None else boundaries(starts_BT[part])
         counted = torch.full_like(targets, IGNORED) if idle else targets
-        loss = run.learner(ids, counted, teacher=run.teacher, at=position + part.start, **positions)
+        loss = run.learner(ids, counted, teacher=run.teacher, at=first_own + part.start, **positions)
         (loss / predictions).backward()
         total += float(loss.detach())
-    return total / predictions
+        for hook in run.hooks if len(rounds) > 1 else ():
+            hook.after_backward(run)
+    return run.world.total(total / predictions), predictions
 
 
-class Sparse:
+class Sparse(Hook):
     """A hook that keeps zeros zero: gradients, and so moments, outside the mask are none, and weights are set again.
 
     Of a weight that is shared out, `kept` is this process's part of the mask.

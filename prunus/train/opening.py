@@ -21,6 +21,7 @@ from .feeds import Feeds
 from .loop import Clock
 from .recipe import NO_TOKENIZER, Recipe
 from .shapes import config_of, is_folder
+from .shrink.pruner import Cutting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,8 @@ class Run:
     best: dict[str, float] = field(default_factory=dict)  # loss and step of the best validation
     adapters: Any = None  # peft's wrapper of the model, where only adapters are trained
     clock: Clock = field(default_factory=Clock)
+    cutting: Cutting | None = None  # what is cut while it trains
+    spent: int = 0  # FLOPs of the updates so far
 
     @property
     def anatomy(self) -> Anatomy:
@@ -88,13 +91,14 @@ def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
             f"data.separate_documents: this model sees {window} tokens back in some layers, and one mask for all would undo that; "
             f"set data.seq_len to {window} or less, or drop it"
         )
+    cutting = Cutting.of(recipe, config)
     if source is not None:
         Ledger.check(source.path)
     feeds = Feeds.open(recipe, tokenizer)
     anatomy = Anatomy.of(config)
     teacher, cache = _teacher(recipe, feeds, tokenizer, anatomy.shape.vocab_size, online=online)
     mask = None if recipe.model.mask is None else _mask(Path(recipe.model.mask), anatomy)
-    return Run(recipe, out, config, tokenizer, feeds, source, teacher, mask, cache)
+    return Run(recipe, out, config, tokenizer, feeds, source, teacher, mask, cache, cutting=cutting)
 
 
 def _teacher(

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..errors import UserError, nearest
 from ..record import digest
+from .shrink.part import PrunePart
+from .strict import Strict
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -20,11 +22,7 @@ _SUFFIXES = (".yaml", ".yml")
 NO_TOKENIZER = "a shape brings no tokenizer; give tokenizer, a folder that has one"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelPart(_Strict):
+class ModelPart(Strict):
     """What is trained: a checkpoint to go on from, or a shape with fresh weights."""
 
     source: str | None = Field(None, description="folder, GGUF file or hub name to go on from; its tokenizer is the run's")
@@ -49,7 +47,7 @@ class ModelPart(_Strict):
         return self
 
 
-class DomainPart(_Strict):
+class DomainPart(Strict):
     """One source of tokens."""
 
     folder: str = Field(description="what `prunus data prepare` wrote")
@@ -57,7 +55,7 @@ class DomainPart(_Strict):
     weight: float = Field(default=1.0, gt=0)
 
 
-class MixingPart(_Strict):
+class MixingPart(Strict):
     """Dynamic batch loading (Sheared LLaMA): at every validation, domains furthest above their reference loss get more."""
 
     references: dict[str, float] = Field(description="domain -> the loss that it should reach")
@@ -65,7 +63,7 @@ class MixingPart(_Strict):
     floor: float = Field(default=0.001, ge=0, lt=1, description="no domain's share falls below it")
 
 
-class DataPart(_Strict):
+class DataPart(Strict):
     """Which tokens, in which order."""
 
     domains: list[DomainPart] = Field(min_length=1)
@@ -78,7 +76,7 @@ class DataPart(_Strict):
     evaluation: list[str] = Field(default=[], description="texts that training text must not contain (13-gram check)")
 
 
-class OptimizerPart(_Strict):
+class OptimizerPart(Strict):
     """AdamW; matrices decay, norms and biases do not."""
 
     lr: float | Literal["sweep"] = Field(default=3e-4, description="peak rate, or sweep")
@@ -96,7 +94,7 @@ class OptimizerPart(_Strict):
         return self
 
 
-class SchedulePart(_Strict):
+class SchedulePart(Strict):
     """The rate against tokens."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -107,7 +105,7 @@ class SchedulePart(_Strict):
     total: int | None = Field(default=None, description="tokens of the whole curve; default: start + tokens")
 
 
-class TeacherPart(_Strict):
+class TeacherPart(Strict):
     """Distillation: temperature^2 * KL(parent || model) of the next token, mixed with cross-entropy."""
 
     source: str | None = Field(
@@ -134,28 +132,28 @@ class TeacherPart(_Strict):
         return self
 
 
-class LoraPart(_Strict):
+class LoraPart(Strict):
     """Low-rank adapters on every matrix of the blocks; all else is frozen."""
 
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=16, ge=1)
 
 
-class SavePart(_Strict):
+class SavePart(Strict):
     """Checkpoints and measurements, every so many steps (0: only at the end)."""
 
     every: int = Field(default=100, ge=0)
     keep: int = Field(default=2, ge=1, description="last checkpoints that stay; the best stays besides")
 
 
-class ValidatePart(_Strict):
+class ValidatePart(Strict):
     """Loss on the validation range."""
 
     every: int = Field(default=100, ge=0)
     sequences: int = Field(default=64, ge=1)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One training run."""
 
     name: str = "run"
@@ -172,6 +170,7 @@ class Recipe(_Strict):
     schedule: SchedulePart = Field(default_factory=SchedulePart)
     teacher: TeacherPart | None = None
     lora: LoraPart | None = None
+    prune: PrunePart | None = None
     save: SavePart = Field(default_factory=SavePart)
     validate_: ValidatePart = Field(default_factory=ValidatePart, alias="validate")
     log_every: int = Field(default=10, ge=1)
@@ -191,6 +190,11 @@ class Recipe(_Strict):
             )
         if self.lora is not None and self.model.source is None:
             raise ValueError("lora adapts weights that are there; give model.source")
+        if self.prune is not None and (self.lora is not None or self.model.mask is not None):
+            other = "lora" if self.lora is not None else "model.mask"
+            raise ValueError(f"prune and {other} exclude each other: units are cut with all their weights; drop one of them")
+        if self.prune is not None and self.optimizer.lr == "sweep":
+            raise ValueError("optimizer.lr: sweep tries rates on beginnings that prune would cut; name a rate")
         if self.data.mixing is not None and not self.validate_.every:
             raise ValueError("data.mixing goes by losses on the validation range; give validate.every")
         if self.data.mixing is not None and self.teacher is not None and self.teacher.cache is not None:

@@ -3,6 +3,7 @@
 RUN/recipe.json   what was asked for, every field said       RUN/checkpoints/   weights, moments and where it stood
 RUN/log.jsonl     one line an interval                       RUN/model/         the trained model, at the end
 RUN/ledger.json   tokens and FLOPs                           RUN/record.jsonl   the figures
+RUN/stops/        models on the way, where a recipe prunes and names them
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +21,25 @@ import torch
 from torch import Tensor
 
 from .. import heap, measure, record
+from ..anatomy import Anatomy
 from ..distributed import World
 from ..errors import UserError
 from ..place import locked, staged_files
 from ..source import DTYPES
 from . import lora, optim, saved
+from .assembly import learner_of, optimizer_of, tensors_of
 from .export import export
-from .learner import Learner, recompute_
 from .loop import Hook, Sparse, Training, train_, validate
 from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, RECIPE, RECORD, Run
 from .recipe import Recipe
 from .schedule import Schedule
 from .shapes import fresh
+from .shrink.pruner import Pruner
 from .sweep import Sweep, swept
 from .teaching import taught
 
 KIND = "train"
+STOPS = "stops"  # models on the way to a target
 Say = Callable[[Mapping[str, Any]], None]
 
 
@@ -63,11 +68,23 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
             return done
         tried = None
         if recipe.optimizer.lr == "sweep":
-            tried = swept(recipe, out, lambda rate: _training(run, hooks, rate, world)[0], say)
+            tried = swept(recipe, out, lambda rate: _training(run, hooks, rate, world), say)
         rate = tried.best if tried is not None else float(recipe.optimizer.lr)
-        training, tensors = _training(run, hooks, rate, world)
-        _resume_(run, training, tensors)
-        peak, last_flops = world.total(measure.gemm_rate()), run.anatomy.flops(recipe.data.seq_len) / recipe.data.seq_len
+
+        def tell(line: Mapping[str, Any]) -> None:
+            if world.first:
+                _log(out, line)
+                say(line)
+
+        spending, pruner = _Spending(run), None
+        if run.cutting is not None:
+            arrive = partial(_left, run, tried)
+            pruner = Pruner(run.cutting, recipe, tell, arrive)
+        training = _training(run, (spending, *hooks, *([pruner] if pruner else [])), rate, world)
+        _resume_(run, training, pruner)
+        if pruner is not None:
+            pruner.begin(training)
+        peak = world.total(measure.gemm_rate())
         with _asked_to_stop() as asked:
             began, before = training.step, run.clock.seconds
 
@@ -76,25 +93,35 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
                 whole = training.step == recipe.steps
                 if training.step % recipe.log_every == 0 or whole:
                     speed = (training.step - began) * recipe.batch_tokens / max(run.clock.seconds - before, 1e-9)
-                    tell(_line(run, training, speed, 3 * last_flops * speed / peak))
+                    tell(_line(run, training, pruner, speed, spending.last / recipe.batch_tokens * speed / peak))
                 every = recipe.validate_.every
                 if every and (training.step % every == 0 or whole):
                     tell(_validated(run, training))
                 stop = int(world.most(asked()))
                 if stop or whole or (recipe.save.every and training.step % recipe.save.every == 0):
-                    _save(run, training, tensors)
+                    _save(run, training, pruner)
                 if stop and not whole:
                     raise StoppedError(stop, training.step)
                 run.clock.start()
 
-            def tell(line: Mapping[str, Any]) -> None:
-                if world.first:
-                    _log(out, line)
-                    say(line)
-
             run.clock.start()
             train_(training, recipe.steps, each)
-        return _finish(run, training, tensors, tried)
+        return _finish(run, training, pruner, tried)
+
+
+class _Spending(Hook):
+    """Counts what updates cost, each of the model as it is then: the first hook, so that none has cut it yet."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.of, self.last = run, None, 0
+
+    def after_step(self, run: Training) -> None:
+        """The last update's FLOPs."""
+        model: Any = run.learner.model
+        if model is not self.of:
+            recipe = self.run.recipe
+            self.of, self.last = model, 3 * Anatomy.of(model.config).flops(recipe.data.seq_len) * recipe.sequences
+        self.run.spent += self.last
 
 
 def _check_shares(recipe: Recipe, world: World) -> None:
@@ -111,14 +138,14 @@ def _check_shares(recipe: Recipe, world: World) -> None:
         raise UserError(f"{what}: is for one process only yet; start one")
 
 
-def _line(run: Run, training: Training, speed: float, share: float) -> dict[str, Any]:
+def _line(run: Run, training: Training, pruner: Pruner | None, speed: float, share: float) -> dict[str, Any]:
     """What is told of the last update."""
     recipe = run.recipe
     return {
         "step": training.step,
         "tokens": training.tokens,
         **training.last,
-        "params": run.anatomy.num_params,
+        "params": (run.anatomy if pruner is None else pruner.standing.now).num_params,
         "tokens_per_s": speed,
         "share_of_peak": share,
         "seconds_left": (recipe.steps - training.step) * recipe.batch_tokens / speed,
@@ -155,9 +182,9 @@ def _begin(run: Run) -> dict[str, Any] | None:
     return done[-1] if done else None
 
 
-def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> tuple[Training, dict[str, Tensor]]:
-    """The run's live parts, and every tensor of a checkpoint by name."""
-    recipe, chosen = run.recipe, run.recipe.optimizer
+def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> Training:
+    """The run's live parts."""
+    recipe = run.recipe
     torch.manual_seed(recipe.seed)  # for dropout, where a model has it
     dtype = DTYPES["bfloat16" if recipe.precision == "bfloat16" else "float32"]
     if run.source is not None:
@@ -165,16 +192,9 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> tup
     else:
         model = fresh(run.config, init=recipe.model.init, seed=recipe.seed, dtype=dtype)
     run.adapters = None if recipe.lora is None else lora.attach_(model, run.anatomy, recipe.lora, recipe.seed)
-    model.train()
-    if recipe.checkpoint_activations:
-        recompute_(model)
-    learner = Learner(model, precision=recipe.precision, compiled=recipe.compile)
-    world.shard_(learner, model.get_submodule(run.anatomy.family.blocks).children())
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = optim.adamw(named.items(), lr=lr, betas=chosen.betas, eps=chosen.eps, weight_decay=chosen.weight_decay)
-    optim.start_slots_(optimizer, 0)
+    learner = learner_of(recipe, model, run.anatomy, world)
     if run.mask is not None:
-        sparse = Sparse(named, {name: world.part(kept) for name, kept in run.mask.kept.items()})
+        sparse = Sparse(learner.trained, {name: world.part(kept) for name, kept in run.mask.kept.items()})
         sparse.after_step(None)
         hooks = (*hooks, sparse)
     plan = recipe.schedule
@@ -182,20 +202,17 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> tup
         plan.kind, lr, plan.total or plan.start + recipe.steps * recipe.batch_tokens, plan.start, plan.warmup,
         plan.floor, plan.decay,
     )  # fmt: skip
-    training = Training(
-        learner, optimizer, run.feeds.training, schedule, recipe.sequences, recipe.micro_batch, chosen.clip, taught(run),
-        run.feeds.starts if recipe.data.separate_documents else None, recipe.skip_spikes, hooks, world,
+    return Training(
+        learner, optimizer_of(recipe, learner, lr), run.feeds.training, schedule, recipe.sequences, recipe.micro_batch,
+        recipe.optimizer.clip, taught(run), run.feeds.starts if recipe.data.separate_documents else None,
+        recipe.skip_spikes, hooks, world,
     )  # fmt: skip
-    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items()}
-    for slot, moments in optim.slots(optimizer, named).items():
-        tensors |= {f"{slot}.{name}": moment for name, moment in moments.items()}
-    return training, tensors
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def _save(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
+def _save(run: Run, training: Training, pruner: Pruner | None) -> None:
     for hook in training.hooks:
         if isinstance(hook, Sparse):
             hook.check()
@@ -208,10 +225,13 @@ def _save(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
         "usual": training.usual,
         "best": run.best,
         "seconds": run.clock.seconds,
+        "flops": run.spent,
+        "pruning": None if pruner is None else pruner.state(),
         "mixing": run.feeds.mixing_state(),
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "versions": record.versions(),
     }
+    tensors = tensors_of(training.learner, training.optimizer) | (pruner.tensors() if pruner is not None else {})
     saved.write(run.out / CHECKPOINTS, training.step, tensors, state, training.world)
     if training.world.first:
         _prune(run)
@@ -222,8 +242,8 @@ def _prune(run: Run) -> None:
     saved.prune(run.out / CHECKPOINTS, run.recipe.save.keep, None if best is None else int(best))
 
 
-def _resume_(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> None:
-    """Changes `training`: as it stood at the last checkpoint, if there is one; the log is cut back to it."""
+def _resume_(run: Run, training: Training, pruner: Pruner | None) -> None:
+    """Changes `training` and `pruner`: as they stood at the last checkpoint, if there is one; the log is cut back to it."""
     world = training.world
     at = world.agree(max(saved.steps(run.out / CHECKPOINTS), default=0))
     if at:
@@ -231,11 +251,17 @@ def _resume_(run: Run, training: Training, tensors: Mapping[str, Tensor]) -> Non
         state = saved.read_state(folder)
         if state["recipe"] != run.recipe.hash:
             raise UserError(f"{folder}: is of another recipe; delete it")
-        saved.read_(folder, tensors, world)
+        if pruner is not None:
+            pruner.shape_(training, state["pruning"])
+        known = pruner.tensors() if pruner is not None else {}
+        saved.read_(folder, tensors_of(training.learner, training.optimizer) | known, world)
+        if pruner is not None:
+            pruner.remember(known)
         optim.start_slots_(training.optimizer, state["updates"])
         training.step, training.tokens, training.skipped = state["step"], state["tokens"], state["skipped"]
         run.feeds.remember_(state["mixing"])
         training.usual, run.best, run.clock.seconds = state["usual"], state["best"], state["seconds"]
+        run.spent = state["flops"]
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
     if world.first:
         _cut_log(run.out / LOG, at)
@@ -266,42 +292,73 @@ def _log(out: Path, line: Mapping[str, Any]) -> None:
 # -- the end --------------------------------------------------------------------------------------------------------------
 
 
-def _finish(run: Run, training: Training, tensors: Mapping[str, Tensor], tried: Sweep | None) -> dict[str, Any]:
+def _finish(run: Run, training: Training, pruner: Pruner | None, tried: Sweep | None) -> dict[str, Any]:
     """Save the model, load it in a clean process, write ledger and record."""
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    weights: Mapping[str, Tensor] = training.learner.trained
     if run.adapters is not None:
         training.learner.model = lora.merged(run.adapters)
         weights = dict(training.learner.model.named_parameters())
+    verified = _exported(run, training, weights, run.out)
+    if training.world.first:
+        _write_ledger(run, training, pruner, tried, run.out)
+    return training.world.agree(_recorded(run, training, pruner, verified, tried) if training.world.first else {})
+
+
+def _left(run: Run, tried: Sweep | None, pruner: Pruner, training: Training, share: float) -> None:
+    """A checkpoint at a stop on the way, with its own ledger: ready to be recovered by itself."""
+    run.clock.stop()
+    place = run.out / STOPS / f"{share:g}"
+    if training.world.first:
+        place.mkdir(parents=True, exist_ok=True)
+    training.world.barrier()
+    _exported(run, training, training.learner.trained, place)
+    training.learner.model.train()
+    if training.world.first:
+        _write_ledger(run, training, pruner, tried, place)
+    run.clock.start()
+
+
+def _exported(run: Run, training: Training, weights: Mapping[str, Tensor], place: Path) -> dict[str, Any]:
     training.learner.model.eval()
-    verified = export(training.learner, weights, run.tokenizer, run.out / MODEL, training.world)
-    return training.world.agree(_recorded(run, training, verified, tried) if training.world.first else {})
+    return export(training.learner, weights, run.tokenizer, place / MODEL, training.world)
 
 
-def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Sweep | None) -> dict[str, Any]:
-    """Write ledger and record."""
-    seq_len = run.recipe.data.seq_len
-    flops = {"train": 3 * run.anatomy.flops(seq_len) * training.tokens // seq_len}
-    beginnings = (0, 0) if tried is None else (tried.steps * run.recipe.sequences, len(tried.losses))
+def _flops(run: Run, training: Training, pruner: Pruner | None) -> dict[str, int]:
+    """By kind of work, so far."""
+    flops = {"train": run.spent}
+    if pruner is not None and pruner.flops_scored:
+        flops["scoring"] = pruner.flops_scored
     if run.teacher_flops is not None:
-        flops["teacher"] = run.teacher_flops * training.tokens // seq_len
-    cached = None if run.cache is None else run.cache.describe()
+        flops["teacher"] = run.teacher_flops * training.tokens // run.recipe.data.seq_len
+    return flops
+
+
+def _write_ledger(run: Run, training: Training, pruner: Pruner | None, tried: Sweep | None, place: Path) -> None:
+    beginnings = (0, 0) if tried is None else (tried.steps * run.recipe.sequences, len(tried.losses))
     ledger = run.feeds.ledger(
-        run.recipe, training.tokens // seq_len, flops, run.anatomy.num_params, run.source, beginnings,
-        None if cached is None else cached["digest"],
+        run.recipe, training.tokens // run.recipe.data.seq_len, _flops(run, training, pruner),
+        Anatomy.of(training.learner.model.config).num_params, run.source, beginnings,
+        None if run.cache is None else run.cache.describe()["digest"],
     )  # fmt: skip
-    with staged_files(run.out / LEDGER) as (stage,):
+    with staged_files(place / LEDGER) as (stage,):
         stage.write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
+
+
+def _recorded(
+    run: Run, training: Training, pruner: Pruner | None, verified: dict[str, Any], tried: Sweep | None
+) -> dict[str, Any]:
+    """Write the record."""
     lines = [json.loads(line) for line in (run.out / LOG).read_text(encoding="utf-8").splitlines()]
     last = next(line for line in reversed(lines) if "loss" in line)
     figures = {
-        "params": run.anatomy.num_params,
+        "params": Anatomy.of(training.learner.model.config).num_params,
         "tokens": training.tokens,
         "steps": training.step,
         "skipped": training.skipped,
         "lr": training.schedule.peak,
         "sweep": None if tried is None else {"steps": tried.steps, "losses": list(tried.losses.items())},
-        "flops": flops,
-        "teacher_cache": cached,
+        "flops": _flops(run, training, pruner),
+        "teacher_cache": None if run.cache is None else run.cache.describe(),
         "loss": last["loss"],
         "validation": [line for line in lines if "validation" in line],
         "best": run.best,
@@ -309,6 +366,7 @@ def _recorded(run: Run, training: Training, verified: dict[str, Any], tried: Swe
         "share_of_peak": last["share_of_peak"],
         "processes": training.world.size,
         "verified": verified,
+        "pruning": None if pruner is None else pruner.told(),
     }
     recipe = {"command": KIND, "recipe": run.recipe.named(), "data": run.feeds.identity()}
     with staged_files(run.out / RECORD) as (stage,):

@@ -1,0 +1,1 @@
+"""Pruning inside training: the model is cut while it learns."""

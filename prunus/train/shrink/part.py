@@ -1,0 +1,128 @@
+"""What a recipe says of pruning while it trains."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ..strict import Strict
+
+SIZES = {  # field of a target -> kind of axis
+    "hidden_size": "hidden",
+    "intermediate_size": "intermediate",
+    "num_key_value_heads": "kv_heads",
+    "num_hidden_layers": "layers",
+}
+MEASURES = ("params", "ratio", "flops", "kv_bytes")
+AxisKind = Literal["kv_heads", "intermediate", "hidden", "layers"]
+
+
+class TargetPart(Strict):
+    """What the model is cut down to: one measure of the whole model, or sizes (those not named stay)."""
+
+    params: int | None = Field(default=None, ge=1, description="all parameters, a tied embedding once")
+    ratio: float | None = Field(default=None, gt=0, lt=1, description="share of the blocks' parameters that goes")
+    flops: int | None = Field(default=None, ge=1, description="forward FLOPs of a token, at data.seq_len")
+    kv_bytes: int | None = Field(default=None, ge=1, description="bytes of KV cache a token, two a number")
+    hidden_size: int | None = Field(default=None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    num_hidden_layers: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> TargetPart:
+        measures = [name for name in MEASURES if getattr(self, name) is not None]
+        if len(measures) + bool(self.sizes) != 1:
+            raise ValueError(f"give one of {', '.join(MEASURES)}, or sizes such as hidden_size; not several, and not none")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Kind of axis -> the size that it is to have."""
+        return {kind: value for name, kind in SIZES.items() if (value := getattr(self, name)) is not None}
+
+
+class SaliencyPart(Strict):
+    """What units are worth, from the gradients that training computes anyway, read before they are clipped."""
+
+    metric: Literal["first", "second", "hessian", "adam"] = Field(
+        default="first",
+        description="of a weight: |w g|; |w g - w^2 F / 2|; w^2 F / 2; or w^2 v / 2 with Adam's second moment v. F, the Fisher "
+        "information, is summed from micro-batches",
+    )
+    matrices: Literal["output", "all"] = Field(
+        default="output",
+        description="whose weights count: o_proj and down_proj alone (EfficientLLM), or every matrix of the unit",
+    )
+    average: float = Field(
+        default=0.95, ge=0, lt=1, description="what the running mean over updates keeps; 0: the last update alone"
+    )
+
+
+class PacePart(Strict):
+    """When how much goes."""
+
+    kind: Literal["curve", "steps", "once"] = Field(
+        default="curve",
+        description="curve: what is left follows a curve in tokens; steps: so many groups after so many updates, until the target "
+        "is met; once: all before the first update",
+    )
+    start: float = Field(default=0.05, ge=0, le=1, description="share of the tokens before the first cut (curve, steps)")
+    end: float = Field(default=0.6, gt=0, le=1, description="of curve: share of the tokens at which the target is met")
+    power: float = Field(default=1.0, gt=0, description="of curve: 1 a straight line, 3 cubic: fast at first")
+    rounds: int | None = Field(default=None, ge=1, description="of curve: cut in so many rounds; default: at every update")
+    prune: int = Field(default=1, ge=1, description="of steps: groups that go ...")
+    train: int = Field(default=1, ge=1, description="... after so many updates")
+    samples: int = Field(default=128, ge=1, description="of once: sequences that are scored on")
+
+    @model_validator(mode="after")
+    def _forwards(self) -> PacePart:
+        if self.kind == "curve" and self.end < self.start:
+            raise ValueError(f"end {self.end} lies before start {self.start}")
+        return self
+
+
+class PrunePart(Strict):
+    """Pruning while training: the least salient group goes first, until the target is met."""
+
+    target: TargetPart
+    stops: list[float] = Field(
+        default=[],
+        description="shares of the source's parameters, falling: a checkpoint is left at each on the way to the target",
+    )
+    axes: list[AxisKind] = Field(default=["kv_heads", "intermediate", "hidden"], min_length=1)
+    alike: bool = Field(
+        default=True, description="every layer loses the same number of units; else each unit goes by itself"
+    )
+    saliency: SaliencyPart = Field(default_factory=SaliencyPart)
+    per: Literal["none", "elements", "params", "flops", "kv_bytes"] = Field(
+        default="params", description="groups of different kinds compare by their saliency over this"
+    )
+    order: list[AxisKind] = Field(
+        default=[], description="a fixed order of the axes instead: each down to its size in target"
+    )
+    pace: PacePart = Field(default_factory=PacePart)
+    units: dict[AxisKind, int] = Field(default={}, description="units of an axis that go together, default 1")
+    floor: dict[AxisKind, int] = Field(default={}, description="least size of an axis, default a sixteenth of the source's")
+    slice_at: float = Field(
+        default=0.05, ge=0, le=1, description="zeroed units are sliced away when this share of the parameters is dead"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> PrunePart:
+        for name in ("axes", "order"):
+            listed = getattr(self, name)
+            if len(set(listed)) != len(listed):
+                raise ValueError(f"{name} names an axis twice")
+        if stray := sorted((set(self.target.sizes) | set(self.order) | set(self.units) | set(self.floor)) - set(self.axes)):
+            raise ValueError(f"target, order, units or floor name {stray[0]}, which axes leaves out; add it there")
+        if self.order and not self.target.sizes:
+            raise ValueError("order needs a target of sizes, which say where one axis stops and the next begins")
+        if self.stops and self.pace.kind == "once":
+            raise ValueError("stops are passed on the way, but pace.kind once has none; drop them, or take another pace")
+        if any(not 0 < share < 1 for share in self.stops) or sorted(self.stops, reverse=True) != self.stops:
+            raise ValueError(f"stops {self.stops} must be shares between 0 and 1 that fall")
+        if any(count < 1 for count in [*self.units.values(), *self.floor.values()]):
+            raise ValueError("units and floor are counts of at least 1")
+        return self

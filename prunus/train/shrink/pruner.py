@@ -1,0 +1,275 @@
+"""What rides on the loop and cuts the model: it watches gradients, decides at its pace, zeroes, and slices when enough is dead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ...anatomy import Anatomy
+from ...errors import UserError
+from ...hf import Target, target_for
+from ...keep import Keep
+from ..loop import Hook, Training, accumulate_
+from .goal import Goal, check_pace
+from .groups import Chooser, Group, Standing
+from .pace import Pace
+from .part import PrunePart
+from .resize import slice_, zero_units_
+from .saliency import Saliency, Table
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+Tell = Callable[[Mapping[str, Any]], None]
+Arrive = Callable[["Pruner", Training, float], None]  # at a stop: the share of the source that it is named by
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What a recipe asks for, checked against the model that it starts from; no weight is read."""
+
+    part: PrunePart
+    config: Any
+    anatomy: Anatomy
+    goal: Goal
+    pace: Pace
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: Any) -> Cutting | None:
+        """None for a recipe that prunes nothing; UserError for one that cannot be carried out."""
+        part = recipe.prune
+        if part is None:
+            return None
+        anatomy = Anatomy.of(config)
+        goal = Goal.of(part, anatomy, recipe.data.seq_len)
+        pace = Pace(part.pace, recipe.steps * recipe.batch_tokens, recipe.batch_tokens)
+        check_pace(part, anatomy, goal, pace)
+        if part.pace.kind == "once" and part.pace.samples > recipe.steps * recipe.sequences:
+            raise UserError(
+                f"prune.pace.samples: {part.pace.samples:,} sequences are more than the {recipe.steps * recipe.sequences:,} that "
+                "the run trains on afterwards; give fewer"
+            )
+        return cls(part, config, anatomy, goal, pace)
+
+
+@dataclass
+class Pruner(Hook):
+    """A run's cutting on its way. `tell` hears of every event, `arrive` when a stop is reached and sliced."""
+
+    asked: Cutting
+    recipe: Recipe
+    tell: Tell = lambda line: None
+    arrive: Arrive = lambda pruner, run, share: None
+    kept: Keep = field(default_factory=Keep)  # of the source, in the tensors as they are
+    groups: int = 0  # gone so far
+    passed: int = 0  # stops
+    flops_scored: int = 0
+    waiting: dict[str, Any] | None = None  # an event whose effect the next update shows
+
+    def __post_init__(self) -> None:
+        self.standing = Standing.of(self.asked.anatomy)
+        self.chooser = Chooser(self.asked.part, self.asked.goal, self.recipe.data.seq_len)
+        self.target = Target(self.asked.config, self.asked.anatomy)
+        self.saliency: Saliency | None = None
+
+    # -- what the loop calls -----------------------------------------------------------------------------------------
+
+    def begin(self, run: Training) -> None:
+        """Before the first update: of a fresh run saliency starts, and what goes at once goes."""
+        if self.saliency is not None:  # it was remembered
+            return
+        self._watch(run)
+        pace = self.asked.pace
+        assert self.saliency is not None
+        if pace.part.kind != "once":
+            return
+        accumulate_(run, 0, pace.part.samples)
+        self.saliency.see(run, pace.part.samples * self.recipe.data.seq_len)
+        run.optimizer.zero_grad(set_to_none=True)
+        self.flops_scored = 3 * self.asked.anatomy.flops(self.recipe.data.seq_len) * pace.part.samples
+        self._cut(run)
+
+    def after_backward(self, run: Training) -> None:
+        """One of several micro-batches is in."""
+        once = self.asked.pace.part.kind == "once" and not run.step
+        if self.saliency is not None and (once or self._watches(run)):
+            self.saliency.see_part()
+
+    def before_clip(self, run: Training) -> None:
+        """An update's gradients are whole."""
+        if self.saliency is not None and self._watches(run):
+            self.saliency.see(run, self.recipe.batch_tokens)
+
+    def after_step(self, run: Training) -> None:
+        """Weights are new: what the last cut did is known, and the next may be due."""
+        if self.waiting is not None:
+            self.tell({"step": run.step, "tokens": run.tokens, **self.waiting, "loss_after": run.last["loss"]})
+            self.waiting = None
+        if not self.done and self.asked.pace.cuts(run.tokens - self.recipe.batch_tokens, run.tokens):
+            self._cut(run)
+
+    @property
+    def done(self) -> bool:
+        """The target is met."""
+        return self.measured <= self.asked.goal.value
+
+    @property
+    def measured(self) -> int:
+        """What the goal measures, of what is alive."""
+        return self.asked.goal.measure(self.standing.now)
+
+    def _watches(self, run: Training) -> bool:
+        """Whether this update's gradients will have a say: all of them in a running mean, else the last before a cut."""
+        pace, update = self.asked.pace, self.recipe.batch_tokens
+        if pace.part.kind == "once" or self.done:
+            return False
+        return bool(self.asked.part.saliency.average) or pace.cuts(run.tokens, run.tokens + update)
+
+    def _watch(self, run: Training) -> None:
+        """Changes self: units of the model as it is now, of which nothing is known."""
+        part = self.asked.part
+        self.saliency = Saliency(part.saliency, self.target.anatomy, part.axes, run.learner.trained, run.world)
+
+    # -- a cut -------------------------------------------------------------------------------------------------------
+
+    def _cut(self, run: Training) -> None:
+        """Changes the model: groups go until the pace is kept, passing stops one by one."""
+        pace, goal = self.asked.pace, self.asked.goal
+        assert self.saliency is not None
+        most = pace.groups(run.tokens)
+        allowed = goal.allowed(pace.share(run.tokens)) if most is None else goal.value
+        while not self.done:
+            stop = goal.next_stop(self.measured) if self.passed < len(goal.stops) else goal.value
+            table = self.saliency.table(run, self.standing.alive)
+            gone = list(self._take(table, max(stop, goal.value), allowed, most))
+            if not gone:
+                return
+            self._apply(run, gone)
+            reached = self.measured <= stop
+            if reached or self._dead >= self.asked.part.slice_at * self.target.anatomy.num_params:
+                self._slice(run)
+            if reached and self.passed < len(goal.stops):
+                self.passed += 1  # before it is left: what is killed here leaves it again
+                self.arrive(self, run, self.asked.part.stops[self.passed - 1])
+            if not reached:
+                return
+
+    def _take(self, table: Table, stop: int, allowed: int, most: int | None) -> Iterator[tuple[Group, dict[str, float]]]:
+        """Groups in the order in which they go, until `stop` is met, or what the pace allows is."""
+        while self.measured > max(stop, allowed) and (most is None or self.groups < most):
+            found = self.chooser.next(self.standing, table, stop)
+            if found is None:
+                return
+            self.standing.drop(found[0].units)
+            table.drop(found[0].units)
+            self.groups += 1
+            yield found
+
+    def _apply(self, run: Training, gone: list[tuple[Group, dict[str, float]]]) -> None:
+        units: dict[str, list[int]] = {}
+        for group, _ in gone:
+            for name, some in group.units.items():
+                units.setdefault(name, []).extend(some)
+        zero_units_(run, self.target.anatomy, {name: tuple(some) for name, some in units.items()})
+        counts: dict[str, int] = {}
+        for group, _ in gone:
+            counts[group.kind] = counts.get(group.kind, 0) + 1
+        now = self.standing.now
+        self.waiting = {
+            "pruned": {
+                "step": run.step,
+                "tokens": run.tokens,
+                "groups": counts,
+                "gone": self.groups,
+                "units": {
+                    self.kept.original(name, self.asked.anatomy): self._original(name, some) for name, some in units.items()
+                },
+                "saliency": gone[0][1],
+                "params": now.num_params,
+                "measure": self.asked.goal.measure(now),
+                "shape": now.shape.describe(),
+            },
+            "loss_before": run.last.get("loss"),
+        }
+
+    def _original(self, name: str, units: list[int]) -> list[int]:
+        """Units of the source."""
+        known = self.kept.units.get(self.kept.original(name, self.asked.anatomy))
+        return sorted(units if known is None else [known[u] for u in units])
+
+    @property
+    def _dead(self) -> int:
+        """Parameters that are zeroed and still there."""
+        return self.target.anatomy.num_params - self.standing.now.num_params
+
+    def _slice(self, run: Training) -> None:
+        """Changes the run: dead units are no longer there."""
+        keep = self.standing.keep
+        if not keep.units:
+            return
+        kept = self.kept.then(keep, self.asked.anatomy)
+        self.resize(run, keep, kept)
+
+    def resize(self, run: Training, keep: Keep, kept: Keep) -> None:
+        """Changes the run: a model of what `keep` leaves of its own, which is `kept` of the source."""
+        target = target_for(self.asked.config, self.asked.anatomy, kept)
+        plan = slice_(run, self.recipe, self.target.anatomy, keep, target)
+        before = self.saliency
+        self.target, self.kept, self.standing = target, kept, Standing.of(target.anatomy)
+        self._watch(run)
+        if before is not None and self.saliency is not None:
+            self.saliency.cut_from(before, lambda name: plan.rows.get(name, {}), plan.names)
+
+    def told(self) -> dict[str, Any]:
+        """What became of it, for the record."""
+        goal = self.asked.goal
+        return {
+            "source_params": self.asked.anatomy.num_params,
+            "shape": self.target.anatomy.shape.describe(),
+            "model_type": self.target.config.model_type,
+            "measured": self.measured,
+            "target": goal.value,
+            "met": self.done,
+            "groups": self.groups,
+        }
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of the cutting; the tensors of `tensors` belong to it."""
+        assert self.saliency is not None
+        return {
+            "kept": self.kept.to_json(),
+            "alive": self.standing.keep.to_json(),
+            "groups": self.groups,
+            "passed": self.passed,
+            "seen": self.saliency.count,
+            "flops_scored": self.flops_scored,
+            "waiting": self.waiting,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is known of the units, whole."""
+        assert self.saliency is not None
+        return {name: t.contiguous() for name, t in self.saliency.saved().items()}
+
+    def shape_(self, run: Training, state: Mapping[str, Any]) -> None:
+        """Changes the run: its model has the sizes that it had when `state` was told; weights are read afterwards."""
+        kept = Keep.from_json(state["kept"], "state.json")
+        if kept.units:
+            self.resize(run, kept, kept)
+        else:
+            self._watch(run)
+        assert self.saliency is not None
+        alive = Keep.from_json(state["alive"], "state.json")
+        self.standing.drop({n: tuple(alive.dropped(n, self.target.anatomy.axes[n].size)) for n in alive.units})
+        self.groups, self.passed, self.waiting = state["groups"], state["passed"], state["waiting"]
+        self.flops_scored, self.saliency.count = state["flops_scored"], state["seen"]
+
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Changes what is known of the units: as it was saved."""
+        assert self.saliency is not None
+        self.saliency.restore(tensors)

@@ -1,0 +1,327 @@
+"""What units are worth while the model trains: sums over their weights of what a Taylor expansion of the loss says of each.
+
+EfficientLLM (section 3.1) counts o_proj and down_proj alone, the stem by the same matrices summed the other way. Gradients are
+those of the update itself, read before they are clipped. A matrix that one axis cuts is summed to a number a unit at once;
+one that two axes cut is kept weight by weight, so that what goes with one axis leaves the other's sums.
+
+Shapes: a matrix is [out, in]; under torchrun a process holds some of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import Anatomy
+from ...axes import Axis, Span, kind_of
+from ...distributed import World, local
+from ..loop import Training
+from ..optim import slots
+from .goal import INNER
+from .part import SaliencyPart
+
+# weight, gradient, Fisher information, room of the same shape -> saliency of every weight, in the room
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _first(w: Tensor, g: Tensor, _: Tensor, room: Tensor) -> Tensor:
+    return torch.mul(w, g, out=room).abs_()
+
+
+def _second(w: Tensor, g: Tensor, fisher: Tensor, room: Tensor) -> Tensor:
+    """|w g - w^2 F / 2|: how the loss changes to second order if the weight were zero (LLM-Pruner eq. 5)."""
+    torch.mul(w, fisher, out=room).mul_(-0.5).add_(g)
+    return room.mul_(w).abs_()
+
+
+def _hessian(w: Tensor, _: Tensor, fisher: Tensor, room: Tensor) -> Tensor:
+    return torch.mul(w, w, out=room).mul_(fisher).mul_(0.5)
+
+
+RULES: Mapping[str, tuple[Rule, bool]] = {  # and whether it needs the Fisher information
+    "first": (_first, False),
+    "second": (_second, True),
+    "hessian": (_hessian, True),
+    "adam": (_hessian, True),  # whose information is Adam's second moment
+}
+
+
+@dataclass
+class Held:
+    """What is known of one matrix: float32 [out, in] where two axes cut it, else float64 a row or column of its one axis."""
+
+    spans: tuple[tuple[Axis, Span], ...]
+    mean: Tensor
+
+    @property
+    def whole(self) -> bool:
+        """Kept weight by weight."""
+        return len({span.dim for _, span in self.spans}) > 1
+
+    def along(self, rule: Tensor) -> Tensor:
+        """A matrix as it is kept: itself, or its sums along what its axis does not cut."""
+        return rule if self.whole else rule.sum(1 - self.spans[0][1].dim).double()
+
+
+@dataclass
+class Table:
+    """One number a unit, infinite where it is gone. `drop` takes what goes out of the other axes' sums."""
+
+    values: dict[str, np.ndarray]  # axis -> float64
+    anatomy: Anatomy
+    held: Mapping[str, Held]
+    matrices: Mapping[str, Tensor]  # parameter -> this process's rows of its saliency, where two axes cut it
+    world: World
+
+    def elements(self, units: Mapping[str, tuple[int, ...]], now: Anatomy) -> int:
+        """Weights of the counted matrices that belong to so many units, as large as they are now."""
+        total = 0
+        for name, gone in units.items():
+            for param, held in self.held.items():
+                for axis, span in held.spans:
+                    if axis.name == name and param in now.tensors:
+                        shape = now.tensors[param].shape
+                        total += len(gone) * span.rows_per_unit * shape[1 - span.dim]
+        return total
+
+    def drop(self, units: Mapping[str, tuple[int, ...]]) -> None:
+        """Changes the table: these are gone."""
+        for name, gone in units.items():
+            if name == "layers":
+                continue
+            self.values[name][list(gone)] = np.inf
+            for param, matrix in self.matrices.items():
+                spans = self.held[param].spans
+                for axis, span in spans:
+                    if axis.name == name:
+                        self._take_out(param, matrix, span, span.rows(gone).reshape(-1), spans)
+        for layer in units.get("layers", ()):
+            self._drop_layer(layer)
+        self._sum_layers()
+
+    def _take_out(self, param: str, matrix: Tensor, gone: Span, rows: Tensor, spans: tuple[tuple[Axis, Span], ...]) -> None:
+        """What these rows or columns held no longer counts for the axes that cut the other way."""
+        first, total = self.world.rows(self.anatomy.tensors[param].shape[0])
+        if gone.dim == 0:
+            rows = rows[(rows >= first) & (rows < first + len(matrix))] - first
+        lost = matrix.index_select(gone.dim, rows).sum(gone.dim).double()
+        matrix.index_fill_(gone.dim, rows, 0)
+        if gone.dim == 1:
+            lost = _placed(lost, first, total)
+        for axis, span in spans:
+            if span.dim != gone.dim:
+                whole = self.world.sum_(lost.clone())
+                values = self.values[axis.name]
+                left = values - axis.unit_sums(span, whole).numpy()
+                self.values[axis.name] = np.where(np.isinf(values), np.inf, np.maximum(left, 0.0))
+
+    def _drop_layer(self, layer: int) -> None:
+        """All that a layer's matrices held."""
+        for param, matrix in self.matrices.items():
+            if self.anatomy.tensors[param].layer == layer:
+                spans = self.held[param].spans
+                inner = next(span for axis, span in spans if axis.layer is not None)
+                everything = torch.arange(self.anatomy.tensors[param].shape[inner.dim])
+                self._take_out(param, matrix, inner, everything, spans)
+        for name in list(self.values):
+            axis = self.anatomy.axes[name]
+            if axis.layer == layer:
+                self.values[name][:] = np.inf
+        if "layers" in self.values:
+            self.values["layers"][layer] = np.inf
+
+    def _sum_layers(self) -> None:
+        """A layer is worth what its heads and channels are worth."""
+        if "layers" not in self.values:
+            return
+        out = self.values["layers"]
+        for layer in np.flatnonzero(np.isfinite(out)):
+            own = [v for n, v in self.values.items() if self.anatomy.axes[n].layer == layer]
+            out[layer] = sum(float(v[np.isfinite(v)].sum()) for v in own)
+
+
+def _placed(rows: Tensor, first: int, total: int) -> Tensor:
+    """A process's rows among those of all."""
+    out = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype)
+    out[first : first + len(rows)] = rows
+    return out
+
+
+class Saliency:
+    """The running mean of every unit's saliency, of a model as it is now; a cut makes a new one of it."""
+
+    def __init__(
+        self, part: SaliencyPart, anatomy: Anatomy, kinds: Collection[str], named: Mapping[str, nn.Parameter], world: World
+    ) -> None:
+        self.part, self.anatomy, self.kinds, self.world = part, anatomy, tuple(kinds), world
+        self.named = {name: p for name, p in named.items() if name in set(_matrices(anatomy, part.matrices))}
+        scored = [*INNER, *(k for k in kinds if k == "hidden")] if "layers" in kinds else list(kinds)
+        self.held: dict[str, Held] = {}
+        for name, p in self.named.items():
+            spans = tuple(
+                (axis, span)
+                for axis in anatomy.axes.values()
+                if kind_of(axis.name) in scored
+                for span in axis.spans
+                if span.param == name
+            )
+            if spans:
+                self.held[name] = Held(spans, torch.empty(0))
+                rows = local(p.detach())
+                self.held[name].mean = self.held[name].along(torch.zeros(rows.shape, dtype=torch.float32))
+        self.count = 0
+        self._fisher: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+
+    @property
+    def by_itself(self) -> bool:
+        """Nothing is gathered: Adam's moments say it all."""
+        return self.part.metric == "adam"
+
+    # -- while it trains ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def see_part(self) -> None:
+        """After each of several micro-batches: its own squared gradient, where the rule wants the Fisher information."""
+        if self.by_itself or not RULES[self.part.metric][1]:
+            return
+        for name in self.held:
+            gradient = self._gradient(name)
+            if name not in self._fisher:
+                self._fisher[name], self._before[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            own = gradient - self._before[name]
+            self._fisher[name].addcmul_(own, own)
+            self._before[name].copy_(gradient)
+
+    @torch.no_grad()
+    def see(self, run: Training, tokens: int) -> None:
+        """Once an update, before gradients are clipped. `tokens`: of the update, whose mean loss the gradients are of."""
+        if self.by_itself:
+            return
+        rule, curved = RULES[self.part.metric]
+        found = {}
+        for name, held in self.held.items():
+            w, g = local(self.named[name].detach()), self._gradient(name)
+            room = torch.empty_like(g)
+            fisher = room
+            if curved:  # a micro-batch's gradient, as part of the update's mean, squares to F / tokens, times its share
+                fisher = self._fisher[name].mul_(tokens) if name in self._fisher else g.square().mul_(tokens)
+            found[name] = held.along(rule(w.float(), g.float(), fisher.float(), room.float()))
+        self._totalled_(found)
+        for name, held in self.held.items():
+            if self.part.average and self.count:
+                held.mean.lerp_(found[name], 1 - self.part.average)
+            else:
+                held.mean.copy_(found[name])
+        self.count += 1
+        self._fisher.clear()
+        self._before.clear()
+
+    def _totalled_(self, found: dict[str, Tensor]) -> None:
+        """Changes sums over rows, of which every process has some: from here on all have the same."""
+        partial = [name for name in found if not _row_sliced(self.held[name])]
+        if partial and not self.world.alone:
+            flat = self.world.sum_(torch.cat([found[name] for name in partial]))
+            found |= dict(zip(partial, flat.split([len(found[name]) for name in partial]), strict=True))
+
+    def _gradient(self, name: str) -> Tensor:
+        p = self.named[name]
+        return local(p.grad) if p.grad is not None else torch.zeros_like(local(p.detach()))
+
+    # -- when something goes -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def table(self, run: Training, alive: Mapping[str, np.ndarray]) -> Table:
+        """Every unit's number; the same in all processes."""
+        means = self._by_moments(run) if self.by_itself else {name: held.mean for name, held in self.held.items()}
+        sums: dict[str, Tensor] = {}
+        for name, held in self.held.items():
+            known = not _row_sliced(held)  # by all: the first process counts it
+            for axis, span in held.spans:
+                vector = means[name].sum(1 - span.dim).double() if held.whole else means[name]
+                if span.dim == 0:
+                    vector = _placed(vector, *self.world.rows(self.anatomy.tensors[name].shape[0]))
+                found = axis.unit_sums(span, vector if self.world.first or not known else torch.zeros_like(vector))
+                sums[axis.name] = sums[axis.name] + found if axis.name in sums else found
+        if sums:
+            flat = self.world.sum_(torch.cat(list(sums.values())))
+            parts = flat.split([len(v) for v in sums.values()])
+            sums = dict(zip(sums, parts, strict=True))
+        values = {name: np.where(alive[name], found.numpy(), np.inf) for name, found in sums.items()}
+        for name in values:
+            layer = self.anatomy.axes[name].layer
+            if layer is not None and not alive["layers"][layer]:
+                values[name] = np.full_like(values[name], np.inf)
+        if "layers" in self.kinds:
+            values["layers"] = np.where(alive["layers"], 0.0, np.inf)
+        whole = {name: means[name] for name, held in self.held.items() if held.whole}
+        table = Table(values, self.anatomy, self.held, whole, self.world)
+        table.drop({})
+        return table
+
+    def _by_moments(self, run: Training) -> dict[str, Tensor]:
+        """w^2 v / 2 with v the bias-corrected second moment of AdamW."""
+        rule = RULES["adam"][0]
+        moments = slots(run.optimizer, self.named)["exp_avg_sq"]
+        out = {}
+        for name, held in self.held.items():
+            w, v = local(self.named[name].detach()).float(), local(moments[name]).float()
+            out[name] = held.along(rule(w, w, v, torch.empty_like(w)))
+        self._totalled_(out)
+        return out
+
+    # -- checkpoints and cuts ----------------------------------------------------------------------------------------
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, whole in every process: matrices by rows, sums of all processes."""
+        out = {}
+        for name, held in self.held.items() if not self.by_itself else ():
+            mean = held.mean
+            if not self.world.alone and _row_sliced(held):
+                mean = self.world.sum_(_placed(mean, *self.world.rows(self.anatomy.tensors[name].shape[0])))
+            out[f"saliency.{name}"] = mean
+        return out
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Undo `saved`: each process takes its rows."""
+        for name, held in self.held.items() if not self.by_itself else ():
+            mean = saved[f"saliency.{name}"]
+            if not self.world.alone and _row_sliced(held):
+                first, _ = self.world.rows(len(mean))
+                mean = mean[first : first + len(held.mean)]
+            held.mean.copy_(mean)
+
+    @torch.no_grad()
+    def cut_from(self, before: Saliency, rows: Callable[[str], Mapping[int, Tensor]], renamed: Mapping[str, str]) -> None:
+        """Changes self, of the sliced model: what was known of the units that stay. `rows`: old name -> rows kept by dimension."""
+        known = before.saved()
+        out = {}
+        for name, held in before.held.items() if not self.by_itself else ():
+            if name not in renamed:
+                continue
+            mean = known[f"saliency.{name}"]
+            for dim, kept in rows(name).items():
+                if held.whole:
+                    mean = mean.index_select(dim, kept)
+                elif dim == held.spans[0][1].dim:
+                    mean = mean.index_select(0, kept)
+            out[f"saliency.{renamed[name]}"] = mean
+        self.count = before.count
+        self.restore(out)
+
+
+def _row_sliced(held: Held) -> bool:
+    """Whether a process holds its rows of it; else its part of a sum."""
+    return held.whole or held.spans[0][1].dim == 0
+
+
+def _matrices(anatomy: Anatomy, which: str) -> list[str]:
+    """The matrices whose weights count: those that read heads and channels, or every matrix of the blocks."""
+    if which == "all":
+        return [name for name, tensor in anatomy.tensors.items() if tensor.is_matrix]
+    inner = [name for name in anatomy.axes if kind_of(name) in INNER]
+    return list(dict.fromkeys(anatomy.reader(name).param for name in inner))
