@@ -25,7 +25,11 @@ TokensOpt = Annotated[str | None, typer.Option("--tokens", help="Short for token
 EpochsOpt = Annotated[int | None, typer.Option("--epochs", help="Short for data.epochs: how often data may be seen.")]
 ParamsOpt = Annotated[
     str | None,
-    typer.Option("--target-params", help="Short for model.target_params, such as 10M: fresh weights of this size."),
+    typer.Option(
+        "--target-params",
+        help="Such as 10M: short for prune.target.params where the recipe prunes, else for model.target_params, the size of "
+        "fresh weights.",
+    ),
 ]
 TokenizerOpt = Annotated[str | None, typer.Option("--tokenizer", help="Short for model.tokenizer.")]
 
@@ -40,7 +44,7 @@ def _fields(
         "model.tokenizer": tokenizer,
         "tokens": None if tokens is None else _count("--tokens", tokens),
         "data.epochs": epochs,
-        "model.target_params": None if params is None else _count("--target-params", params),
+        "target_params": None if params is None else _count("--target-params", params),
     }
     return {name: value for name, value in named.items() if value is not None}
 

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
+from .allocate import adaptive_ratios
 from .anatomy import Anatomy
 from .errors import UserError
 
@@ -106,6 +109,20 @@ def alike_counts(
             "smaller ratio"
         )
     return {name: count for i in layers for name, count in named(anatomy, i, *found).items()}
+
+
+def adaptive(
+    anatomy: Anatomy, importance_L: Tensor, budget: int, amplitude: float, multiple_of: int
+) -> tuple[list[float], dict[str, int]]:
+    """(the share of every layer that goes, units kept of every axis), less where a layer is more important (Adapt-Pruner).
+
+    All blocks together fit `budget`.
+    """
+    sizes = [Sizes.of(anatomy, [i], multiple_of) for i in range(anatomy.shape.num_hidden_layers)]
+    whole, least = [s.params(*s.whole) for s in sizes], [s.params(*s.fewest) for s in sizes]
+    most = [1 - few / all_ for few, all_ in zip(least, whole, strict=True)]
+    ratios = adaptive_ratios(importance_L, whole, most, sum(whole) - budget, amplitude)
+    return ratios, adaptive_counts(anatomy, ratios, budget, multiple_of)
 
 
 def adaptive_counts(anatomy: Anatomy, ratios: Sequence[float], budget: int, multiple_of: int) -> dict[str, int]:

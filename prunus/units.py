@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocate import adaptive_ratios, global_budget, standardised, to_counts
+from .allocate import global_budget, standardised, to_counts
 from .anatomy import Anatomy
 from .axes import kind_of, layer_of
 from .compensate import measured_gains, output_bias, reader_moments, refit_readers_, set_biases_
@@ -25,7 +25,7 @@ from .job import Job, Outcome, finish_, trial
 from .keep import Keep
 from .planning import FEW_WINDOWS, LOSS_WINDOWS, Plan, biased_anatomy
 from .search import Gene, evolve
-from .sizes import Sizes, adaptive_counts, alike_counts
+from .sizes import adaptive, alike_counts
 from .statistics import BlockCosine, Statistics, collect, layer_moments
 from .taylor import unit_taylor
 
@@ -238,15 +238,12 @@ def _adaptive(plan: Plan, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
     """A share of its own for every layer, less where the layer does more, and in each layer the best units."""
     anatomy, ratio = plan.anatomy, plan.request.ratio
     assert plan.budget is not None and ratio is not None
-    sizes = [Sizes.of(anatomy, [i], plan.multiple_of) for i in range(anatomy.shape.num_hidden_layers)]
-    whole, least = [s.params(*s.whole) for s in sizes], [s.params(*s.fewest) for s in sizes]
-    most = [1 - few / all_ for few, all_ in zip(least, whole, strict=True)]
     importance = scores.values["layers"]
     if not bool(torch.isfinite(importance).all()):
         raise UserError("scores: some layers' cosines are no numbers; try another --dtype or other calibration text")
     amplitude = float(plan.options["amplitude"]) * ratio
-    ratios = adaptive_ratios(importance, whole, most, sum(whole) - plan.budget, amplitude)
-    keep = to_counts(scores, adaptive_counts(anatomy, ratios, plan.budget, plan.multiple_of))
+    ratios, counts = adaptive(anatomy, importance, plan.budget, amplitude, plan.multiple_of)
+    keep = to_counts(scores, counts)
     return keep, {"scores": {"block-influence": importance.tolist(), "share": ratios}}
 
 

@@ -29,6 +29,7 @@ SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size 
     "intermediate_size=1280": "intermediate_size=112",
     "--tokens 1M": "--tokens 16k --set compile=false",
     "--tokens 200k": "--tokens 8k --set compile=false",
+    "--target-params 100M": "--target-params 1M --tokens 66k --set precision=float32",
     "[1000000, 2000000]": "[8192, 16384]",
     "generations=10": "generations=2",
     "quickstart": "quickstart --source ./SmolLM2-135M",

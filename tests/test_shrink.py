@@ -310,6 +310,13 @@ PARTS = {
     "kv bytes": {"target": {"kv_bytes": 200}, "axes": ["kv_heads"]},
     "steps": {"pace": {"kind": "steps", "start": 0.0, "prune": 6, "train": 1}},
     "once": {"pace": {"kind": "once", "samples": 10}, "saliency": {"metric": "hessian", "matrices": "all"}},
+    "adaptive": {
+        "allocate": "adaptive",
+        "alike": False,
+        "axes": ["kv_heads", "intermediate"],
+        "target": {"ratio": 0.4},
+        "pace": {"start": 0.0, "end": 0.75, "rounds": 3},
+    },
     "rounds": {"pace": {"start": 0.1, "end": 0.9, "rounds": 2}, "saliency": {"metric": "adam"}},
 }
 
@@ -409,7 +416,33 @@ def test_a_cut_stem_changes_no_loss_at_the_slice():
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["alike", "each by itself", "once", "steps", "params"])
+def test_adaptive_shares_are_those_of_the_one_shot_method():
+    """At every cut: importances are the blocks' own 1 - cosine, and what stays fits; a block that turns less gives more."""
+    _, out = done("adaptive")
+    rounds = events(out)
+    assert [event["pruned"]["step"] for event in rounds] == [2, 4, 6]
+    sizes = rounds[-1]["pruned"]["shape"]["intermediate_size"]
+    assert isinstance(sizes, list) and len(set(sizes)) > 1
+
+
+def test_an_enlarged_shape_comes_back():
+    recipe = asked(
+        model__enlarge=2.0,
+        prune={"axes": ["intermediate"], "pace": {"start": 0.25, "end": 0.75, "power": 3.0, "rounds": 2},
+               "saliency": {"matrices": "all"}},
+    )  # fmt: skip
+    out = pipeline.scratch() / "enlarged"
+    told = run(out, recipe)["figures"]["pruning"]
+    assert told["shape"]["intermediate_size"] == tiny.INTERMEDIATE and told["source_params"] > told["measured"]
+    plain = run(pipeline.scratch() / "not-enlarged", asked())
+    assert plain["figures"]["params"] == told["measured"]
+    with pytest.raises(UserError, match=r"prune\.target is missing"):
+        asked(prune={})
+    with pytest.raises(UserError, match="enlarge widens a shape"):
+        asked(model={"source": "x", "enlarge": 2.0})
+
+
+@pytest.mark.parametrize("name", ["alike", "each by itself", "once", "steps", "params", "adaptive"])
 def test_stopped_anywhere_it_goes_on_bit_for_bit(name):
     _, whole = done(name)
     for at in (2, 5):
@@ -487,6 +520,8 @@ def test_every_family_shrinks_to_a_target(name):
         ({"target": {"params": 10}}, "below the least shape's"),
         ({"target": {"hidden_size": 64}}, "above the source's 32"),
         ({"target": {"hidden_size": 16}, "axes": ["intermediate"]}, "which axes leaves out"),
+        ({"allocate": "adaptive"}, "set alike to false"),
+        ({"allocate": "adaptive", "alike": False}, "take hidden out of axes"),
         ({"order": ["hidden"]}, "order needs a target of sizes"),
         ({"axes": ["hidden", "hidden"]}, "names an axis twice"),
         ({"axes": ["heads"]}, "prune.axes.0"),
@@ -504,6 +539,11 @@ def test_every_family_shrinks_to_a_target(name):
 def test_wrong_pruning_is_refused_before_weights(part, said):
     with pytest.raises(UserError, match=said):
         opened(pruning(**part), pipeline.scratch() / "refused")
+
+
+def test_target_params_means_the_cut_model_where_a_recipe_prunes():
+    assert recipes.read("efficientllm", (), {"target_params": 10**8}).prune.target.params == 10**8
+    assert recipes.read("scratch", (), {"target_params": 10**7}).model.target_params == 10**7
 
 
 def test_what_cannot_go_with_pruning_is_refused():

@@ -148,7 +148,7 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
     anatomy = (
         source.anatomy
         if source is not None
-        else Anatomy.of(config_of(recipe.model.shape or "", 0, recipe.model.target_params))
+        else Anatomy.of(config_of(recipe.model.shape or "", 0, recipe.model.target_params, recipe.model.enlarge))
     )
     part = recipe.teacher
     teacher = None if part is None or part.cache is not None else Source.open(part.source or "").anatomy

@@ -81,7 +81,9 @@ def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
         tokenizer = (source or Source.open(str(asked.shape))).tokenizer()
     else:
         raise UserError(f"model: {NO_TOKENIZER}")
-    config = source.config if source is not None else config_of(asked.shape or "", len(tokenizer), asked.target_params)
+    config: Any = source.config if source is not None else None
+    if config is None:
+        config = config_of(asked.shape or "", len(tokenizer), asked.target_params, asked.enlarge)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and recipe.data.seq_len > limit:
         raise UserError(f"data.seq_len: {recipe.data.seq_len} is more than the {limit} positions that the model knows")
@@ -91,7 +93,12 @@ def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
             f"data.separate_documents: this model sees {window} tokens back in some layers, and one mask for all would undo that; "
             f"set data.seq_len to {window} or less, or drop it"
         )
-    cutting = Cutting.of(recipe, config)
+    before = None
+    if asked.enlarge is not None:
+        before = (
+            Anatomy.of(config_of(asked.shape or "", len(tokenizer), asked.target_params)).shape.layers[0].intermediate_size
+        )
+    cutting = Cutting.of(recipe, config, before)
     if source is not None:
         Ledger.check(source.path)
     feeds = Feeds.open(recipe, tokenizer)

@@ -32,6 +32,11 @@ class ModelPart(Strict):
     target_params: int | None = Field(
         default=None, ge=1, description="the shape's heads, stem and FFN scaled to so many parameters, within 1 %"
     )
+    enlarge: float | None = Field(
+        default=None,
+        gt=1,
+        description="the shape's FFN so many times as wide; prune brings it back unless it names a target",
+    )
     tokenizer: str | None = Field(default=None, description="folder of the tokenizer, where no checkpoint brings one")
     init: Literal["standard", "depth-scaled"] = Field(default="standard", description="how fresh weights are drawn")
     mask: str | None = Field(default=None, description="a sparse checkpoint whose zeros stay zero (its mask is used)")
@@ -42,6 +47,8 @@ class ModelPart(Strict):
             raise ValueError("give either source (weights to go on from) or shape (fresh weights)")
         if self.target_params is not None and self.shape is None:
             raise ValueError("target_params scales a shape; a source's weights have their sizes")
+        if self.enlarge is not None and self.shape is None:
+            raise ValueError("enlarge widens a shape; a source's weights have their sizes")
         if isinstance(self.shape, dict) and self.tokenizer is None:
             raise ValueError(NO_TOKENIZER)
         return self
@@ -193,6 +200,12 @@ class Recipe(Strict):
         if self.prune is not None and (self.lora is not None or self.model.mask is not None):
             other = "lora" if self.lora is not None else "model.mask"
             raise ValueError(f"prune and {other} exclude each other: units are cut with all their weights; drop one of them")
+        if self.prune is not None and self.prune.target is None and self.model.enlarge is None:
+            raise ValueError("prune.target is missing; only model.enlarge goes without, which names what to come back to")
+        if self.prune is not None and self.prune.allocate == "adaptive" and self.compile:
+            raise ValueError(
+                "prune.allocate: adaptive looks at what blocks give, which compiled ones do not show; set compile false"
+            )
         if self.prune is not None and self.optimizer.lr == "sweep":
             raise ValueError("optimizer.lr: sweep tries rates on beginnings that prune would cut; name a rate")
         if self.data.mixing is not None and not self.validate_.every:
@@ -258,7 +271,10 @@ def shipped() -> dict[str, str]:
 
 
 def read(name: str, changes: Sequence[str] = (), fields: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe by its file or bare name, with ``a.b=c`` changes and ready values of `fields` (dotted names) on top."""
+    """A recipe by its file or bare name, with ``a.b=c`` changes and ready values of `fields` (dotted names) on top.
+
+    The field ``target_params`` is what the model is cut down to where the recipe prunes, else the size of its fresh weights.
+    """
     data = _load(name)
     for change in changes:
         key, equals, text = change.partition("=")
@@ -270,6 +286,9 @@ def read(name: str, changes: Sequence[str] = (), fields: Mapping[str, Any] | Non
             raise UserError(f"--set: the value of '{change}' is not YAML") from error
         _put(data, key, value)
     for key, value in (fields or {}).items():
+        if key == "target_params":
+            prunes = isinstance(data.get("prune"), dict)
+            key, value = ("prune.target", {"params": value}) if prunes else ("model.target_params", value)
         _put(data, key, value)
     return parse(data, name)
 

@@ -251,6 +251,7 @@ def _resume_(run: Run, training: Training, pruner: Pruner | None) -> None:
         state = saved.read_state(folder)
         if state["recipe"] != run.recipe.hash:
             raise UserError(f"{folder}: is of another recipe; delete it")
+        training.step, training.tokens, training.skipped = state["step"], state["tokens"], state["skipped"]
         if pruner is not None:
             pruner.shape_(training, state["pruning"])
         known = pruner.tensors() if pruner is not None else {}
@@ -258,7 +259,6 @@ def _resume_(run: Run, training: Training, pruner: Pruner | None) -> None:
         if pruner is not None:
             pruner.remember(known)
         optim.start_slots_(training.optimizer, state["updates"])
-        training.step, training.tokens, training.skipped = state["step"], state["tokens"], state["skipped"]
         run.feeds.remember_(state["mixing"])
         training.usual, run.best, run.clock.seconds = state["usual"], state["best"], state["seconds"]
         run.spent = state["flops"]

@@ -41,8 +41,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(shape: str | dict[str, Any], vocab_size: int, target_params: int | None = None) -> PreTrainedConfig:
+def config_of(
+    shape: str | dict[str, Any], vocab_size: int, target_params: int | None = None, enlarge: float | None = None
+) -> PreTrainedConfig:
     """The config of a named shape, of a checkpoint's folder, or of fields; with `target_params` its widths are scaled.
+
+    `enlarge` makes its FFN so many times as wide.
 
     UserError for what no family takes, and for a tokenizer that is too large.
     """
@@ -55,7 +59,9 @@ def config_of(shape: str | dict[str, Any], vocab_size: int, target_params: int |
             f"model.shape: a vocabulary of {config.vocab_size:,} is too small for the tokenizer's {vocab_size:,} tokens"
         )
     Anatomy.of(config).checked()
-    return config if target_params is None else _scaled(config, target_params)
+    if target_params is not None:
+        config = _scaled(config, target_params)
+    return config if enlarge is None else _enlarged(config, enlarge)
 
 
 def is_folder(shape: str) -> bool:
@@ -120,6 +126,16 @@ def _scaled(config: PreTrainedConfig, params: int) -> PreTrainedConfig:
             f"model.target_params: no width of this shape comes within 1 % of {params:,} parameters; change the shape"
         )
     return sized(*best[1:])
+
+
+def _enlarged(config: PreTrainedConfig, factor: float) -> PreTrainedConfig:
+    """The config with another FFN width, a whole multiple of `_STEP`."""
+    widths = {layer.intermediate_size for layer in Anatomy.of(config).shape.layers}
+    if len(widths) > 1 or 0 in widths:
+        raise UserError("model.enlarge: only a shape whose layers are alike can be enlarged; drop it")
+    out = copy.deepcopy(config)
+    out.intermediate_size = _STEP * max(1, round(factor * widths.pop() / _STEP))
+    return out
 
 
 def fresh(config: PreTrainedConfig, *, init: str, seed: int, dtype: torch.dtype) -> PreTrainedModel:

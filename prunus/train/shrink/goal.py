@@ -57,6 +57,7 @@ class Goal:
         check_axes(part, anatomy)
         floors: dict[str, int] = {kind: max(1, -(-size_of(anatomy, kind) // _FLOOR)) for kind in part.axes}
         floors |= {str(kind): count for kind, count in part.floor.items()}
+        assert part.target is not None, "a recipe without one names what it enlarges"
         sizes = part.target.sizes
         for name, kind in SIZES.items():
             if kind in sizes:

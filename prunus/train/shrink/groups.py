@@ -166,8 +166,6 @@ class Chooser:
     def _least(self, kind: str, axes: list[str], table: Table, count: int) -> Group:
         units, total = {}, 0.0
         for name in axes:
-            values = table.values[name]
-            order = np.argsort(values, kind="stable")[:count]
-            units[name] = tuple(sorted(order.tolist()))
-            total += float(values[order].sum())
+            units[name] = table.least(name, count)
+            total += float(table.values[name][list(units[name])].sum())
         return Group(kind, units, total)

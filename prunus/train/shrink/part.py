@@ -86,7 +86,7 @@ class PacePart(Strict):
 class PrunePart(Strict):
     """Pruning while training: the least salient group goes first, until the target is met."""
 
-    target: TargetPart
+    target: TargetPart | None = Field(default=None, description="default: the shape as it was before model.enlarge")
     stops: list[float] = Field(
         default=[],
         description="shares of the source's parameters, falling: a checkpoint is left at each on the way to the target",
@@ -94,6 +94,14 @@ class PrunePart(Strict):
     axes: list[AxisKind] = Field(default=["kv_heads", "intermediate", "hidden"], min_length=1)
     alike: bool = Field(
         default=True, description="every layer loses the same number of units; else each unit goes by itself"
+    )
+    allocate: Literal["least", "adaptive"] = Field(
+        default="least",
+        description="least: the least salient group goes first; adaptive: at every cut each layer gives up a share of its own, "
+        "less where it turns the stream more (Adapt-Pruner), and its least salient units go",
+    )
+    amplitude: float = Field(
+        default=1.0, ge=0, description="of adaptive: how far layers' shares differ, in shares of what goes at a cut"
     )
     saliency: SaliencyPart = Field(default_factory=SaliencyPart)
     per: Literal["none", "elements", "params", "flops", "kv_bytes"] = Field(
@@ -115,9 +123,12 @@ class PrunePart(Strict):
             listed = getattr(self, name)
             if len(set(listed)) != len(listed):
                 raise ValueError(f"{name} names an axis twice")
-        if stray := sorted((set(self.target.sizes) | set(self.order) | set(self.units) | set(self.floor)) - set(self.axes)):
+        sizes = self.target.sizes if self.target is not None else {}
+        if stray := sorted((set(sizes) | set(self.order) | set(self.units) | set(self.floor)) - set(self.axes)):
             raise ValueError(f"target, order, units or floor name {stray[0]}, which axes leaves out; add it there")
-        if self.order and not self.target.sizes:
+        if self.allocate == "adaptive":
+            self._fits_adaptive()
+        if self.order and not sizes:
             raise ValueError("order needs a target of sizes, which say where one axis stops and the next begins")
         if self.stops and self.pace.kind == "once":
             raise ValueError("stops are passed on the way, but pace.kind once has none; drop them, or take another pace")
@@ -126,3 +137,13 @@ class PrunePart(Strict):
         if any(count < 1 for count in [*self.units.values(), *self.floor.values()]):
             raise ValueError("units and floor are counts of at least 1")
         return self
+
+    def _fits_adaptive(self) -> None:
+        if self.alike:
+            raise ValueError("allocate: adaptive gives every layer a size of its own; set alike to false")
+        if self.pace.kind == "steps":
+            raise ValueError("allocate: adaptive takes a share at every cut, not groups; use pace.kind curve")
+        if stray := sorted(set(self.axes) - {"kv_heads", "intermediate"}):
+            raise ValueError(f"allocate: adaptive shares out heads and channels; take {stray[0]} out of axes")
+        if self.target is None or (self.target.params is None and self.target.ratio is None):
+            raise ValueError("allocate: adaptive shares out parameters; give a target of params or ratio")

@@ -13,10 +13,11 @@ from ...errors import UserError
 from ...hf import Target, target_for
 from ...keep import Keep
 from ..loop import Hook, Training, accumulate_
+from .adaptive import Cosines, shares
 from .goal import Goal, check_pace
 from .groups import Chooser, Group, Standing
 from .pace import Pace
-from .part import PrunePart
+from .part import PrunePart, TargetPart
 from .resize import slice_, zero_units_
 from .saliency import Saliency, Table
 
@@ -38,11 +39,16 @@ class Cutting:
     pace: Pace
 
     @classmethod
-    def of(cls, recipe: Recipe, config: Any) -> Cutting | None:
-        """None for a recipe that prunes nothing; UserError for one that cannot be carried out."""
+    def of(cls, recipe: Recipe, config: Any, before: int | None = None) -> Cutting | None:
+        """None for a recipe that prunes nothing; UserError for one that cannot be carried out.
+
+        `before`: the FFN width that was enlarged, which a recipe without a target comes back to.
+        """
         part = recipe.prune
         if part is None:
             return None
+        if part.target is None:
+            part = part.model_copy(update={"target": TargetPart(intermediate_size=before)})
         anatomy = Anatomy.of(config)
         goal = Goal.of(part, anatomy, recipe.data.seq_len)
         pace = Pace(part.pace, recipe.steps * recipe.batch_tokens, recipe.batch_tokens)
@@ -74,6 +80,7 @@ class Pruner(Hook):
         self.chooser = Chooser(self.asked.part, self.asked.goal, self.recipe.data.seq_len)
         self.target = Target(self.asked.config, self.asked.anatomy)
         self.saliency: Saliency | None = None
+        self.cosines: Cosines | None = None
 
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
@@ -86,6 +93,7 @@ class Pruner(Hook):
         assert self.saliency is not None
         if pace.part.kind != "once":
             return
+        self._look(True)
         accumulate_(run, 0, pace.part.samples)
         self.saliency.see(run, pace.part.samples * self.recipe.data.seq_len)
         run.optimizer.zero_grad(set_to_none=True)
@@ -110,6 +118,12 @@ class Pruner(Hook):
             self.waiting = None
         if not self.done and self.asked.pace.cuts(run.tokens - self.recipe.batch_tokens, run.tokens):
             self._cut(run)
+        self._look(self.asked.pace.cuts(run.tokens, run.tokens + self.recipe.batch_tokens))
+
+    def _look(self, looking: bool) -> None:
+        """Whether the next forward passes tell how far blocks turn the stream."""
+        if self.cosines is not None:
+            self.cosines.look(looking)
 
     @property
     def done(self) -> bool:
@@ -132,6 +146,10 @@ class Pruner(Hook):
         """Changes self: units of the model as it is now, of which nothing is known."""
         part = self.asked.part
         self.saliency = Saliency(part.saliency, self.target.anatomy, part.axes, run.learner.trained, run.world)
+        if part.allocate == "adaptive":
+            known = None if self.cosines is None else self.cosines.known_L
+            self.cosines = Cosines(run.learner.model, self.target.anatomy, known)
+            self._look(self.asked.pace.cuts(run.tokens, run.tokens + self.recipe.batch_tokens))
 
     # -- a cut -------------------------------------------------------------------------------------------------------
 
@@ -144,7 +162,10 @@ class Pruner(Hook):
         while not self.done:
             stop = goal.next_stop(self.measured) if self.passed < len(goal.stops) else goal.value
             table = self.saliency.table(run, self.standing.alive)
-            gone = list(self._take(table, max(stop, goal.value), allowed, most))
+            if self.cosines is not None:
+                gone = self._share(run, table, max(stop, allowed))
+            else:
+                gone = list(self._take(table, stop, allowed, most))
             if not gone:
                 return
             self._apply(run, gone)
@@ -167,6 +188,19 @@ class Pruner(Hook):
             table.drop(found[0].units)
             self.groups += 1
             yield found
+
+    def _share(self, run: Training, table: Table, allowed: int) -> list[tuple[Group, dict[str, float]]]:
+        """Every layer's share, so that what the pace allows is met."""
+        now, part = self.standing.now, self.asked.part
+        assert self.cosines is not None and part.target is not None
+        others = now.num_params - now.block_params if part.target.params is not None else 0
+        if self.measured <= allowed:
+            return []
+        found = shares(self.standing, table, self.cosines.importance(run.world), allowed - others, part.amplitude)
+        for group in found:
+            self.standing.drop(group.units)
+        self.groups += len(found)
+        return [(group, {}) for group in found]
 
     def _apply(self, run: Training, gone: list[tuple[Group, dict[str, float]]]) -> None:
         units: dict[str, list[int]] = {}

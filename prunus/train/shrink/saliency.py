@@ -77,6 +77,10 @@ class Table:
     matrices: Mapping[str, Tensor]  # parameter -> this process's rows of its saliency, where two axes cut it
     world: World
 
+    def least(self, name: str, count: int) -> tuple[int, ...]:
+        """The units of an axis that are worth least, by index; ties go to the lower one."""
+        return tuple(sorted(np.argsort(self.values[name], kind="stable")[:count].tolist()))
+
     def elements(self, units: Mapping[str, tuple[int, ...]], now: Anatomy) -> int:
         """Weights of the counted matrices that belong to so many units, as large as they are now."""
         total = 0
