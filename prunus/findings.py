@@ -61,7 +61,7 @@ def wanted(plan: Plan) -> str | None:
     return " ".join([method.criterion, *(f"{name}={value}" for name, value in sorted(options.items()) if value)])
 
 
-_OF_THE_CUT = ("amplitude", *SEARCH_OPTIONS)  # options that say how findings are used, not what is found
+_OF_THE_CUT = ("amplitude", "words", *SEARCH_OPTIONS)  # options that say how findings are used, not what is found
 # criteria that are no rows of `UNIT_CRITERIA`, and whose scores, or rounds, serve any target
 _BY_NAME = ("taylor-units", "cosine-taylor", "block-influence", "taylor", "loss-without")
 

@@ -125,9 +125,10 @@ class Job:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def sweep(self) -> Sweep:
-        """This process's calibration windows before the first block."""
-        return Sweep(self.model, self.plan.anatomy, self.ids_NT, self.batch_size, self.world)
+    def sweep(self, more_MT: Tensor | None = None) -> Sweep:
+        """This process's calibration windows before the first block; its share of `more_MT` behind them."""
+        ids_NT = self.ids_NT if more_MT is None else torch.cat([self.ids_NT, self.world.own(more_MT)])
+        return Sweep(self.model, self.plan.anatomy, ids_NT, self.batch_size, self.world)
 
     @property
     def ids_NT(self) -> Tensor:

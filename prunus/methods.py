@@ -250,7 +250,7 @@ _ROWS = (
         sweeps=4.0,
         uniform=False,
         multiple_of=32,
-        options={"unseen": ("0.02", "0.001", "0.1", "0.4")},
+        options={"words": ("0.375", "0", "0.125", "0.75", "1.5"), "unseen": ("0.02", "0.001", "0.1", "0.4")},
     ),
     Method(
         name="minitron-width",

@@ -279,7 +279,8 @@ def _taylor_passes(plan: Plan) -> tuple[float, float]:
     outputs = {plan.anatomy.tensors[name].layer for name in plan.graded_outputs}
     count = plan.anatomy.shape.num_hidden_layers
     first = min(layer for layer in graded | outputs if layer is not None)
-    after = 4 * count if outputs else 0  # once for the error curves, and three times while blocks are cut
+    more = float(plan.options.get("words", 0))  # windows of the vocabulary, for each of text
+    after = count * (1 + 3 * (1 + more)) if outputs else 0  # once for the error curves, and three times while blocks are cut
     # the head's weights need no gradient
     return count + sum(2 + (layer in graded) for layer in range(first, count)) + after, 2
 

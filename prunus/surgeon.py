@@ -66,6 +66,22 @@ def decided(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
     return _alike(plan, levels) if plan.request.uniform else _each(plan, levels)
 
 
+def words(job: Job) -> Tensor | None:
+    """Windows of the vocabulary's tokens in a fixed random order, int64 [M, T]: `--option words` as many as there are of text.
+
+    Text for calibration is short and of one kind. Units that fire for words that it lacks would look free, and what is refitted
+    would know nothing of them (LOG.md). What an error costs, and the sizes, go by text alone: these words have no neighbours.
+    """
+    assert job.windows is not None
+    count, length = round(float(job.plan.options["words"]) * job.windows.num_windows), job.windows.seq_len
+    if not count:
+        return None
+    generator, size = torch.Generator().manual_seed(0), job.plan.anatomy.shape.vocab_size
+    rounds = -(-count * length // size)  # once through the vocabulary after another
+    order = torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])
+    return order[: count * length].view(count, length)
+
+
 # -- 1: what an error costs -----------------------------------------------------------------------------------------------
 
 
@@ -225,7 +241,7 @@ def cut_and_refit_(job: Job, sizes: Mapping[str, int], metric: Mapping[str, Tens
 
     The MLP's units are scored behind the block's own cut attention, and every block behind the cut blocks before it.
     """
-    plan, sweep = job.plan, job.sweep()
+    plan, sweep = job.plan, job.sweep(words(job))
     anatomy, count = plan.anatomy, len(sweep.blocks)
     kept: dict[str, tuple[int, ...]] = {}
     extra: dict[str, Tensor] = {}

@@ -27,7 +27,7 @@ from prunus.job import Job
 from prunus.keep import Keep
 from prunus.oneshot import one_shot_
 from prunus.planning import biased_anatomy
-from prunus.surgeon import _FROM_AFAR, _at_levels, _root, error_curves, output_fisher
+from prunus.surgeon import _FROM_AFAR, _at_levels, _root, error_curves, output_fisher, words
 
 WINDOWS = pipeline.windows(5)
 CLOSE = 1e-5  # the families' norms compute in float32, so gradients agree to some 1e-7 of their size
@@ -38,6 +38,14 @@ CASES = [
     "llama", "llama_tied", "llama_mha", "llama_gqa4", "llama_mqa", "llama_bias", "qwen2", "phi", "gpt_neox", "gemma2",
     "olmo2", "phi3",
 ]  # fmt: skip
+
+
+def seen(config):
+    """The text's windows, and three eighths as many of the vocabulary in random order."""
+    length = WINDOWS.ids_NT.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [torch.randperm(config.vocab_size, generator=generator) for _ in range(9)]
+    return torch.cat([WINDOWS.ids_NT, torch.cat(vocabulary)[: 2 * length].view(2, length)])
 
 
 def ratio_for(case):
@@ -203,7 +211,7 @@ def step_through(outcome, dense, check):
     """The dense model, cut reader by reader as the outcome says. `check` sees each: x, dense W and b, kept rows, W', b'."""
     model, anatomy = copy.deepcopy(dense), Anatomy.of(dense.config)
     for axis, name in readers(anatomy):
-        x = pipeline.inputs_of(model, WINDOWS.ids_NT, [name])[name].flatten(0, 1)
+        x = pipeline.inputs_of(model, seen(model.config), [name])[name].flatten(0, 1)
         live, cut = model.get_submodule(name), outcome.model.get_submodule(name)
         units = outcome.keep.units.get(axis.name, tuple(range(axis.size)))
         kept = torch.tensor(tiny.spans_rows(anatomy.reader(axis.name), units))
@@ -266,7 +274,7 @@ def test_units_go_by_the_curve_s_rule_behind_the_cut(case):
     axis, module = readers(anatomy)[0]
     rows = [torch.tensor(tiny.spans_rows(anatomy.reader(axis.name), [u])) for u in range(axis.size)]
     weight = dense.get_submodule(module).weight.detach().double()
-    x = pipeline.inputs_of(dense, WINDOWS.ids_NT, [module])[module].reshape(-1, weight.shape[1])
+    x = pipeline.inputs_of(dense, seen(dense.config), [module])[module].reshape(-1, weight.shape[1])
     fisher = naive_fisher(dense, WINDOWS.ids_NT, [module])[module]
     alive = list(range(axis.size))
     while len(alive) > len(outcome.keep.units.get(axis.name, alive)):
@@ -399,7 +407,7 @@ def test_saved_and_loaded_in_a_clean_process(case, options, model_type, biases, 
         ({"ratio": 0.2, "pattern": "2:4"}, r"pattern: prunus does not take it; drop the option"),
         ({"ratio": 0.2, "target": {"hidden_size": 8}}, r"target: prunus does not take it; drop the option"),
         ({"ratio": 0.2, "compensate": "none"}, r"unknown value for compensate of prunus 'none'"),
-        ({"ratio": 0.2, "options": {"score": "first"}}, r"option 'score' does not exist for prunus; it has unseen"),
+        ({"ratio": 0.2, "options": {"score": "first"}}, r"option 'score' does not exist for prunus; it has words, unseen"),
         ({"ratio": 0.2, "multiple_of": 0}, r"multiple_of: 0 is no multiple; it must be 1 or more"),
     ],
 )
@@ -424,10 +432,22 @@ def test_inputs_that_are_refused():
         api.prune(str(pipeline.folder()), method="prunus", ratio=0.2, multiple_of=1)
 
 
+def test_every_word_is_seen_before_any_comes_again():
+    model = pipeline.model("llama")
+    assert words(job_for(model, options={"words": "0"})) is None
+    found = words(job_for(model, options={"words": "1.5"})).flatten()
+    vocab, count = model.config.vocab_size, round(1.5 * len(WINDOWS.ids_NT)) * WINDOWS.ids_NT.shape[1]
+    assert len(found) == count and int(found.max()) < vocab
+    often = torch.bincount(found, minlength=vocab)
+    assert int(often.max() - often.min()) <= 1 and torch.equal(
+        found, words(job_for(model, options={"words": "1.5"})).flatten()
+    )
+
+
 def test_the_plan_says_what_it_knows():
     plan = plan_for(pipeline.config("llama"), method="prunus", ratio=0.3, multiple_of=1)
     assert any("pruned_llama" in note and "--uniform makes all layers alike" in note for note in plan.notes)
     head = 2 * 16 * plan.anatomy.shape.vocab_size * plan.anatomy.shape.hidden_size
-    # forwards, back (a block again and its stream's gradient), the curves' sweep, three passes behind the cut
-    assert plan.scoring_flops(3, 16) == 3 * (7 * (plan.anatomy.flops(16) - head) + 2 * head)
+    # forwards, back (a block again and its stream's gradient); the curves' sweep; three passes behind the cut, vocabulary and all
+    assert plan.scoring_flops(3, 16) == 3 * ((4 + 3 * 1.375) * (plan.anatomy.flops(16) - head) + 2 * head)
     assert plan.gradient_bytes(4, 16) > 0
