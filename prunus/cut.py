@@ -112,7 +112,7 @@ def slice_tensors_(tensors: MutableMapping[str, Tensor], plan: SlicePlan) -> dic
     return out
 
 
-_SLOT_POWER = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
+SLOT_POWER = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
 
 
 def slice_slots(slots: Mapping[str, Mapping[str, Tensor]], plan: SlicePlan) -> dict[str, dict[str, Tensor]]:
@@ -125,7 +125,7 @@ def slice_slots(slots: Mapping[str, Mapping[str, Tensor]], plan: SlicePlan) -> d
     for name, state in slots.items():
         if name in plan.names:
             out[plan.names[name]] = {
-                key: plan.apply(name, value, _SLOT_POWER.get(key, 1)) if value.dim() else value.clone()
+                key: plan.apply(name, value, SLOT_POWER.get(key, 1)) if value.dim() else value.clone()
                 for key, value in state.items()
             }
     return out

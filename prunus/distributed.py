@@ -169,9 +169,9 @@ class World:
         """What this process would hold of a whole tensor, after `shard_`."""
         return self._parts(tensor)[self.rank]
 
-    def rows(self, count: int) -> tuple[int, int]:
-        """(the first of the rows that this process would hold of a tensor of so many, `count`)."""
-        return min(self.rank * -(-count // self.size), count), count
+    def first_row(self, count: int) -> int:
+        """The first of the rows that this process would hold of a tensor of `count`, after `shard_`."""
+        return min(self.rank * -(-count // self.size), count)
 
     def _parts(self, tensor: Tensor) -> list[Tensor]:
         """FSDP2 cuts dimension 0 as `torch.chunk` does; where there are too few rows, the last processes hold none."""

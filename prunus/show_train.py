@@ -21,7 +21,8 @@ def line(found: Mapping[str, Any]) -> None:
     elif "pruned" in found:
         gone = ", ".join(f"{count} x {kind}" for kind, count in found["pruned"]["groups"].items())
         before, after = found["loss_before"], found["loss_after"]
-        change = f"loss {'none yet' if before is None else format(before, '.4f')} -> {after:.4f}"
+        told = ["none" if loss is None else f"{loss:.4f}" for loss in (before, after)]
+        change = f"loss {told[0]} -> {told[1]}"
         text = f"step {found['pruned']['step']:>6}  cut {gone}: {big(found['pruned']['params'])} params, {change}"
     elif "validation" in found:
         text = f"step {found['step']:>6}  validation loss {found['validation']['loss']:.4f}"
@@ -43,6 +44,10 @@ def result(record: Mapping[str, Any], out: Path) -> None:
     if figures["validation"]:
         first, last = figures["validation"][0]["validation"]["loss"], figures["validation"][-1]["validation"]["loss"]
         print(f"validation loss {first:.4f} at the first look, {last:.4f} at the end")
+    pruning = figures["pruning"]
+    if pruning is not None and not pruning["met"]:
+        left, asked = pruning["measured"], pruning["target"]
+        print(f"the target was not met: {left:,} is left, {asked:,} was asked for; raise prune.pace.prune or tokens")
     print(f"model: {out / 'model'} (loads in a clean process: {figures['verified']['class']})")
 
 

@@ -24,12 +24,15 @@ def is_run(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: tokens, training loss and rate of every logged update; tokens and loss of every validation."""
+    """One run: tokens, training loss, rate and FLOPs of every logged update; tokens, loss and FLOPs of every validation.
+
+    FLOPs are those of the updates, each of the model as it was then; a teacher's come besides.
+    """
 
     name: str
-    updates: list[tuple[int, float, float]]
-    validation: list[tuple[int, float]]
-    flops_per_token: float
+    updates: list[tuple[int, float, float, int]]
+    validation: list[tuple[int, float, int]]
+    besides: float  # FLOPs of a token that are not the updates'
 
     @classmethod
     def read(cls, folder: Path) -> Curve:
@@ -38,21 +41,24 @@ class Curve:
             lines = [json.loads(text) for text in whole_lines(folder / LOG)]
         except ValueError as error:
             raise UserError(f"{folder / LOG}: not readable as JSON lines: {error}") from error
-        updates = [(line["tokens"], line["loss"], line["lr"]) for line in lines if "loss" in line]
+        updates = [(line["tokens"], line["loss"], line["lr"], line["flops"]) for line in lines if "loss" in line]
         if not updates:
             raise UserError(f"{folder}: this run has logged nothing yet")
-        validation = [(line["tokens"], line["validation"]["loss"]) for line in lines if "validation" in line]
-        params = next(line["params"] for line in lines if "params" in line)
-        spent = 6.0 * params  # until the record says what it was, attention included
+        validation = [(line["tokens"], line["validation"]["loss"], line["flops"]) for line in lines if "validation" in line]
+        besides = 0.0  # until the record says it
         if (folder / RECORD).is_file():
             figures = record.read(folder / RECORD)[-1]["figures"]
-            spent = sum(figures["flops"].values()) / figures["tokens"]
-        return cls(folder.name, updates, validation, spent)
+            besides = figures["flops"].get("teacher", 0) / figures["tokens"]
+        return cls(folder.name, updates, validation, besides)
+
+    def cost(self, tokens: int, flops: int) -> float:
+        """FLOPs up to there."""
+        return flops + self.besides * tokens
 
     def smoothed(self) -> list[float]:
         """Training loss, each point mixed with those before."""
         out: list[float] = []
-        for _, loss, _ in self.updates:
+        for _, loss, *_ in self.updates:
             out.append(loss if not out else _SMOOTH * out[-1] + (1 - _SMOOTH) * loss)
         return out
 
@@ -80,14 +86,14 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     loss, cost, rate = (figure.add_subplot(1, 3, i) for i in (1, 2, 3))
     for i, curve in enumerate(curves):
         colour = plots.COLOURS[i % len(plots.COLOURS)]
-        tokens, smooth = [t for t, _, _ in curve.updates], curve.smoothed()
+        tokens, smooth = [t for t, *_ in curve.updates], curve.smoothed()
         loss.plot(tokens, smooth, color=colour, linewidth=1.4, label=curve.name)
-        cost.plot([t * curve.flops_per_token for t in tokens], smooth, color=colour, linewidth=1.4)
-        rate.plot(tokens, [lr for _, _, lr in curve.updates], color=colour, linewidth=1.4)
+        cost.plot([curve.cost(t, f) for t, _, _, f in curve.updates], smooth, color=colour, linewidth=1.4)
+        rate.plot(tokens, [lr for _, _, lr, _ in curve.updates], color=colour, linewidth=1.4)
         if curve.validation:
-            at, values = zip(*curve.validation, strict=True)
+            at, values, _ = zip(*curve.validation, strict=True)
             loss.plot(at, values, "o", color=colour, markersize=4)
-            cost.plot([t * curve.flops_per_token for t in at], values, "o", color=colour, markersize=4)
+            cost.plot([curve.cost(t, f) for t, _, f in curve.validation], values, "o", color=colour, markersize=4)
     plots.tidy(loss, x="tokens", y="loss, nats a token", title="training loss (smoothed); dots: validation")
     plots.tidy(cost, x="FLOPs", y="loss, nats a token", title="the same against what it cost")
     plots.tidy(rate, x="tokens", y="learning rate", title="rate")

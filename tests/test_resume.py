@@ -55,12 +55,19 @@ def sparse():
     return rich(model={"source": str(folder), "mask": str(folder)})
 
 
+def pruned():
+    """Cut at every other step, a model left on the way, scores that run on."""
+    part = {"target": {"ratio": 0.4}, "pace": {"start": 0.1, "end": 0.9}, "slice_at": 0.1, "stops": [0.8]}
+    return rich(prune=part)
+
+
 RECIPES: dict[str, Callable] = {
     "float32": rich,
     "bfloat16": functools.partial(rich, precision="bfloat16", data__separate_documents=True),
     "autocast": functools.partial(rich, precision="bfloat16-autocast", save__every=3, save__keep=1),
     "dropout": dropped,
     "sparse": sparse,
+    "pruned": pruned,
 }
 
 
@@ -221,6 +228,7 @@ def killed_it_ends_the_same(out: Path, name: str, deaths: list[tuple[str, float]
         ),  # the recipe; then a step whose checkpoint is not there yet
         ("bfloat16", [("in a checkpoint's tensors", 0.3), ("in a removal", 0.5)]),
         ("autocast", [("before a rename", 0.6), ("in the record", 0.0)]),
+        ("pruned", [("at the model", 0.0), ("after gradients", 0.2)]),  # the one on the way; then between cuts
     ],
 )
 def test_killed_anywhere_it_ends_the_same(tmp_path, name, deaths):

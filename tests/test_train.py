@@ -733,9 +733,9 @@ def test_runs_are_drawn_together(tmp_path):
 
 def test_curves_have_what_was_logged():
     curve = Curve.read(finished())
-    assert [tokens for tokens, _, _ in curve.updates] == [64 * n for n in range(1, 9)] and len(curve.validation) == 2
-    figures = record.read(finished() / "record.jsonl")[-1]["figures"]
-    assert curve.flops_per_token == figures["flops"]["train"] / (8 * 64)
+    assert [tokens for tokens, *_ in curve.updates] == [64 * n for n in range(1, 9)] and len(curve.validation) == 2
+    flops = record.read(finished() / "record.jsonl")[-1]["figures"]["flops"]["train"]
+    assert [curve.cost(t, f) for t, _, _, f in curve.updates] == [flops * n // 8 for n in range(1, 9)]
     assert curve.smoothed()[1] == pytest.approx(0.9 * curve.updates[0][1] + 0.1 * curve.updates[1][1])
 
 

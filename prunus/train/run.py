@@ -97,6 +97,8 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
                 every = recipe.validate_.every
                 if every and (training.step % every == 0 or whole):
                     tell(_validated(run, training))
+                if whole and pruner is not None:
+                    pruner.end(training)
                 stop = int(world.most(asked()))
                 if stop or whole or (recipe.save.every and training.step % recipe.save.every == 0):
                     _save(run, training, pruner)
@@ -145,6 +147,7 @@ def _line(run: Run, training: Training, pruner: Pruner | None, speed: float, sha
         "step": training.step,
         "tokens": training.tokens,
         **training.last,
+        "flops": run.spent,
         "params": (run.anatomy if pruner is None else pruner.standing.now).num_params,
         "tokens_per_s": speed,
         "share_of_peak": share,
@@ -160,7 +163,7 @@ def _validated(run: Run, training: Training) -> dict[str, Any]:
     found["by_domain"] = {feeds.validation.domains[int(k)].name: loss for k, loss in found["by_domain"].items()}
     if not run.best or found["loss"] < run.best["loss"]:
         run.best = {"loss": found["loss"], "step": training.step}
-    line = {"step": training.step, "tokens": training.tokens, "validation": found}
+    line = {"step": training.step, "tokens": training.tokens, "flops": run.spent, "validation": found}
     if feeds.mixer is not None:
         line["mixing"] = feeds.remix_(training.position, found["by_domain"])
     return line
@@ -173,8 +176,10 @@ def _begin(run: Run) -> dict[str, Any] | None:
         with staged_files(run.out / RECIPE) as (stage,):
             stage.write_text(json.dumps(run.recipe.plain(), indent=1) + "\n", encoding="utf-8")
     for left in [
-        *run.out.glob(".*.partial-*"),
-        *run.out.glob(".*.replaced-*"),
+        path
+        for place in (run.out, *(run.out / STOPS).glob("*"))
+        for kind in ("partial", "replaced")
+        for path in place.glob(f".*.{kind}-*")
     ]:  # by a killed process, whose number comes again
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     saved.clear_partial(run.out / CHECKPOINTS)

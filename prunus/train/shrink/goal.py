@@ -71,15 +71,16 @@ class Goal:
             measure = measure_of(name, seq_len)
             value = round((1 - asked) * measure(anatomy)) if name == "ratio" else asked
         source = measure(anatomy)
-        least = measure(shrunk(anatomy, floors))
+        least = measure(shrunk(anatomy, _reachable(part, anatomy, floors, seq_len)))
         if value >= source:
             raise UserError(
                 f"prune.target: {value:,} is not below the {source:,} of the source; ask for less, or drop prune"
             )
         if value < least:
             raise UserError(
-                f"prune.target: {value:,} is below the least shape's {least:,} (every axis at its floor: "
-                f"{', '.join(f'{kind} {n}' for kind, n in floors.items())}); ask for more, or name more axes or lower floors"
+                f"prune.target: {value:,} is below the least shape's {least:,} (every axis that costs anything "
+                f"by per: {part.per} at its floor: {', '.join(f'{kind} {n}' for kind, n in floors.items())}); ask for more, name "
+                "more axes, or lower floors"
             )
         stops = tuple(round(share * source) for share in part.stops)
         if stops and stops[-1] < value:
@@ -92,10 +93,6 @@ class Goal:
         """What the measure may be at most once this share of the way is to be done."""
         return round(self.source - (self.source - self.value) * share)
 
-    def next_stop(self, at: int) -> int:
-        """The first stop below a measure, or the target."""
-        return next((stop for stop in self.stops if stop < at), self.value)
-
 
 def check_axes(part: PrunePart, anatomy: Anatomy) -> None:
     """UserError for an axis that this model lacks, or whose cut cannot be told from zeroes while it trains."""
@@ -106,6 +103,9 @@ def check_axes(part: PrunePart, anatomy: Anatomy) -> None:
             raise UserError(
                 f"prune.axes: 'hidden' of {anatomy.family.name} cannot be cut exactly, because its norms subtract the mean; drop it"
             )
+    sizes = {(layer.num_key_value_heads, layer.intermediate_size) for layer in anatomy.shape.layers}
+    if part.alike and len(sizes) > 1 and set(part.axes) & set(INNER):
+        raise UserError("prune.alike: the source's layers differ in size, so they cannot lose the same; set it to false")
     if anatomy.is_sliced:
         raise UserError("model.source: its stream changes basis in every sub-layer (slicegpt); give another")
 
@@ -123,6 +123,14 @@ def shrunk(anatomy: Anatomy, sizes: Mapping[str, int]) -> Anatomy:
         if sizes.get(kind_of(axis.name), axis.size) < axis.size
     }
     return Keep(units).anatomy_after(anatomy)
+
+
+def _reachable(part: PrunePart, anatomy: Anatomy, floors: Mapping[str, int], seq_len: int) -> dict[str, int]:
+    """Floors of the axes whose units cost anything; what frees nothing never goes."""
+    if part.per in ("none", "elements"):
+        return dict(floors)
+    price = measure_of(part.per, seq_len)
+    return {kind: n for kind, n in floors.items() if price(shrunk(anatomy, {kind: n})) < price(anatomy)}
 
 
 def _check_size(name: str, asked: int, size: int) -> None:

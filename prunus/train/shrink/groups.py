@@ -66,10 +66,6 @@ class Standing:
             if kind_of(name) == kind
         ]
 
-    def of_layer(self, layer: int) -> list[str]:
-        """A layer's own axes of heads and channels."""
-        return self._layers.get(layer, [])
-
     def size(self, name: str) -> int:
         """Units alive."""
         return int(self.alive[name].sum())

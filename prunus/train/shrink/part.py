@@ -89,7 +89,7 @@ class PrunePart(Strict):
     target: TargetPart | None = Field(default=None, description="default: the shape as it was before model.enlarge")
     stops: list[float] = Field(
         default=[],
-        description="shares of the source's parameters, falling: a checkpoint is left at each on the way to the target",
+        description="shares of what target measures of the source, falling: a checkpoint is left at each on the way",
     )
     axes: list[AxisKind] = Field(default=["kv_heads", "intermediate", "hidden"], min_length=1)
     alike: bool = Field(
@@ -132,7 +132,11 @@ class PrunePart(Strict):
             raise ValueError("order needs a target of sizes, which say where one axis stops and the next begins")
         if self.stops and self.pace.kind == "once":
             raise ValueError("stops are passed on the way, but pace.kind once has none; drop them, or take another pace")
-        if any(not 0 < share < 1 for share in self.stops) or sorted(self.stops, reverse=True) != self.stops:
+        if self.order and set(self.order) != set(sizes):
+            raise ValueError(f"order {list(self.order)} must name every axis that target gives a size, and no other")
+        if sizes and self.floor:
+            raise ValueError("floor: target says where every axis ends; drop it")
+        if any(not 0 < share < 1 for share in self.stops) or sorted(set(self.stops), reverse=True) != self.stops:
             raise ValueError(f"stops {self.stops} must be shares between 0 and 1 that fall")
         if any(count < 1 for count in [*self.units.values(), *self.floor.values()]):
             raise ValueError("units and floor are counts of at least 1")
@@ -145,5 +149,7 @@ class PrunePart(Strict):
             raise ValueError("allocate: adaptive takes a share at every cut, not groups; use pace.kind curve")
         if stray := sorted(set(self.axes) - {"kv_heads", "intermediate"}):
             raise ValueError(f"allocate: adaptive shares out heads and channels; take {stray[0]} out of axes")
+        if self.units or self.floor:
+            raise ValueError("allocate: adaptive leaves every layer a KV group and a channel; drop units and floor")
         if self.target is None or (self.target.params is None and self.target.ratio is None):
             raise ValueError("allocate: adaptive shares out parameters; give a target of params or ratio")

@@ -94,7 +94,9 @@ class Pruner(Hook):
         if pace.part.kind != "once":
             return
         self._look(True)
+        teacher, run.teacher = run.teacher, None  # units are worth what they are to the text
         accumulate_(run, 0, pace.part.samples)
+        run.teacher = teacher
         self.saliency.see(run, pace.part.samples * self.recipe.data.seq_len)
         run.optimizer.zero_grad(set_to_none=True)
         self.flops_scored = 3 * self.asked.anatomy.flops(self.recipe.data.seq_len) * pace.part.samples
@@ -113,12 +115,19 @@ class Pruner(Hook):
 
     def after_step(self, run: Training) -> None:
         """Weights are new: what the last cut did is known, and the next may be due."""
-        if self.waiting is not None:
-            self.tell({"step": run.step, "tokens": run.tokens, **self.waiting, "loss_after": run.last["loss"]})
-            self.waiting = None
+        self._told_(run, run.last["loss"])
         if not self.done and self.asked.pace.cuts(run.tokens - self.recipe.batch_tokens, run.tokens):
             self._cut(run)
         self._look(self.asked.pace.cuts(run.tokens, run.tokens + self.recipe.batch_tokens))
+
+    def end(self, run: Training) -> None:
+        """Behind the last update: of a cut that came with it no effect will be known."""
+        self._told_(run, None)
+
+    def _told_(self, run: Training, loss: float | None) -> None:
+        if self.waiting is not None:
+            self.tell({"step": run.step, "tokens": run.tokens, **self.waiting, "loss_after": loss})
+            self.waiting = None
 
     def _look(self, looking: bool) -> None:
         """Whether the next forward passes tell how far blocks turn the stream."""
@@ -159,8 +168,8 @@ class Pruner(Hook):
         assert self.saliency is not None
         most = pace.groups(run.tokens)
         allowed = goal.allowed(pace.share(run.tokens)) if most is None else goal.value
-        while not self.done:
-            stop = goal.next_stop(self.measured) if self.passed < len(goal.stops) else goal.value
+        while self.measured > max(allowed, goal.value):
+            stop = goal.stops[self.passed] if self.passed < len(goal.stops) else goal.value
             table = self.saliency.table(run, self.standing.alive)
             if self.cosines is not None:
                 gone = self._share(run, table, max(stop, allowed))
@@ -172,8 +181,8 @@ class Pruner(Hook):
             reached = self.measured <= stop
             if reached or self._dead >= self.asked.part.slice_at * self.target.anatomy.num_params:
                 self._slice(run)
-            if reached and self.passed < len(goal.stops):
-                self.passed += 1  # before it is left: what is killed here leaves it again
+            while self.passed < len(goal.stops) and self.measured <= goal.stops[self.passed]:
+                self.passed += 1  # one group may pass two that lie close
                 self.arrive(self, run, self.asked.part.stops[self.passed - 1])
             if not reached:
                 return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import hf
 from ...anatomy import Anatomy
-from ...cut import SlicePlan, slice_plan
+from ...cut import SLOT_POWER, SlicePlan, slice_plan
 from ...distributed import World, local, whole
 from ...hf import Target
 from ...keep import Keep
@@ -21,8 +21,6 @@ from .groups import Units
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
-
-_POWERS: dict[str, int] = {"model": 1, "exp_avg": -1, "exp_avg_sq": -2}  # of a folded gain's factor (cut.slice_slots)
 
 
 @torch.no_grad()
@@ -43,7 +41,7 @@ def zero_rows_(tensor: Tensor, dim: int, rows: Tensor, world: World) -> None:
     """Changes a tensor that may be shared out by rows."""
     own = local(tensor)
     if dim == 0 and own.shape != tensor.shape:
-        first, _ = world.rows(tensor.shape[0])
+        first = world.first_row(tensor.shape[0])
         rows = rows[(rows >= first) & (rows < first + len(own))] - first
     own.index_fill_(dim, rows.to(own.device), 0)
 
@@ -52,15 +50,17 @@ def zero_rows_(tensor: Tensor, dim: int, rows: Tensor, world: World) -> None:
 def slice_(training: Training, recipe: Recipe, anatomy: Anatomy, keep: Keep, target: Target) -> SlicePlan:
     """Changes `training`: the model is one of the target's sizes, with the weights and moments of what `keep` leaves.
 
-    The gains of cut norms are folded, so that the sliced model is the zeroed one. A tensor goes as soon as its part is taken.
+    The gains of cut norms are folded, so that the sliced model is the zeroed one. A tensor goes as soon as its part is taken;
+    under torchrun every process holds the whole small model until it is shared out again.
     """
     plan = slice_plan(anatomy, keep)
-    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _POWERS}
+    parts: dict[str, dict[str, Tensor]] = {}
     steps = optim.steps_done(training.optimizer)
     for name, tensor in tensors_of(training.learner, training.optimizer).items():
         kind, _, own = name.partition(".")
         if own in plan.names:
-            parts[kind][plan.names[own]] = plan.apply(own, whole(tensor.detach()), _POWERS[kind])
+            sliced = plan.apply(own, whole(tensor.detach()), SLOT_POWER.get(kind, 1))
+            parts.setdefault(kind, {})[plan.names[own]] = sliced
         if training.world.alone:
             tensor.data = tensor.new_empty(0)  # its memory is free from here on
     before = training.learner.model

@@ -109,7 +109,8 @@ class Table:
 
     def _take_out(self, param: str, matrix: Tensor, gone: Span, rows: Tensor, spans: tuple[tuple[Axis, Span], ...]) -> None:
         """What these rows or columns held no longer counts for the axes that cut the other way."""
-        first, total = self.world.rows(self.anatomy.tensors[param].shape[0])
+        total = self.anatomy.tensors[param].shape[0]
+        first = self.world.first_row(total)
         if gone.dim == 0:
             rows = rows[(rows >= first) & (rows < first + len(matrix))] - first
         lost = matrix.index_select(gone.dim, rows).sum(gone.dim).double()
@@ -248,7 +249,7 @@ class Saliency:
             for axis, span in held.spans:
                 vector = means[name].sum(1 - span.dim).double() if held.whole else means[name]
                 if span.dim == 0:
-                    vector = _placed(vector, *self.world.rows(self.anatomy.tensors[name].shape[0]))
+                    vector = self._placed(vector, name)
                 found = axis.unit_sums(span, vector if self.world.first or not known else torch.zeros_like(vector))
                 sums[axis.name] = sums[axis.name] + found if axis.name in sums else found
         if sums:
@@ -268,7 +269,7 @@ class Saliency:
         return table
 
     def _by_moments(self, run: Training) -> dict[str, Tensor]:
-        """w^2 v / 2 with v the bias-corrected second moment of AdamW."""
+        """w^2 v / 2 with v AdamW's second moment as it stands; its bias is one factor for all, which ranks nothing otherwise."""
         rule = RULES["adam"][0]
         moments = slots(run.optimizer, self.named)["exp_avg_sq"]
         out = {}
@@ -278,6 +279,11 @@ class Saliency:
         self._totalled_(out)
         return out
 
+    def _placed(self, rows: Tensor, name: str) -> Tensor:
+        """This process's rows of a parameter among those of all."""
+        total = self.anatomy.tensors[name].shape[0]
+        return _placed(rows, self.world.first_row(total), total)
+
     # -- checkpoints and cuts ----------------------------------------------------------------------------------------
 
     def saved(self) -> dict[str, Tensor]:
@@ -286,7 +292,7 @@ class Saliency:
         for name, held in self.held.items() if not self.by_itself else ():
             mean = held.mean
             if not self.world.alone and _row_sliced(held):
-                mean = self.world.sum_(_placed(mean, *self.world.rows(self.anatomy.tensors[name].shape[0])))
+                mean = self.world.sum_(self._placed(mean, name))
             out[f"saliency.{name}"] = mean
         return out
 
@@ -295,7 +301,7 @@ class Saliency:
         for name, held in self.held.items() if not self.by_itself else ():
             mean = saved[f"saliency.{name}"]
             if not self.world.alone and _row_sliced(held):
-                first, _ = self.world.rows(len(mean))
+                first = self.world.first_row(len(mean))
                 mean = mean[first : first + len(held.mean)]
             held.mean.copy_(mean)
 
