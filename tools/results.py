@@ -12,6 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import study_tables
+
 from prunus import record, tables
 from prunus.methods import METHODS
 from prunus.tables import markdown, number
@@ -29,10 +31,10 @@ README_ROWS = (
 
 def load(folder: Path) -> list[dict[str, Any]]:
     """All records of all files; of several runs of one recipe the newest."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for row in record.read(path):
-            newest[(row["kind"], row["recipe_hash"])] = row
+            newest[(row["kind"], row["recipe_hash"], *(str(row.get(key)) for key in ("study", "arm")))] = row
     return list(newest.values())
 
 
@@ -116,6 +118,8 @@ def page(records: list[dict[str, Any]]) -> str:
         lines += ["## Speed of training", "", *speed_table(speeds), ""]
     if trained:
         lines += ["## Training", "", *train_table(trained), ""]
+    if studies := [r for r in records if r["kind"] == study_tables.KIND]:
+        lines += ["## Cutting while training", "", *study_tables.tables(studies), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

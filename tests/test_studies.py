@@ -1,0 +1,41 @@
+"""The study files that ship with the source: every recipe in them is one, and arms that are compared train on the same tokens."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunus.train import study
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "studies").glob("*/*.yaml"))
+sys.path.insert(0, str(ROOT / "tools"))
+import study_tables  # noqa: E402  (a tool, not of the package)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_arms_of_a_study_train_on_the_same_tokens_in_the_same_order(path):
+    _, cells = study.cells(path)
+    seen = {}
+    for cell in cells:
+        recipe = cell.recipe
+        order = (recipe.data.model_dump_json(), recipe.tokens, recipe.batch_tokens, recipe.validate_.sequences)
+        assert seen.setdefault(str(cell.place.get("data.seed")), order) == order
+
+
+def row(arm, seed, loss, study="systems", **place):
+    validation = [{"validation": {"loss": 9.0}}, {"validation": {"loss": loss}}]
+    figures = {"params": 10, "tokens": 20, "flops": {"train": 30, "scoring": 10}, "validation": validation}
+    return {"study": study, "arm": arm, "place": {"data.seed": seed, **place}, "figures": figures, "commit": "abc"}
+
+
+def test_differences_are_of_runs_on_the_same_order():
+    rows = [row("few-shot", 0, 4.0), row("few-shot", 1, 5.0), row("other", 0, 3.9), row("other", 1, 4.7)]
+    text = "\n".join(study_tables.tables(rows))
+    # differences -0.1 and -0.3: mean -0.2, standard deviation 0.1414, standard error 0.1
+    assert "| other | 10 |  | 20 | 40 | 2 | 4.3000 (3.9000 to 4.7000) | -0.2000 ± 0.2000 | abc |" in text
+
+
+def test_an_arm_whose_order_few_shot_never_had_is_not_compared():
+    rows = [row("few-shot", 0, 4.0), row("x", 7, 3.0, "rates", **{"optimizer.lr": 1e-3})]
+    assert "| x optimizer.lr=0.001 | 10 |  | 20 | 40 | 1 | 3.0000 |  | abc |" in "\n".join(study_tables.tables(rows))

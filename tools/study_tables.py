@@ -1,0 +1,81 @@
+"""What the records of studies say: a table a study, every arm against one that all are compared with, seed by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+from prunus.tables import markdown
+
+KIND = "study"
+REFERENCE = ("systems", "few-shot")  # study and arm
+HEADER = ["arm", "parameters", "shape", "tokens", "FLOPs", "seeds", "validation loss", "against few-shot", "commit"]
+
+
+def loss(row: dict[str, Any]) -> float:
+    """The last look at the validation range, in nats a token."""
+    return float(row["figures"]["validation"][-1]["validation"]["loss"])
+
+
+def place(row: dict[str, Any]) -> str:
+    """Which order of the tokens."""
+    return str(row["place"].get("data.seed"))
+
+
+def mean(values: list[float]) -> str:
+    """Mean, and the least and the most."""
+    text = f"{statistics.fmean(values):.4f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.4f} to {max(values):.4f})"
+
+
+def difference(rows: list[dict[str, Any]], reference: dict[str, float]) -> str:
+    """Mean of the differences on the same order of tokens, and twice its standard error."""
+    found = [loss(row) - reference[place(row)] for row in rows if place(row) in reference]
+    if not found or len(found) < len(rows):
+        return ""
+    text = f"{statistics.fmean(found):+.4f}"
+    return text if len(found) == 1 else f"{text} ± {2 * statistics.stdev(found) / len(found) ** 0.5:.4f}"
+
+
+def shape(row: dict[str, Any]) -> str:
+    """hidden x layers, KV heads, FFN: what a pruning run came to."""
+    told = (row["figures"].get("pruning") or {}).get("shape")
+    if not told:
+        return ""
+    return f"{told['hidden_size']} x {told['num_hidden_layers']}, {told['num_key_value_heads']}, {told['intermediate_size']}"
+
+
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown of all studies."""
+    reference = {place(row): loss(row) for row in rows if (row["study"], row["arm"]) == REFERENCE}
+    studies: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        grid = {k: v for k, v in row["place"].items() if k != "data.seed"}
+        arm = " ".join([row["arm"], *(f"{key}={value:g}" for key, value in grid.items())])
+        studies[row["study"]][arm].append(row)
+    lines = [
+        "`tools/while_training.py`: `prunus study run` of the files in `studies/while-training`. Validation loss in nats a token; "
+        "differences are of runs on the same order of the same tokens, ± twice the standard error of their mean.",
+        "",
+    ]
+    for name, arms in studies.items():
+        cells = [_row(arm, found, reference) for arm, found in arms.items()]
+        lines += [f"### {name}", "", *markdown(HEADER, cells), ""]
+    return lines[:-1]
+
+
+def _row(arm: str, found: list[dict[str, Any]], reference: dict[str, float]) -> list[str]:
+    f = [row["figures"] for row in found]
+    params = sorted({x["params"] for x in f})
+    return [
+        arm,
+        f"{params[0]:,}" if len(params) == 1 else f"{params[0]:,} to {params[-1]:,}",
+        "; ".join(sorted({shape(row) for row in found})),
+        f"{f[0]['tokens']:,}",
+        f"{statistics.fmean(sum(x['flops'].values()) for x in f):.3g}",
+        str(len(found)),
+        mean([loss(row) for row in found]),
+        difference(found, reference),
+        ", ".join(sorted({row["commit"] or "" for row in found})),
+    ]
