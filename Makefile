@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data  # where the texts of `make experiments` lie; see docs/protocol.md
 
-.PHONY: quickstart test slow lint results experiments bench clean
+.PHONY: quickstart test coverage slow lint results experiments studies bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ quickstart: $(VENV)/.model
 	$(BIN)/prunus quickstart --out runs/quickstart
 
 test: $(VENV)/.dev lint
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
+
+coverage: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --cov=prunus --cov-report=term:skip-covered
 
 slow: $(VENV)/.dev $(VENV)/.model
@@ -38,6 +41,10 @@ results: $(VENV)/.core
 
 experiments: $(VENV)/.model
 	$(BIN)/python tools/experiments.py --data $(DATA)
+	$(BIN)/python tools/results.py
+
+studies: $(VENV)/.core
+	$(BIN)/python tools/while_training.py --data $(DATA) --work runs/while-training --record results/while-training.jsonl
 	$(BIN)/python tools/results.py
 
 bench: $(VENV)/.model
