@@ -77,7 +77,23 @@ def pruned_each(**changes):
     return tied(**{"prune": part, "micro_batch": 4} | changes)
 
 
-RECIPES = {"tied": tied, "uneven": uneven, "sparse": sparse, "pruned": pruned, "pruned-each": pruned_each}
+def repaired(**changes):
+    """Each process sums what its own sequences show, until something goes; with five sequences, one is idle at times."""
+    part = {
+        "target": {"ratio": 0.4}, "pace": {"start": 0.1, "end": 0.8}, "slice_at": 0.1,
+        "repair": {"kind": "least-squares", "stem": "least-squares"}, "activations": {"average": 0.9, "every": 3},
+    }  # fmt: skip
+    return tied(**{"prune": part, "batch_tokens": 5 * SEQ, "tokens": 6 * 5 * SEQ} | changes)
+
+
+RECIPES = {
+    "tied": tied,
+    "uneven": uneven,
+    "sparse": sparse,
+    "pruned": pruned,
+    "pruned-each": pruned_each,
+    "repaired": repaired,
+}
 MORE = {
     "autocast": functools.partial(tied, precision="bfloat16-autocast"),
     "recomputed": functools.partial(uneven, checkpoint_activations=True),
@@ -98,6 +114,7 @@ def by_two() -> Path:
     out = pipeline.scratch() / "by-two"
     jobs = [{"recipe": make(), "out": out / name, "verify": name == "tied"} for name, make in RECIPES.items()]
     jobs += [{"recipe": tied(), "out": out / name, "at": 5, "how": "raise"} for name in ("stopped", "on-by-one")]
+    jobs += [{"recipe": repaired(), "out": out / "repaired-stopped"} | more for more in ({"at": 5, "how": "raise"}, {})]
     stop_alone(out / "on-by-two", tied())
     jobs += [{"recipe": tied(), "out": out / name} for name in ("stopped", "on-by-two")]
     done = work(out, jobs)
@@ -189,9 +206,13 @@ def test_what_several_cannot_share_is_refused(monkeypatch, tmp_path):
 # -- two processes --------------------------------------------------------------------------------------------------------
 
 
+# A fit damped by 1e-4 makes up to 1e4 times a difference of its sums' last bits: 1.6e-5 of a weight was measured.
+FITTED = 1e-4
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_two_are_one(name):
-    compare(by_two() / name, alone(name))
+    compare(by_two() / name, alone(name), tolerance=FITTED if name == "repaired" else 1e-5)
 
 
 def test_zeros_stay_zero_in_parts():
@@ -215,8 +236,9 @@ def test_what_is_cut_has_no_moments():
 
 def test_stopped_two_go_on_bit_for_bit():
     out = by_two()
-    a, b = weights(out / "stopped"), weights(out / "tied")
-    assert all(a[name].equal(b[name]) for name in b)
+    for stopped, whole in (("stopped", "tied"), ("repaired-stopped", "repaired")):
+        a, b = weights(out / stopped), weights(out / whole)
+        assert all(a[name].equal(b[name]) for name in b)
     pick = [{k: line.get(k) for k in ("step", "loss", "grad_norm", "validation")} for line in lines(out / "stopped")]
     assert pick == [{k: line.get(k) for k in ("step", "loss", "grad_norm", "validation")} for line in lines(out / "tied")]
 

@@ -202,9 +202,10 @@ class Recipe(Strict):
             raise ValueError(f"prune and {other} exclude each other: units are cut with all their weights; drop one of them")
         if self.prune is not None and self.prune.target is None and self.model.enlarge is None:
             raise ValueError("prune.target is missing; only model.enlarge goes without, which names what to come back to")
-        if self.prune is not None and self.prune.allocate == "adaptive" and self.compile:
+        if self.prune is not None and self.compile and (self.prune.allocate == "adaptive" or self.prune.looks):
+            what = "allocate: adaptive" if self.prune.allocate == "adaptive" else "repair"
             raise ValueError(
-                "prune.allocate: adaptive looks at what blocks give, which compiled ones do not show; set compile false"
+                f"prune.{what} looks at what blocks give and read, which compiled ones do not show; set compile false"
             )
         if self.prune is not None and self.optimizer.lr == "sweep":
             raise ValueError("optimizer.lr: sweep tries rates on beginnings that prune would cut; name a rate")

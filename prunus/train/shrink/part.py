@@ -60,6 +60,26 @@ class SaliencyPart(Strict):
     )
 
 
+class RepairPart(Strict):
+    """What mends the rest when something goes, from what was read while the model trained."""
+
+    kind: Literal["none", "least-squares"] = Field(
+        default="none", description="of heads and channels: what reads them is fitted anew on those that stay"
+    )
+    stem: Literal["none", "gain", "least-squares"] = Field(
+        default="none",
+        description="gain: norms are scaled by what is left of what they divide by; least-squares: what reads the stem is "
+        "fitted anew, too",
+    )
+
+
+class ActivationsPart(Strict):
+    """Running sums of what matrices read, for repair."""
+
+    average: float = Field(default=0.95, ge=0, lt=1, description="what they keep at an update; 0: the last update alone")
+    every: int = Field(default=16, ge=1, description="one of so many tokens is looked at, others at every update")
+
+
 class PacePart(Strict):
     """When how much goes."""
 
@@ -110,6 +130,8 @@ class PrunePart(Strict):
     order: list[AxisKind] = Field(
         default=[], description="a fixed order of the axes instead: each down to its size in target"
     )
+    repair: RepairPart = Field(default_factory=RepairPart)
+    activations: ActivationsPart = Field(default_factory=ActivationsPart)
     pace: PacePart = Field(default_factory=PacePart)
     units: dict[AxisKind, int] = Field(default={}, description="units of an axis that go together, default 1")
     floor: dict[AxisKind, int] = Field(default={}, description="least size of an axis, default a sixteenth of the source's")
@@ -138,9 +160,25 @@ class PrunePart(Strict):
             raise ValueError("floor: target says where every axis ends; drop it")
         if any(not 0 < share < 1 for share in self.stops) or sorted(set(self.stops), reverse=True) != self.stops:
             raise ValueError(f"stops {self.stops} must be shares between 0 and 1 that fall")
+        self._fits_repair()
         if any(count < 1 for count in [*self.units.values(), *self.floor.values()]):
             raise ValueError("units and floor are counts of at least 1")
         return self
+
+    @property
+    def looks(self) -> bool:
+        """Whether what matrices read is of use."""
+        return (self.repair.kind, self.repair.stem) != ("none", "none")
+
+    def _fits_repair(self) -> None:
+        if self.repair.stem != "none" and "hidden" not in self.axes:
+            raise ValueError(f"repair.stem: {self.repair.stem} mends cuts of hidden, which axes leaves out; drop it")
+        if self.repair.kind != "none" and not {"kv_heads", "intermediate"} & set(self.axes):
+            raise ValueError(
+                "repair.kind: least-squares mends cuts of kv_heads and intermediate, which axes leaves out; drop it"
+            )
+        if not self.looks and self.activations != ActivationsPart():
+            raise ValueError("activations are looked at for repair alone; name one, or drop them")
 
     def _fits_adaptive(self) -> None:
         if self.alike:

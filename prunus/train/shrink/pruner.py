@@ -13,11 +13,14 @@ from ...errors import UserError
 from ...hf import Target, target_for
 from ...keep import Keep
 from ..loop import Hook, Training, accumulate_
+from .activations import Activations, wanted
 from .adaptive import Cosines, shares
+from .carried import Carried
 from .goal import Goal, check_pace
 from .groups import Chooser, Group, Standing
 from .pace import Pace
 from .part import PrunePart, TargetPart
+from .repair import repair_
 from .resize import slice_, zero_units_
 from .saliency import Saliency, Table
 
@@ -58,6 +61,11 @@ class Cutting:
                 f"prune.pace.samples: {part.pace.samples:,} sequences are more than the {recipe.steps * recipe.sequences:,} that "
                 "the run trains on afterwards; give fewer"
             )
+        if part.looks and part.activations.every > recipe.data.seq_len:
+            raise UserError(
+                f"prune.activations.every: {part.activations.every} is more than the {recipe.data.seq_len} tokens of a sequence, "
+                "so that some updates would show nothing; give at most that"
+            )
         return cls(part, config, anatomy, goal, pace)
 
 
@@ -81,6 +89,7 @@ class Pruner(Hook):
         self.target = Target(self.asked.config, self.asked.anatomy)
         self.saliency: Saliency | None = None
         self.cosines: Cosines | None = None
+        self.activations: Activations | None = None
 
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
@@ -93,13 +102,13 @@ class Pruner(Hook):
         assert self.saliency is not None
         if pace.part.kind != "once":
             return
-        self._look(True)
         teacher, run.teacher = run.teacher, None  # units are worth what they are to the text
         accumulate_(run, 0, pace.part.samples)
         run.teacher = teacher
         self.saliency.see(run, pace.part.samples * self.recipe.data.seq_len)
         run.optimizer.zero_grad(set_to_none=True)
-        self.flops_scored = 3 * self.asked.anatomy.flops(self.recipe.data.seq_len) * pace.part.samples
+        self.flops_scored += 3 * self.asked.anatomy.flops(self.recipe.data.seq_len) * pace.part.samples
+        self._count_looks(pace.part.samples)
         self._cut(run)
 
     def after_backward(self, run: Training) -> None:
@@ -112,13 +121,14 @@ class Pruner(Hook):
         """An update's gradients are whole."""
         if self.saliency is not None and self._watches(run):
             self.saliency.see(run, self.recipe.batch_tokens)
+        self._count_looks(self.recipe.sequences)
 
     def after_step(self, run: Training) -> None:
         """Weights are new: what the last cut did is known, and the next may be due."""
         self._told_(run, run.last["loss"])
         if not self.done and self.asked.pace.cuts(run.tokens - self.recipe.batch_tokens, run.tokens):
             self._cut(run)
-        self._look(self.asked.pace.cuts(run.tokens, run.tokens + self.recipe.batch_tokens))
+        self._look(run)
 
     def end(self, run: Training) -> None:
         """Behind the last update: of a cut that came with it no effect will be known."""
@@ -129,10 +139,19 @@ class Pruner(Hook):
             self.tell({"step": run.step, "tokens": run.tokens, **self.waiting, "loss_after": loss})
             self.waiting = None
 
-    def _look(self, looking: bool) -> None:
-        """Whether the next forward passes tell how far blocks turn the stream."""
+    def _look(self, run: Training) -> None:
+        """Whether the next forward passes are looked at: those that the next cut goes by."""
+        pace, update = self.asked.pace, self.recipe.batch_tokens
+        once = pace.part.kind == "once" and not run.step and not self.groups
         if self.cosines is not None:
-            self.cosines.look(looking)
+            self.cosines.look(once or pace.cuts(run.tokens, run.tokens + update))
+        if self.activations is not None:
+            soon = pace.cuts(run.tokens, run.tokens + self.activations.memory * update)
+            self.activations.look(once or (soon and not self.done), run.step)
+
+    def _count_looks(self, sequences: int) -> None:
+        if self.activations is not None and self.activations.looking:
+            self.flops_scored += self.activations.flops(sequences, self.recipe.data.seq_len)
 
     @property
     def done(self) -> bool:
@@ -158,7 +177,9 @@ class Pruner(Hook):
         if part.allocate == "adaptive":
             known = None if self.cosines is None else self.cosines.known_L
             self.cosines = Cosines(run.learner.model, self.target.anatomy, known)
-            self._look(self.asked.pace.cuts(run.tokens, run.tokens + self.recipe.batch_tokens))
+        if sought := wanted(part):
+            self.activations = Activations(part.activations, self.target.anatomy, sought, run.learner, run.world)
+        self._look(run)
 
     # -- a cut -------------------------------------------------------------------------------------------------------
 
@@ -216,7 +237,11 @@ class Pruner(Hook):
         for group, _ in gone:
             for name, some in group.units.items():
                 units.setdefault(name, []).extend(some)
-        zero_units_(run, self.target.anatomy, {name: tuple(some) for name, some in units.items()})
+        leaving = {name: tuple(some) for name, some in units.items()}
+        if self.activations is not None:
+            repair_(run, self.target.anatomy, self.activations, self.asked.part.repair, leaving, self.standing.alive)
+            self.activations.drop(leaving)
+        zero_units_(run, self.target.anatomy, leaving)
         counts: dict[str, int] = {}
         for group, _ in gone:
             counts[group.kind] = counts.get(group.kind, 0) + 1
@@ -260,11 +285,16 @@ class Pruner(Hook):
         """Changes the run: a model of what `keep` leaves of its own, which is `kept` of the source."""
         target = target_for(self.asked.config, self.asked.anatomy, kept)
         plan = slice_(run, self.recipe, self.target.anatomy, keep, target)
-        before = self.saliency
+        known = self._carried
         self.target, self.kept, self.standing = target, kept, Standing.of(target.anatomy)
         self._watch(run)
-        if before is not None and self.saliency is not None:
-            self.saliency.cut_from(before, lambda name: plan.rows.get(name, {}), plan.names)
+        for before, after in zip(known, self._carried, strict=False):
+            after.cut_from(before, lambda name: plan.rows.get(name, {}), plan.names)
+
+    @property
+    def _carried(self) -> list[Carried]:
+        """What lives through a cut; nothing before the first update."""
+        return [known for known in (self.saliency, self.activations) if known is not None]
 
     def told(self) -> dict[str, Any]:
         """What became of it, for the record."""
@@ -296,8 +326,7 @@ class Pruner(Hook):
 
     def tensors(self) -> dict[str, Tensor]:
         """What is known of the units, whole."""
-        assert self.saliency is not None
-        return {name: t.contiguous() for name, t in self.saliency.saved().items()}
+        return {name: t.contiguous() for known in self._carried for name, t in known.saved().items()}
 
     def shape_(self, run: Training, state: Mapping[str, Any]) -> None:
         """Changes the run: its model has the sizes that it had when `state` was told; weights are read afterwards."""
@@ -311,8 +340,9 @@ class Pruner(Hook):
         self.standing.drop({n: tuple(alive.dropped(n, self.target.anatomy.axes[n].size)) for n in alive.units})
         self.groups, self.passed, self.waiting = state["groups"], state["passed"], state["waiting"]
         self.flops_scored, self.saliency.count = state["flops_scored"], state["seen"]
+        self._look(run)
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
         """Changes what is known of the units: as it was saved."""
-        assert self.saliency is not None
-        self.saliency.restore(tensors)
+        for known in self._carried:
+            known.restore(tensors)

@@ -9,8 +9,9 @@ Shapes: a matrix is [out, in]; under torchrun a process holds some of its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ...axes import Axis, Span, kind_of
 from ...distributed import World, local
 from ..loop import Training
 from ..optim import slots
+from .carried import Carried
 from .goal import INNER
 from .part import SaliencyPart
 
@@ -156,8 +158,10 @@ def _placed(rows: Tensor, first: int, total: int) -> Tensor:
     return out
 
 
-class Saliency:
+class Saliency(Carried):
     """The running mean of every unit's saliency, of a model as it is now; a cut makes a new one of it."""
+
+    prefix = "saliency"
 
     def __init__(
         self, part: SaliencyPart, anatomy: Anatomy, kinds: Collection[str], named: Mapping[str, nn.Parameter], world: World
@@ -305,23 +309,19 @@ class Saliency:
                 mean = mean[first : first + len(held.mean)]
             held.mean.copy_(mean)
 
-    @torch.no_grad()
-    def cut_from(self, before: Saliency, rows: Callable[[str], Mapping[int, Tensor]], renamed: Mapping[str, str]) -> None:
-        """Changes self, of the sliced model: what was known of the units that stay. `rows`: old name -> rows kept by dimension."""
-        known = before.saved()
-        out = {}
-        for name, held in before.held.items() if not self.by_itself else ():
-            if name not in renamed:
-                continue
-            mean = known[f"saliency.{name}"]
-            for dim, kept in rows(name).items():
-                if held.whole:
-                    mean = mean.index_select(dim, kept)
-                elif dim == held.spans[0][1].dim:
-                    mean = mean.index_select(0, kept)
-            out[f"saliency.{renamed[name]}"] = mean
+    def known(self) -> Iterable[str]:
+        """See `Carried`."""
+        return () if self.by_itself else self.held
+
+    def follows(self, name: str) -> Mapping[int, tuple[int, ...]]:
+        """A matrix, or sums along what its one axis does not cut."""
+        held = self.held[name]
+        return {0: (0,), 1: (1,)} if held.whole else {held.spans[0][1].dim: (0,)}
+
+    def cut_from(self, before: Self, rows: Callable[[str], Mapping[int, Tensor]], renamed: Mapping[str, str]) -> None:
+        """Changes self, see `Carried`; as many updates were seen."""
+        super().cut_from(before, rows, renamed)
         self.count = before.count
-        self.restore(out)
 
 
 def _row_sliced(held: Held) -> bool:
