@@ -23,8 +23,9 @@ from prunus.train.opening import prepare as opened
 from prunus.train.shapes import config_of, fresh
 from prunus.train.shrink.activations import Activations, points
 from prunus.train.shrink.groups import Standing
-from prunus.train.shrink.part import ActivationsPart, RepairPart
+from prunus.train.shrink.part import ActivationsPart, RepairPart, SaliencyPart
 from prunus.train.shrink.repair import joint, repair_
+from prunus.train.shrink.saliency import Saliency
 
 ALL = ("kv_heads", "intermediate", "hidden", "norms")
 
@@ -180,13 +181,54 @@ def test_norms_keep_what_they_divided_by():
         assert not bool(share[list(gone)].any()) and float(share.sum()) == pytest.approx(1, rel=1e-5)
 
 
+# -- Optimal Brain Compression --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama_gqa4", "phi3"])
+@pytest.mark.parametrize("matrices", ["output", "all"])
+@torch.no_grad()
+def test_units_are_worth_what_their_layers_would_err(name, matrices):
+    """Sums of w^2 / [H^-1]_jj in float64, of what is left when some units are zeroed: float32 sums, 1e-4."""
+    activations, _, learner = seen(name, ActivationsPart(average=0.5, every=2))
+    anatomy, kinds, gone = activations.anatomy, ("kv_heads", "intermediate", "hidden"), {"layers.1.intermediate": (0, 5)}
+    part = SaliencyPart(metric="obc", matrices=matrices)
+    saliency, standing = Saliency(part, anatomy, kinds, learner.trained, ALONE), Standing.of(anatomy)
+    activations.drop(gone)
+    standing.drop(gone)
+    for span in anatomy.axes["layers.1.intermediate"].spans:
+        learner.trained[span.param].index_fill_(span.dim, span.rows(gone["layers.1.intermediate"]).reshape(-1), 0)
+    worth = {}
+    for first, all_ in activations.points.items():
+        mean = activations.mean(first)
+        left = [j for j in range(len(mean)) if mean[j, j] > 0]
+        hessian = mean[left][:, left]
+        inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(left)))
+        for matrix in all_:
+            if matrices == "all" or matrix.endswith(("o_proj.weight", "down_proj.weight")):
+                w = learner.trained[matrix].double()
+                worth[matrix] = torch.zeros_like(w)
+                worth[matrix][:, left] = w[:, left] ** 2 / inverse.diagonal()
+    table = saliency.table(mock.Mock(), standing.alive, activations)
+    assert table.values["layers.1.intermediate"][[0, 5]].tolist() == [float("inf")] * 2 and not saliency.saved()
+    for axis_name, values in table.values.items():
+        axis = anatomy.axes[axis_name]
+        for unit in (u for u in range(axis.size) if u not in gone.get(axis_name, ())):
+            expected = sum(
+                float(worth[s.param].index_select(s.dim, s.rows([unit])[0]).sum()) for s in axis.spans if s.param in worth
+            )
+            assert values[unit] == pytest.approx(expected, rel=1e-4), (axis_name, unit)
+
+
 # -- runs -----------------------------------------------------------------------------------------------------------------
 
 MEND = {"repair": {"kind": "least-squares", "stem": "least-squares"}, "activations": {"average": 0.9, "every": 3}}
 PARTS = {
     "curve": {"slice_at": 0.1, **MEND},
     "inner": {"slice_at": 0.2, "axes": ["kv_heads", "intermediate"], "repair": {"kind": "least-squares"}, "target": {"ratio": 0.4}},
-    "depth": {"axes": ["layers", "intermediate"], "target": {"ratio": 0.4}, "repair": {"kind": "least-squares"}},
+    "depth": {
+        "axes": ["layers", "intermediate"], "target": {"ratio": 0.4}, "repair": {"kind": "least-squares"},
+        "saliency": {"metric": "obc"},
+    },
 }  # fmt: skip
 
 
@@ -262,7 +304,7 @@ def test_wrong_repair_is_refused(part, said):
 
 
 def test_compiled_blocks_show_nothing():
-    with pytest.raises(UserError, match="repair looks at what blocks give and read"):
+    with pytest.raises(UserError, match=r"repair or saliency\.metric: obc looks at what blocks give and read"):
         pruning({"compile": True}, repair={"stem": "gain"})
 
 

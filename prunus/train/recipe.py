@@ -203,7 +203,7 @@ class Recipe(Strict):
         if self.prune is not None and self.prune.target is None and self.model.enlarge is None:
             raise ValueError("prune.target is missing; only model.enlarge goes without, which names what to come back to")
         if self.prune is not None and self.compile and (self.prune.allocate == "adaptive" or self.prune.looks):
-            what = "allocate: adaptive" if self.prune.allocate == "adaptive" else "repair"
+            what = "allocate: adaptive" if self.prune.allocate == "adaptive" else "repair or saliency.metric: obc"
             raise ValueError(
                 f"prune.{what} looks at what blocks give and read, which compiled ones do not show; set compile false"
             )

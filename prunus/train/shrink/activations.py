@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...anatomy import Anatomy
 from ...compensate import INPUT_OF
 from ...distributed import World
+from ...solve import factor
 from ...statistics import reading_points
 from ..learner import Learner
 from ..loss import IGNORED
@@ -33,6 +34,8 @@ def wanted(part: PrunePart) -> frozenset[str]:
     out: set[str] = set()
     if part.repair.kind == "least-squares":
         out |= set(part.axes) & set(INNER)
+    if part.saliency.metric == "obc":
+        out |= {*INNER} if part.saliency.matrices == "output" else {*INNER, "hidden"}
     if part.repair.stem != "none":
         out |= {_NORMS} | ({"hidden"} if part.repair.stem == "least-squares" else set())
     return frozenset(out)
@@ -130,6 +133,15 @@ class Activations(Carried):
         """Of a matrix' input E[x x^T] [C, C], of a norm's its channels' shares [C]; float64, of all processes."""
         total, count = (self.world.sum_(self.sums[key].double()) for key in (name, _COUNT))
         return total / count.clamp_min(1)
+
+    def inverse_diagonal(self, matrix: str) -> Tensor:
+        """[H^-1]_jj of what a matrix reads, H = E[x x^T] damped as SparseGPT does [C], float64; infinite where nothing is read."""
+        gram_CC = self.mean(next(first for first, matrices in self.points.items() if matrix in matrices))
+        read = gram_CC.diagonal().nonzero().squeeze(1)  # so that zeroed units change nothing
+        out_C = torch.full_like(gram_CC.diagonal(), torch.inf)
+        if len(read):
+            out_C[read] = torch.cholesky_inverse(factor(gram_CC[read][:, read]).lower).diagonal()
+        return out_C
 
     @torch.no_grad()
     def drop(self, units: Mapping[str, tuple[int, ...]]) -> None:

@@ -46,17 +46,20 @@ class TargetPart(Strict):
 class SaliencyPart(Strict):
     """What units are worth, from the gradients that training computes anyway, read before they are clipped."""
 
-    metric: Literal["first", "second", "hessian", "adam"] = Field(
+    metric: Literal["first", "second", "hessian", "adam", "obc"] = Field(
         default="first",
-        description="of a weight: |w g|; |w g - w^2 F / 2|; w^2 F / 2; or w^2 v / 2 with Adam's second moment v. F, the Fisher "
-        "information, is summed from micro-batches",
+        description="of a weight: |w g|; |w g - w^2 F / 2|; w^2 F / 2; w^2 v / 2 with Adam's second moment v; or w^2 / [H^-1]_jj "
+        "with H the mean of x x^T over what its matrix reads (activations). F, the Fisher information, is of micro-batches",
     )
     matrices: Literal["output", "all"] = Field(
         default="output",
         description="whose weights count: o_proj and down_proj alone (EfficientLLM), or every matrix of the unit",
     )
     average: float = Field(
-        default=0.95, ge=0, lt=1, description="what the running mean over updates keeps; 0: the last update alone"
+        default=0.95,
+        ge=0,
+        lt=1,
+        description="what the running mean over updates keeps; 0: the last update alone (adam, obc: their own)",
     )
 
 
@@ -74,7 +77,7 @@ class RepairPart(Strict):
 
 
 class ActivationsPart(Strict):
-    """Running sums of what matrices read, for repair."""
+    """Running sums of what matrices read, for repair and for the metric obc."""
 
     average: float = Field(default=0.95, ge=0, lt=1, description="what they keep at an update; 0: the last update alone")
     every: int = Field(default=16, ge=1, description="one of so many tokens is looked at, others at every update")
@@ -168,7 +171,7 @@ class PrunePart(Strict):
     @property
     def looks(self) -> bool:
         """Whether what matrices read is of use."""
-        return (self.repair.kind, self.repair.stem) != ("none", "none")
+        return self.saliency.metric == "obc" or (self.repair.kind, self.repair.stem) != ("none", "none")
 
     def _fits_repair(self) -> None:
         if self.repair.stem != "none" and "hidden" not in self.axes:
@@ -178,7 +181,7 @@ class PrunePart(Strict):
                 "repair.kind: least-squares mends cuts of kv_heads and intermediate, which axes leaves out; drop it"
             )
         if not self.looks and self.activations != ActivationsPart():
-            raise ValueError("activations are looked at for repair alone; name one, or drop them")
+            raise ValueError("activations are looked at for repair and for saliency.metric obc; name one, or drop them")
 
     def _fits_adaptive(self) -> None:
         if self.alike:

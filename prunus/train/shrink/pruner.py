@@ -191,7 +191,7 @@ class Pruner(Hook):
         allowed = goal.allowed(pace.share(run.tokens)) if most is None else goal.value
         while self.measured > max(allowed, goal.value):
             stop = goal.stops[self.passed] if self.passed < len(goal.stops) else goal.value
-            table = self.saliency.table(run, self.standing.alive)
+            table = self.saliency.table(run, self.standing.alive, self.activations)
             if self.cosines is not None:
                 gone = self._share(run, table, max(stop, allowed))
             else:

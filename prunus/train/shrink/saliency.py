@@ -22,6 +22,7 @@ from ...axes import Axis, Span, kind_of
 from ...distributed import World, local
 from ..loop import Training
 from ..optim import slots
+from .activations import Activations
 from .carried import Carried
 from .goal import INNER
 from .part import SaliencyPart
@@ -188,8 +189,8 @@ class Saliency(Carried):
 
     @property
     def by_itself(self) -> bool:
-        """Nothing is gathered: Adam's moments say it all."""
-        return self.part.metric == "adam"
+        """Nothing is gathered: Adam's moments say it all, or what matrices read."""
+        return self.part.metric in ("adam", "obc")
 
     # -- while it trains ---------------------------------------------------------------------------------------------
 
@@ -244,9 +245,12 @@ class Saliency(Carried):
     # -- when something goes -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def table(self, run: Training, alive: Mapping[str, np.ndarray]) -> Table:
+    def table(self, run: Training, alive: Mapping[str, np.ndarray], activations: Activations | None = None) -> Table:
         """Every unit's number; the same in all processes."""
-        means = self._by_moments(run) if self.by_itself else {name: held.mean for name, held in self.held.items()}
+        if activations is not None and self.part.metric == "obc":
+            means = self._by_inputs(activations)
+        else:
+            means = self._by_moments(run) if self.by_itself else {name: held.mean for name, held in self.held.items()}
         sums: dict[str, Tensor] = {}
         for name, held in self.held.items():
             known = not _row_sliced(held)  # by all: the first process counts it
@@ -280,6 +284,15 @@ class Saliency(Carried):
         for name, held in self.held.items():
             w, v = local(self.named[name].detach()).float(), local(moments[name]).float()
             out[name] = held.along(rule(w, w, v, torch.empty_like(w)))
+        self._totalled_(out)
+        return out
+
+    def _by_inputs(self, activations: Activations) -> dict[str, Tensor]:
+        """w^2 / [H^-1]_jj: what a layer errs more without the weight, the others fitted anew (Optimal Brain Compression)."""
+        out = {}
+        for name, held in self.held.items():
+            w = local(self.named[name].detach()).double()
+            out[name] = held.along((w.square() / activations.inverse_diagonal(name)).float())
         self._totalled_(out)
         return out
 
