@@ -77,6 +77,25 @@ def test_the_share_follows_the_curve_it_names():
     assert [one.share(t) for t in (299, 300)] == [0, 1]
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_what_goes_is_in_proportion_to_the_learning_rate(power):
+    """Under a cosine to zero it is the integral of (1 + cos(pi t)) / 2 from start to end, to 1e-3 with 2,000 updates."""
+    rate = Schedule("cosine", 3.0, 20_000, warmup=0, floor=0)
+    pace = Pace(PacePart(kind="rate", start=0.1, end=0.9, power=power), 20_000, 10, rate)
+    each = [pace.share(t) - pace.share(t - 10) for t in range(10, 20_001, 10)]
+    assert sum(each) == pytest.approx(1) and pace.share(18_000) == 1 and pace.share(2000) == 0 and min(each) >= 0
+    inside = [(gone, rate(t)) for t, gone in zip(range(10, 20_001, 10), each, strict=True) if 2000 < t <= 18_000]
+    assert all(gone * inside[0][1] ** power == pytest.approx(inside[0][0] * r**power) for gone, r in inside)
+    if power == 1:
+        area = lambda t: (t + math.sin(math.pi * t) / math.pi) / 2  # noqa: E731
+        for t in (0.3, 0.5, 0.8):
+            assert pace.share(int(20_000 * t)) == pytest.approx((area(t) - area(0.1)) / (area(0.9) - area(0.1)), abs=1e-3)
+    rounds = Pace(PacePart(kind="rate", start=0, end=1, rounds=2), 1000, 100, Schedule("constant", 1.0, 1000, warmup=0))
+    assert [t for t in range(100, 1001, 100) if rounds.cuts(t - 100, t)] == [500, 1000]
+    nothing = Pace(PacePart(kind="rate", start=0.42, end=0.45), 1000, 100)
+    assert [nothing.share(t) for t in (400, 500)] == [0, 1]
+
+
 def test_groups_go_after_whole_updates():
     """Two groups after every three updates, behind a beginning of 0.1 of 1,000 tokens in updates of 30 (so 120)."""
     pace = Pace(PacePart(kind="steps", start=0.1, prune=2, train=3), 1000, 30)
@@ -319,6 +338,7 @@ PARTS = {
         "target": {"ratio": 0.4},
         "pace": {"start": 0.0, "end": 0.75, "rounds": 3},
     },
+    "rate": {"pace": {"kind": "rate", "start": 0.1, "end": 0.9, "rounds": 3}},
     "rounds": {"pace": {"start": 0.1, "end": 0.9, "rounds": 2}, "saliency": {"metric": "adam"}},
 }
 
@@ -597,6 +617,7 @@ def test_every_family_shrinks_to_a_target(name):
         ({"stops": [0.1]}, "lies below the target"),
         ({"stops": [0.8], "pace": {"kind": "once", "samples": 4}}, "stops are passed on the way"),
         ({"pace": {"start": 0.9, "end": 0.5}}, "lies before start"),
+        ({"pace": {"kind": "rate", "start": 0.9, "end": 0.5}}, "lies before start"),
         ({"pace": {"kind": "steps", "prune": 1, "train": 4}}, "at best, not to"),
         ({"pace": {"kind": "once", "samples": 1000}}, "are more than the 32"),
         ({"units": {"hidden": 0}}, "counts of at least 1"),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..errors import UserError, nearest
 from ..record import digest
+from .schedule import Schedule
 from .shrink.part import PrunePart
 from .strict import Strict
 
@@ -231,6 +232,12 @@ class Recipe(Strict):
     def steps(self) -> int:
         """Updates; what the budget leaves over a whole number of them is not used."""
         return self.tokens // self.batch_tokens
+
+    def rates(self, peak: float) -> Schedule:
+        """The learning rate by tokens of the run."""
+        asked = self.schedule
+        total = asked.total or asked.start + self.steps * self.batch_tokens
+        return Schedule(asked.kind, peak, total, asked.start, asked.warmup, asked.floor, asked.decay)
 
     def plain(self) -> dict[str, Any]:
         """As data, every field said."""

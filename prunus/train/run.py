@@ -32,7 +32,6 @@ from .export import export
 from .loop import Hook, Sparse, Training, train_, validate
 from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, RECIPE, RECORD, Run
 from .recipe import Recipe
-from .schedule import Schedule
 from .shapes import fresh
 from .shrink.pruner import Pruner
 from .sweep import Sweep, swept
@@ -202,13 +201,8 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> Tra
         sparse = Sparse(learner.trained, {name: world.part(kept) for name, kept in run.mask.kept.items()})
         sparse.after_step(None)
         hooks = (*hooks, sparse)
-    plan = recipe.schedule
-    schedule = Schedule(
-        plan.kind, lr, plan.total or plan.start + recipe.steps * recipe.batch_tokens, plan.start, plan.warmup,
-        plan.floor, plan.decay,
-    )  # fmt: skip
     return Training(
-        learner, optimizer_of(recipe, learner, lr), run.feeds.training, schedule, recipe.sequences, recipe.micro_batch,
+        learner, optimizer_of(recipe, learner, lr), run.feeds.training, recipe.rates(lr), recipe.sequences, recipe.micro_batch,
         recipe.optimizer.clip, taught(run), run.feeds.starts if recipe.data.separate_documents else None,
         recipe.skip_spikes, hooks, world,
     )  # fmt: skip

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from .part import PacePart
 
 
 @dataclass(frozen=True)
 class Pace:
-    """`total` tokens of the run, `update` of each update."""
+    """`total` tokens of the run, `update` of each update; `rate`: tokens -> learning rate of the update that ends there."""
 
     part: PacePart
     total: int
     update: int
+    rate: Callable[[int], float] = lambda tokens: 1.0
 
     def share(self, tokens: int) -> float:
-        """Of what is to go in all, how much should be gone (curve, once); it never falls."""
+        """Of what is to go in all, how much should be gone (curve, rate, once); it never falls."""
         if self.part.kind == "once":
             return 1.0
         start, end = self.part.start * self.total, self.part.end * self.total
         if tokens < start:
             return 0.0
-        done = 1.0 if tokens >= end else (tokens - start) / (end - start)
+        if self.part.kind == "rate":
+            done = self._gone_by_rate[min(tokens // self.update, len(self._gone_by_rate) - 1)]
+        else:
+            done = 1.0 if tokens >= end else (tokens - start) / (end - start)
         if self.part.rounds is not None:
             done = math.floor(done * self.part.rounds + 1e-9) / self.part.rounds
-        return 1 - (1 - done) ** self.part.power
+        return done if self.part.kind == "rate" else 1 - (1 - done) ** self.part.power
+
+    @cached_property
+    def _gone_by_rate(self) -> list[float]:
+        """Share that is gone after so many updates: at each goes c * rate^power, with c such that all of them sum to one."""
+        start, end = self.part.start * self.total, self.part.end * self.total
+        ends = range(0, self.total + 1, self.update)
+        each = [self.rate(at) ** self.part.power if start < at <= end else 0.0 for at in ends]
+        gone = list(accumulate(each))
+        return [g / gone[-1] for g in gone] if gone[-1] else [float(at >= end) for at in ends]
 
     def groups(self, tokens: int) -> int | None:
         """How many groups may be gone (steps); None where the share alone counts."""

@@ -86,22 +86,28 @@ class ActivationsPart(Strict):
 class PacePart(Strict):
     """When how much goes."""
 
-    kind: Literal["curve", "steps", "once"] = Field(
+    kind: Literal["curve", "rate", "steps", "once"] = Field(
         default="curve",
-        description="curve: what is left follows a curve in tokens; steps: so many groups after so many updates, until the target "
-        "is met; once: all before the first update",
+        description="curve: what is left follows a curve in tokens; rate: what goes is in proportion to the learning rate; steps: "
+        "so many groups after so many updates, until the target is met; once: all before the first update",
     )
-    start: float = Field(default=0.05, ge=0, le=1, description="share of the tokens before the first cut (curve, steps)")
-    end: float = Field(default=0.6, gt=0, le=1, description="of curve: share of the tokens at which the target is met")
-    power: float = Field(default=1.0, gt=0, description="of curve: 1 a straight line, 3 cubic: fast at first")
-    rounds: int | None = Field(default=None, ge=1, description="of curve: cut in so many rounds; default: at every update")
+    start: float = Field(default=0.05, ge=0, le=1, description="share of the tokens before the first cut (not of once)")
+    end: float = Field(
+        default=0.6, gt=0, le=1, description="of curve and rate: share of the tokens at which the target is met"
+    )
+    power: float = Field(
+        default=1.0, gt=0, description="of curve: 1 a straight line, 3 cubic: fast at first; of rate: of the learning rate"
+    )
+    rounds: int | None = Field(
+        default=None, ge=1, description="of curve and rate: in so many rounds; default: at every update"
+    )
     prune: int = Field(default=1, ge=1, description="of steps: groups that go ...")
     train: int = Field(default=1, ge=1, description="... after so many updates")
     samples: int = Field(default=128, ge=1, description="of once: sequences that are scored on")
 
     @model_validator(mode="after")
     def _forwards(self) -> PacePart:
-        if self.kind == "curve" and self.end < self.start:
+        if self.kind in ("curve", "rate") and self.end < self.start:
             raise ValueError(f"end {self.end} lies before start {self.start}")
         return self
 

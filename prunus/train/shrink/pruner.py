@@ -54,7 +54,7 @@ class Cutting:
             part = part.model_copy(update={"target": TargetPart(intermediate_size=before)})
         anatomy = Anatomy.of(config)
         goal = Goal.of(part, anatomy, recipe.data.seq_len)
-        pace = Pace(part.pace, recipe.steps * recipe.batch_tokens, recipe.batch_tokens)
+        pace = Pace(part.pace, recipe.steps * recipe.batch_tokens, recipe.batch_tokens, recipe.rates(1.0))
         check_pace(part, anatomy, goal, pace)
         if part.pace.kind == "once" and part.pace.samples > recipe.steps * recipe.sequences:
             raise UserError(
