@@ -499,6 +499,15 @@ def test_a_group_may_pass_two_stops_and_the_last_update_may_cut():
     assert [f for *_, f in curve.updates] == [line["flops"] for line in log(out) if "lr" in line]
 
 
+def test_every_cut_of_an_update_is_told():
+    """Two stops passed in one round: three cuts, which share their effect; no group goes untold."""
+    out = pipeline.scratch() / "stops-in-a-round"
+    record = run(out, tied(target={"params": 20_000}, stops=[0.8, 0.7], pace={"start": 0.1, "end": 0.8, "rounds": 1}))
+    told = [e["pruned"] for e in events(out)]
+    assert len(told) == 3 and len({e["step"] for e in told}) == 1
+    assert sum(sum(e["groups"].values()) for e in told) == told[-1]["gone"] == record["figures"]["pruning"]["groups"]
+
+
 def test_layers_of_different_sizes_cannot_lose_the_same():
     config = config_of(str(done("each by itself")[1] / "model"), 0)
     with pytest.raises(UserError, match="set it to false"):

@@ -81,7 +81,7 @@ class Pruner(Hook):
     groups: int = 0  # gone so far
     passed: int = 0  # stops
     flops_scored: int = 0
-    waiting: dict[str, Any] | None = None  # an event whose effect the next update shows
+    waiting: list[dict[str, Any]] = field(default_factory=list)  # events whose effect the next update shows
 
     def __post_init__(self) -> None:
         self.standing = Standing.of(self.asked.anatomy)
@@ -135,9 +135,9 @@ class Pruner(Hook):
         self._told_(run, None)
 
     def _told_(self, run: Training, loss: float | None) -> None:
-        if self.waiting is not None:
-            self.tell({"step": run.step, "tokens": run.tokens, **self.waiting, "loss_after": loss})
-            self.waiting = None
+        for event in self.waiting:  # several where a stop was passed: they share the update, and its effect
+            self.tell({"step": run.step, "tokens": run.tokens, **event, "loss_after": loss})
+        self.waiting = []
 
     def _look(self, run: Training) -> None:
         """Whether the next forward passes are looked at: those that the next cut goes by."""
@@ -246,7 +246,7 @@ class Pruner(Hook):
         for group, _ in gone:
             counts[group.kind] = counts.get(group.kind, 0) + 1
         now = self.standing.now
-        self.waiting = {
+        event = {
             "pruned": {
                 "step": run.step,
                 "tokens": run.tokens,
@@ -262,6 +262,7 @@ class Pruner(Hook):
             },
             "loss_before": run.last.get("loss"),
         }
+        self.waiting.append(event)
 
     def _original(self, name: str, units: list[int]) -> list[int]:
         """Units of the source."""
