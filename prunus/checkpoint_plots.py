@@ -18,7 +18,7 @@ from .axes import kind_of, layer_of
 from .keep import Keep, WeightMask
 from .methods import METHODS
 from .place import staged_files
-from .plots import BLUE, INK, ORANGE, PALE, legend_above, log_if_wide, tidy
+from .plots import BLUE, INK, ORANGE, PALE, legend_above, log_if_wide, tidy, whole_numbers
 from .source import Source
 from .tables import big, flags
 
@@ -183,7 +183,7 @@ def _bands(axes: Axes, found: Drawn, kind: str) -> None:
     scale = log_if_wide(axes, ordinary) if ordinary else ""
     what = f"{_LAYER} (line: all, bar: middle 80 %, dot: median)"
     tidy(axes, x=what, y=_criterion(found) + scale, title=f"{_WORDS[kind]}: what each was worth")
-    _whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     legend_above(axes)
 
 
@@ -195,7 +195,8 @@ def _kept_per_layer(axes: Axes, found: Drawn, kind: str) -> None:
     axes.bar(layers, after, width=0.55, color=BLUE, label="after")
     tidy(axes, x=_LAYER, y=_WORDS[kind], title=f"{sum(before):,} {_WORDS[kind]} before, {sum(after):,} after")
     axes.grid(axis="x", visible=False)
-    _whole_numbers(axes, "both")
+    whole_numbers(axes.xaxis)
+    whole_numbers(axes.yaxis)
     legend_above(axes)
 
 
@@ -246,7 +247,7 @@ def _layer_scores(axes: Axes, found: Drawn) -> None:
     finite = [v for v in values if v == v]
     scale = log_if_wide(axes, finite) if finite else ""
     tidy(axes, x=_LAYER, y=_criterion(found) + scale, title="layers: what each was worth")
-    _whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     legend_above(axes)
 
 
@@ -262,7 +263,7 @@ def _layer_losses(axes: Axes, found: Drawn, name: str) -> None:
         label = f"first of the {run} layers that are left out" if run > 1 else "layer that is left out"
         _points(axes, x, y, stays, "o", "run ")
     tidy(axes, x=label, y="loss without it, nats a token", title="layers: the loss without each")
-    _whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     legend_above(axes)
 
 
@@ -277,7 +278,7 @@ def _first_round(axes: Axes, found: Drawn) -> None:
     finite = [v for v in losses.values() if v is not None]
     scale = log_if_wide(axes, finite) if finite else ""
     tidy(axes, x=_LAYER, y=f"loss without it, nats a token{scale}", title="the loss without each one alone")
-    _whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     legend_above(axes)
 
 
@@ -298,17 +299,8 @@ def _layers_left(axes: Axes, found: Drawn) -> None:
     _points(axes, layers, [1.0] * len(layers), [_stays(found, i) for i in layers], "s", "")
     tidy(axes, x=_LAYER, y="", title="layers")
     axes.set_yticks([])
-    _whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     legend_above(axes)
-
-
-def _whole_numbers(axes: Axes, which: str = "x") -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if which == "both":
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 # -- single weights -------------------------------------------------------------------------------------------------------
@@ -342,5 +334,5 @@ def _kept_shares(axes: Axes, folder: Path) -> None:
     tidy(axes, x="layer", y="", title="share of weights that stay")
     axes.grid(visible=False)
     axes.set_yticks(range(len(names)), names)
-    _whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     axes.figure.colorbar(image, ax=axes, label="share that stays", format="%.2f")

@@ -1,4 +1,7 @@
-"""Pictures of training runs: loss and rate against tokens, and loss against FLOPs, from their logs alone."""
+"""Pictures of training runs: loss and rate against tokens, and loss against FLOPs, from their logs alone.
+
+Of one run that cuts its model there is more: `shrink_plots`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import plots, record
+from . import plots, record, shrink_plots
 from .errors import UserError
 from .place import staged_files
 from .train.listing import whole_lines
 from .train.opening import LOG, RECIPE, RECORD
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
 
 _SMOOTH = 0.9  # what the drawn training loss keeps of the one before
 
@@ -33,6 +39,7 @@ class Curve:
     updates: list[tuple[int, float, float, int]]
     validation: list[tuple[int, float, int]]
     besides: float  # FLOPs of a token that are not the updates'
+    cuts: shrink_plots.Shrinking | None  # what it cut on its way
 
     @classmethod
     def read(cls, folder: Path) -> Curve:
@@ -49,7 +56,7 @@ class Curve:
         if (folder / RECORD).is_file():
             figures = record.read(folder / RECORD)[-1]["figures"]
             besides = figures["flops"].get("teacher", 0) / figures["tokens"]
-        return cls(folder.name, updates, validation, besides)
+        return cls(folder.name, updates, validation, besides, shrink_plots.Shrinking.of(lines))
 
     def cost(self, tokens: int, flops: int) -> float:
         """FLOPs up to there."""
@@ -77,12 +84,33 @@ def run(folders: Sequence[Path], out: Path | None, *, overwrite: bool) -> dict[s
     plots.check_place(path, overwrite=overwrite)
     with staged_files(path) as (stage,):
         draw(curves, stage)
-    return {"picture": str(path), "runs": [curve.name for curve in curves], "notes": []}
+    alone = len(curves) > 1 and any(curve.cuts for curve in curves)
+    return {"picture": str(path), "runs": [curve.name for curve in curves], "notes": [_ALONE] if alone else []}
+
+
+_ALONE = "cuts are drawn of one run at a time"
+_HEIGHT = 4.2  # inches of the curves
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
+    """The curves of all; below them the cuts of one."""
+    cuts = curves[0].cuts if len(curves) == 1 else None
+    if cuts is None:
+        figure = plots.figure(12.0, _HEIGHT)
+        _curves(figure, curves)
+    else:
+        below = sum(shrink_plots.HEIGHTS)
+        figure = plots.figure(12.0, _HEIGHT + below)
+        top, bottom = figure.subfigures(2, 1, height_ratios=(_HEIGHT, below), squeeze=False)[:, 0]
+        _curves(top, curves)
+        tokens = [t for t, *_ in curves[0].updates]
+        losses = {"as logged": [loss for _, loss, *_ in curves[0].updates], "smoothed": curves[0].smoothed()}
+        shrink_plots.draw(bottom, cuts, {label: (tokens, values) for label, values in losses.items()})
+    plots.save(figure, path)
+
+
+def _curves(figure: Figure | SubFigure, curves: Sequence[Curve]) -> None:
     """Three panels: loss against tokens (dots: validation), loss against FLOPs, and the rate."""
-    figure = plots.figure(12.0, 4.2)
     loss, cost, rate = (figure.add_subplot(1, 3, i) for i in (1, 2, 3))
     for i, curve in enumerate(curves):
         colour = plots.COLOURS[i % len(plots.COLOURS)]
@@ -99,4 +127,3 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     plots.tidy(rate, x="tokens", y="learning rate", title="rate")
     if len(curves) > 1:
         plots.legend_above(loss)
-    plots.save(figure, path)
