@@ -27,10 +27,12 @@ def line(found: Mapping[str, Any]) -> None:
     elif "validation" in found:
         text = f"step {found['step']:>6}  validation loss {found['validation']['loss']:.4f}"
     else:
-        left = found["seconds_left"]
+        left, after = found["seconds_left"], found.get("next_cut")
+        alive = " alive" if "next_cut" in found else ""
+        alive += "" if after is None else f"  next cut in {after} update{'s' * (after != 1)}"
         text = (
             f"step {found['step']:>6}  {big(found['tokens'])} tokens  loss {found['loss']:.4f}  lr {found['lr']:.2e}  "
-            f"{big(found['params'])} params  {found['tokens_per_s']:,.0f} tokens/s  {found['share_of_peak']:.0%} of peak  "
+            f"{big(found['params'])} params{alive}  {found['tokens_per_s']:,.0f} tokens/s  {found['share_of_peak']:.0%} of peak  "
             f"{left / 60:.0f} min left"
         )
     print(text, file=sys.stderr, flush=True)

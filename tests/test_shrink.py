@@ -16,6 +16,7 @@ import tiny
 import torch
 from test_train import Killed, asked, weights
 
+from prunus import show_train
 from prunus.anatomy import Anatomy
 from prunus.axes import kind_of
 from prunus.distributed import ALONE
@@ -101,6 +102,12 @@ def test_groups_go_after_whole_updates():
     pace = Pace(PacePart(kind="steps", start=0.1, prune=2, train=3), 1000, 30)
     assert [pace.groups(t) for t in (0, 120, 209, 210, 299, 300)] == [0, 0, 0, 2, 2, 4]
     assert pace.cuts(180, 210) and not pace.cuts(210, 240) and pace.most_groups == 2 * ((1000 - 120) // 90)
+
+
+def test_updates_until_something_is_due():
+    pace = Pace(PacePart(), 1000, 100)
+    assert [pace.updates_until(tokens, lambda t: t >= 450) for tokens in (0, 300, 400, 500)] == [5, 2, 1, 1]
+    assert pace.updates_until(0, lambda t: False) is None and pace.updates_until(1000, lambda t: True) is None
 
 
 def test_a_curve_cuts_only_where_it_falls():
@@ -393,6 +400,23 @@ def test_every_event_is_told(name):
     assert Keep(left).anatomy_after(source).num_params == found[-1]["pruned"]["params"]
     told = [line["params"] for line in log(out) if "lr" in line]
     assert told == sorted(told, reverse=True)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_next_cut_is_told_beforehand(name, capsys):
+    """What every logged update says of the next cut is what then happens; a run that cuts nothing says nothing of it."""
+    _, out = done(name)
+    updates = [line for line in log(out) if "lr" in line]
+    steps = sorted({e["pruned"]["step"] for e in events(out)})
+    for line in updates:
+        later = [step for step in steps if step > line["step"]]
+        assert line["next_cut"] == (later[0] - line["step"] if later else None), line["step"]
+        show_train.line(line)
+        said = capsys.readouterr().err
+        assert "params alive" in said and ("next cut in" in said) == bool(later)
+    show_train.line({name: value for name, value in updates[-1].items() if name != "next_cut"})
+    said = capsys.readouterr().err
+    assert "next cut" not in said and "alive" not in said
 
 
 def test_an_order_is_an_order():

@@ -147,7 +147,7 @@ def _line(run: Run, training: Training, pruner: Pruner | None, speed: float, sha
         "tokens": training.tokens,
         **training.last,
         "flops": run.spent,
-        "params": (run.anatomy if pruner is None else pruner.standing.now).num_params,
+        **({"params": run.anatomy.num_params} if pruner is None else pruner.outlook(training.tokens)),
         "tokens_per_s": speed,
         "share_of_peak": share,
         "seconds_left": (recipe.steps - training.step) * recipe.batch_tokens / speed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,12 @@ class Pace:
         if self.part.kind == "steps":
             return (self.groups(tokens) or 0) > (self.groups(before) or 0)
         return self.part.kind != "once" and self.share(tokens) > self.share(before)
+
+    def updates_until(self, tokens: int, due: Callable[[int], bool]) -> int | None:
+        """After how many updates from `tokens` on something is `due` that stays so once it is; None if not in this run."""
+        left = range(1, (self.total - tokens) // self.update + 1)
+        at = bisect_left(left, True, key=lambda n: due(tokens + n * self.update))
+        return left[at] if at < len(left) else None
 
     @property
     def most_groups(self) -> int | None:

@@ -297,6 +297,17 @@ class Pruner(Hook):
         """What lives through a cut; nothing before the first update."""
         return [known for known in (self.saliency, self.activations) if known is not None]
 
+    def outlook(self, tokens: int) -> dict[str, Any]:
+        """Parameters alive, and after how many updates the pace asks for less than that; None if it does no more."""
+        pace, goal, now = self.asked.pace, self.asked.goal, self.standing.now
+        left, gone, after = goal.measure(now), pace.groups(tokens), None
+        if left > goal.value:
+            due = lambda t: goal.allowed(pace.share(t)) < left  # noqa: E731
+            if gone is not None:
+                due = lambda t: (pace.groups(t) or 0) > gone  # noqa: E731
+            after = pace.updates_until(tokens, due)
+        return {"params": now.num_params, "next_cut": after}
+
     def told(self) -> dict[str, Any]:
         """What became of it, for the record."""
         goal = self.asked.goal
