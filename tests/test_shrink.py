@@ -177,7 +177,7 @@ def naive(metric, w, g, fisher):
 
 
 @pytest.mark.parametrize("metric", ["first", "second", "hessian"])
-@pytest.mark.parametrize("matrices", ["output", "all"])
+@pytest.mark.parametrize("matrices", ["output", "output+embedding", "all"])
 @pytest.mark.parametrize("axes", [("kv_heads", "intermediate", "hidden"), ("intermediate",), ("kv_heads", "layers")])
 @pytest.mark.parametrize("micro", [2, 4])
 def test_units_are_worth_what_the_formula_says(metric, matrices, axes, micro):
@@ -190,7 +190,8 @@ def test_units_are_worth_what_the_formula_says(metric, matrices, axes, micro):
         parts = watch.parts[k] or [gradient]
         for name, tensor in anatomy.tensors.items():
             reads = name.endswith(("o_proj.weight", "down_proj.weight"))
-            if tensor.is_matrix and (matrices == "all" or reads):
+            embeds = matrices == "output+embedding" and name == "model.embed_tokens.weight"
+            if embeds or (tensor.is_matrix and (matrices == "all" or reads)):
                 fisher = UPDATE * sum(part[name] ** 2 for part in parts)
                 now = naive(metric, weight[name], gradient[name], fisher)
                 running[name] = now if k == 0 else average * running[name] + (1 - average) * now
@@ -345,6 +346,7 @@ PARTS = {
         "target": {"ratio": 0.4},
         "pace": {"start": 0.0, "end": 0.75, "rounds": 3},
     },
+    "embedding": {"saliency": {"matrices": "output+embedding"}, "slice_at": 0.1},
     "rate": {"pace": {"kind": "rate", "start": 0.1, "end": 0.9, "rounds": 3}},
     "rounds": {"pace": {"start": 0.1, "end": 0.9, "rounds": 2}, "saliency": {"metric": "adam"}},
 }
@@ -654,6 +656,8 @@ def test_every_family_shrinks_to_a_target(name):
         ({"pace": {"kind": "steps", "prune": 1, "train": 4}}, "at best, not to"),
         ({"pace": {"kind": "once", "samples": 1000}}, "are more than the 32"),
         ({"units": {"hidden": 0}}, "counts of at least 1"),
+        ({"saliency": {"matrices": "output+embedding"}, "axes": ["intermediate"]}, "counts for hidden alone"),
+        ({"saliency": {"matrices": "output+embedding", "metric": "obc"}}, "the embedding reads none"),
         ({"saliency": {"metric": "third"}}, "prune.saliency.metric"),
         ({"sallency": {}}, "did you mean 'saliency'"),
     ],

@@ -51,9 +51,10 @@ class SaliencyPart(Strict):
         description="of a weight: |w g|; |w g - w^2 F / 2|; w^2 F / 2; w^2 v / 2 with Adam's second moment v; or w^2 / [H^-1]_jj "
         "with H the mean of x x^T over what its matrix reads (activations). F, the Fisher information, is of micro-batches",
     )
-    matrices: Literal["output", "all"] = Field(
+    matrices: Literal["output", "output+embedding", "all"] = Field(
         default="output",
-        description="whose weights count: o_proj and down_proj alone (EfficientLLM), or every matrix of the unit",
+        description="whose weights count: o_proj and down_proj alone (EfficientLLM), for the stem the embedding's as well, or "
+        "those of every matrix of the blocks",
     )
     average: float = Field(
         default=0.95,
@@ -170,6 +171,7 @@ class PrunePart(Strict):
         if any(not 0 < share < 1 for share in self.stops) or sorted(set(self.stops), reverse=True) != self.stops:
             raise ValueError(f"stops {self.stops} must be shares between 0 and 1 that fall")
         self._fits_repair()
+        self._fits_matrices()
         if any(count < 1 for count in [*self.units.values(), *self.floor.values()]):
             raise ValueError("units and floor are counts of at least 1")
         return self
@@ -178,6 +180,14 @@ class PrunePart(Strict):
     def looks(self) -> bool:
         """Whether what matrices read is of use."""
         return self.saliency.metric == "obc" or (self.repair.kind, self.repair.stem) != ("none", "none")
+
+    def _fits_matrices(self) -> None:
+        if self.saliency.matrices == "output+embedding" and "hidden" not in self.axes:
+            raise ValueError("saliency.matrices: the embedding counts for hidden alone, which axes leaves out; give output")
+        if self.saliency.matrices == "output+embedding" and self.saliency.metric == "obc":
+            raise ValueError(
+                "saliency.metric: obc goes by what matrices read, and the embedding reads none; give matrices output"
+            )
 
     def _fits_repair(self) -> None:
         if self.repair.stem != "none" and "hidden" not in self.axes:

@@ -343,8 +343,9 @@ def _row_sliced(held: Held) -> bool:
 
 
 def _matrices(anatomy: Anatomy, which: str) -> list[str]:
-    """The matrices whose weights count: those that read heads and channels, or every matrix of the blocks."""
+    """The matrices whose weights count: those that read heads and channels, the embedding too, or every matrix of the blocks."""
     if which == "all":
         return [name for name, tensor in anatomy.tensors.items() if tensor.is_matrix]
     inner = [name for name in anatomy.axes if kind_of(name) in INNER]
-    return list(dict.fromkeys(anatomy.reader(name).param for name in inner))
+    embedding = [f"{anatomy.family.embedding}.weight"] if which == "output+embedding" else []
+    return [*dict.fromkeys(anatomy.reader(name).param for name in inner), *embedding]
