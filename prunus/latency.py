@@ -139,6 +139,14 @@ class Table:
         path = path or cache_folder() / "latency.json"
         return cls(path, key, _entries(_read(path), key, path))
 
+    @classmethod
+    def only(cls, path: Path) -> Table | None:
+        """The one table of a file, whatever machine it is of; None if there is no file."""
+        found = list(_read(path)["tables"].values())
+        if len(found) != 1:
+            return None
+        return cls(path, found[0]["key"], _entries(_read(path), found[0]["key"], path))
+
     def saved(self, more: Mapping[str, Timing]) -> Table:
         """The table with `more`, written to the file: beside it first, then into place, other keys as they stand there."""
         data = _read(self.path)

@@ -3,6 +3,7 @@
 RUN/recipe.json   what was asked for, every field said       RUN/checkpoints/   weights, moments and where it stood
 RUN/log.jsonl     one line an interval                       RUN/model/         the trained model, at the end
 RUN/ledger.json   tokens and FLOPs                           RUN/record.jsonl   the figures
+RUN/latency.json  milliseconds, where a recipe prunes by them
 RUN/stops/        models on the way, where a recipe prunes and names them
 """
 
@@ -33,6 +34,7 @@ from .loop import Hook, Sparse, Training, train_, validate
 from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, RECIPE, RECORD, Run
 from .recipe import Recipe
 from .shapes import fresh
+from .shrink.clocked import price_of
 from .shrink.pruner import Pruner
 from .sweep import Sweep, swept
 from .teaching import taught
@@ -78,7 +80,9 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
         spending, pruner = _Spending(run), None
         if run.cutting is not None:
             arrive = partial(_left, run, tried)
-            pruner = Pruner(run.cutting, recipe, tell, arrive)
+            cutting, dtype = run.cutting, "bfloat16" if recipe.precision == "bfloat16" else "float32"
+            clocked = price_of(cutting.part, cutting.goal, cutting.config, cutting.anatomy, out, dtype, world)
+            pruner = Pruner(cutting, recipe, tell, arrive, clocked)
         training = _training(run, (spending, *hooks, *([pruner] if pruner else [])), rate, world)
         _resume_(run, training, pruner)
         if pruner is not None:

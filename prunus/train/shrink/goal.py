@@ -11,7 +11,7 @@ from ...axes import kind_of
 from ...errors import UserError
 from ...keep import Keep
 from .pace import Pace
-from .part import SIZES, PrunePart
+from .part import SIZES, TIMED, PrunePart
 
 Measure = Callable[[Anatomy], int]
 _FLOOR = 16  # an axis keeps at least this fraction of its units, unless `floor` says otherwise
@@ -115,19 +115,25 @@ def size_of(anatomy: Anatomy, kind: str) -> int:
     return max(axis.size for axis in anatomy.axes.values() if kind_of(axis.name) == kind)
 
 
+def cut_to(anatomy: Anatomy, sizes: Mapping[str, int]) -> Keep:
+    """What leaves every axis at most so large: its first units."""
+    return Keep(
+        {
+            axis.name: tuple(range(sizes[kind_of(axis.name)]))
+            for axis in anatomy.axes.values()
+            if sizes.get(kind_of(axis.name), axis.size) < axis.size
+        }
+    )
+
+
 def shrunk(anatomy: Anatomy, sizes: Mapping[str, int]) -> Anatomy:
     """With every axis at most so large."""
-    units = {
-        axis.name: tuple(range(sizes[kind_of(axis.name)]))
-        for axis in anatomy.axes.values()
-        if sizes.get(kind_of(axis.name), axis.size) < axis.size
-    }
-    return Keep(units).anatomy_after(anatomy)
+    return cut_to(anatomy, sizes).anatomy_after(anatomy)
 
 
 def _reachable(part: PrunePart, anatomy: Anatomy, floors: Mapping[str, int], seq_len: int) -> dict[str, int]:
     """Floors of the axes whose units cost anything; what frees nothing never goes."""
-    if part.per in ("none", "elements"):
+    if part.per in ("none", "elements", *TIMED):
         return dict(floors)
     price = measure_of(part.per, seq_len)
     return {kind: n for kind, n in floors.items() if price(shrunk(anatomy, {kind: n})) < price(anatomy)}

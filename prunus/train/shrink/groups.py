@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -93,10 +93,12 @@ class Standing:
 class Chooser:
     """Names the next group to go. Deterministic: ties go to the axis named first, and to the lower index."""
 
-    def __init__(self, part: PrunePart, goal: Goal, seq_len: int) -> None:
+    def __init__(self, part: PrunePart, goal: Goal, seq_len: int, clocked: Callable[[Anatomy], float] | None = None) -> None:
         self.part, self.goal = part, goal
         self.together: Mapping[str, int] = {kind: part.units.get(kind, 1) for kind in part.axes}
-        self.price = None if part.per in ("none", "elements") else measure_of(part.per, seq_len)
+        self.price: Callable[[Anatomy], float] | None = clocked
+        if clocked is None and part.per not in ("none", "elements"):
+            self.price = measure_of(part.per, seq_len)
 
     def next(self, standing: Standing, table: Table, least: int) -> tuple[Group, dict[str, float]] | None:
         """(the group, every kind's saliency over its price); None if nothing is left. The measure does not fall below `least`,

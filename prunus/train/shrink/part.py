@@ -15,6 +15,7 @@ SIZES = {  # field of a target -> kind of axis
     "num_hidden_layers": "layers",
 }
 MEASURES = ("params", "ratio", "flops", "kv_bytes")
+TIMED = ("prefill_ms", "decode_ms")  # prices by this machine's clock
 AxisKind = Literal["kv_heads", "intermediate", "hidden", "layers"]
 
 
@@ -134,8 +135,10 @@ class PrunePart(Strict):
         default=1.0, ge=0, description="of adaptive: how far layers' shares differ, in shares of what goes at a cut"
     )
     saliency: SaliencyPart = Field(default_factory=SaliencyPart)
-    per: Literal["none", "elements", "params", "flops", "kv_bytes"] = Field(
-        default="params", description="groups of different kinds compare by their saliency over this"
+    per: Literal["none", "elements", "params", "flops", "kv_bytes", "prefill_ms", "decode_ms"] = Field(
+        default="params",
+        description="groups of different kinds compare by their saliency over this; milliseconds of a prompt, or of a token "
+        "more, are measured on this machine before the first update",
     )
     order: list[AxisKind] = Field(
         default=[], description="a fixed order of the axes instead: each down to its size in target"

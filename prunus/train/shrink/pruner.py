@@ -16,6 +16,7 @@ from ..loop import Hook, Training, accumulate_
 from .activations import Activations, wanted
 from .adaptive import Cosines, shares
 from .carried import Carried
+from .clocked import Clocked, check_clock
 from .goal import Goal, check_pace
 from .groups import Chooser, Group, Standing
 from .pace import Pace
@@ -56,6 +57,7 @@ class Cutting:
         goal = Goal.of(part, anatomy, recipe.data.seq_len)
         pace = Pace(part.pace, recipe.steps * recipe.batch_tokens, recipe.batch_tokens, recipe.rates(1.0))
         check_pace(part, anatomy, goal, pace)
+        check_clock(part, anatomy)
         if part.pace.kind == "once" and part.pace.samples > recipe.steps * recipe.sequences:
             raise UserError(
                 f"prune.pace.samples: {part.pace.samples:,} sequences are more than the {recipe.steps * recipe.sequences:,} that "
@@ -77,6 +79,7 @@ class Pruner(Hook):
     recipe: Recipe
     tell: Tell = lambda line: None
     arrive: Arrive = lambda pruner, run, share: None
+    clocked: Clocked | None = None  # what units cost where milliseconds are the price
     kept: Keep = field(default_factory=Keep)  # of the source, in the tensors as they are
     groups: int = 0  # gone so far
     passed: int = 0  # stops
@@ -85,7 +88,7 @@ class Pruner(Hook):
 
     def __post_init__(self) -> None:
         self.standing = Standing.of(self.asked.anatomy)
-        self.chooser = Chooser(self.asked.part, self.asked.goal, self.recipe.data.seq_len)
+        self.chooser = Chooser(self.asked.part, self.asked.goal, self.recipe.data.seq_len, self.clocked)
         self.target = Target(self.asked.config, self.asked.anatomy)
         self.saliency: Saliency | None = None
         self.cosines: Cosines | None = None
