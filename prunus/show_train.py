@@ -106,7 +106,16 @@ def plan(result: Mapping[str, Any]) -> None:
     print(f"memory of each of {result['devices']} devices: {big(result['memory'], 'B')} ({listed})")
     if result["teacher_cache"] is not None:
         print(f"disk: {big(result['teacher_cache'], 'B')} of what the teacher says (prunus teach)")
-    print(f"speed: {result['tokens_per_s']:,.0f} tokens/s, {result['hours']:.2f} hours ({result['basis']})")
+    cuts = result["pruning"]
+    about = "" if cuts is None else "about "
+    print(f"speed: {about}{result['tokens_per_s']:,.0f} tokens/s, {about}{result['hours']:.2f} hours ({result['basis']})")
+    print(f"work: {about}{result['flops']:.3g} FLOPs")
+    if cuts is not None:
+        less = "less" if cuts["saved"] >= 0 else "more, scoring included,"
+        print(
+            f"cuts: to {about}{big(cuts['params'])} parameters; {about}{abs(cuts['saved']):.0%} {less} work than without them"
+        )
+        print(f"about means: {cuts['assumed']}")
     if "mend" in result:
         print(f"does not fit: {result['mend']}")
 

@@ -23,16 +23,18 @@ from prunus.distributed import ALONE
 from prunus.errors import UserError
 from prunus.keep import Keep
 from prunus.ledger import Ledger
-from prunus.train import export
+from prunus.train import estimate, export
 from prunus.train import recipe as recipes
 from prunus.train.learner import Learner
 from prunus.train.loop import Hook, Training, train_
+from prunus.train.opening import cutting_of
 from prunus.train.opening import prepare as opened
 from prunus.train.optim import adamw, start_slots_
 from prunus.train.run import execute
 from prunus.train.schedule import Schedule
 from prunus.train.shapes import config_of, fresh
 from prunus.train.shrink.adaptive import Cosines, shares
+from prunus.train.shrink.forecast import Forecast
 from prunus.train.shrink.goal import Goal
 from prunus.train.shrink.groups import Chooser, Standing
 from prunus.train.shrink.pace import Pace
@@ -693,3 +695,46 @@ def test_sums_are_kept_as_small_as_can_be():
     for axes, dims in ((("kv_heads", "intermediate"), {1}), (("kv_heads", "intermediate", "hidden"), {2})):
         saliency, _, _ = watched("first", "output", 0.5, axes)
         assert {held.mean.dim() for held in saliency.held.values()} == dims
+
+
+# -- what cuts will save --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_cuts_save_is_about_what_they_saved(name):
+    """Against the FLOPs of the run. What differs is which axis gave way: 15 % at most here, and nothing where sizes are named
+    and all goes at once, or where one axis alone goes.
+    """
+    recipe = tied(**PARTS[name])
+    found = Forecast(cutting_of(recipe, training_config()), recipe)
+    record, _ = done(name)
+    spent = sum(record["figures"]["flops"].values())
+    assert found.flops == pytest.approx(spent, rel=0.15)
+    assert found.cutting.goal.measure(found.end) <= found.cutting.goal.value
+
+
+@pytest.mark.parametrize("pace", [{"kind": "once", "samples": 8}, {"start": 0.25, "end": 0.75, "rounds": 2}])
+def test_what_a_cut_to_sizes_saves_is_known(pace):
+    """One axis, two rounds or one: the very FLOPs of the run, what is dead and not yet sliced included."""
+    recipe = tied(axes=["intermediate"], target={"intermediate_size": 12}, pace=pace)
+    record = run(pipeline.scratch() / f"forecast-{pace.get('rounds', 0)}", recipe)
+    found = Forecast(cutting_of(recipe, training_config()), recipe)
+    assert found.flops == sum(record["figures"]["flops"].values())
+    assert found.groups == record["figures"]["pruning"]["groups"] == 12
+    said = estimate.planned(recipe, rate=1e9)
+    assert said["flops"] == pytest.approx(found.flops)
+    whole = estimate.planned(
+        asked(**{"model__shape": training_tests.tiny_shape() | {"tie_word_embeddings": True}}), rate=1e9
+    )
+    assert said["pruning"]["saved"] == pytest.approx(1 - found.flops / whole["flops"]) and whole["pruning"] is None
+    assert said["hours"] == pytest.approx(found.flops / 1e9 / 3600)
+
+
+def test_a_plan_says_about_where_it_cuts(capsys):
+    show_train.plan(estimate.planned(tied(), rate=1e9))
+    said = capsys.readouterr().out
+    assert said.count("about ") == 6 and "less work than without" in said and "gave way alike" in said
+    show_train.plan(estimate.planned(tied(pace={"kind": "once", "samples": 20}), rate=1e9))
+    assert "more, scoring included, work than without" in capsys.readouterr().out
+    show_train.plan(estimate.planned(asked(), rate=1e9))
+    assert "about" not in capsys.readouterr().out

@@ -12,8 +12,10 @@ from ..shape import LayerShape, Shape
 from ..source import Source
 from .cache import bytes_of
 from .loss import CHUNK
+from .opening import cutting_of
 from .recipe import Recipe
 from .shapes import config_of
+from .shrink.forecast import ASSUMED, Forecast
 
 # Of the matmul rate that training reaches, unless a rate is stated. The recorded run of `nano` (results/train.jsonl) made 8.96e13
 # FLOPs in 998 seconds: 90 GFLOP/s, 55 % of what its log says the two cores, busy with other work, made of one product.
@@ -56,11 +58,18 @@ class Estimate:
 
 
 def estimate(
-    recipe: Recipe, anatomy: Anatomy, *, teacher: Anatomy | None = None, devices: int = 1, rate: float | None = None
+    recipe: Recipe,
+    anatomy: Anatomy,
+    *,
+    teacher: Anatomy | None = None,
+    devices: int = 1,
+    rate: float | None = None,
+    cuts: Forecast | None = None,
 ) -> Estimate:
     """Weights, gradients and moments are shared out over devices; a teacher and the activations of a micro-batch are not.
 
-    A teacher whose words are read from a cache takes no memory and no time.
+    A teacher whose words are read from a cache takes no memory and no time. `cuts` save time but no memory, which is asked for
+    before the first of them; FLOPs and speed are means over the run then.
     `rate`: FLOPs a second of one device, as reached in training; else half the float32 matmul rate measured here now.
     """
     width = _stream(recipe.precision)
@@ -69,6 +78,8 @@ def estimate(
     trained = params if recipe.lora is None else _adapter_params(anatomy, recipe.lora.rank)
     seq_len = recipe.data.seq_len
     flops = 3 * anatomy.flops(seq_len) / seq_len
+    if cuts is not None:
+        flops = cuts.flops / (recipe.steps * recipe.batch_tokens)
     taught = 0 if teacher is None else teacher.num_params * width
     if teacher is not None:
         flops += teacher.flops(seq_len) / seq_len
@@ -145,15 +156,16 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
         if value is not None and not value > 0:
             raise UserError(f"{name}: {value} is not above 0")
     source = None if recipe.model.source is None else Source.open(recipe.model.source)
-    anatomy = (
-        source.anatomy
-        if source is not None
-        else Anatomy.of(config_of(recipe.model.shape or "", 0, recipe.model.target_params, recipe.model.enlarge))
-    )
+    config = source.config if source is not None else None
+    if config is None:
+        config = config_of(recipe.model.shape or "", 0, recipe.model.target_params, recipe.model.enlarge)
+    anatomy, cutting = Anatomy.of(config), cutting_of(recipe, config)
+    cuts = None if cutting is None else Forecast(cutting, recipe)
     part = recipe.teacher
     teacher = None if part is None or part.cache is not None else Source.open(part.source or "").anatomy
     vocab_size, read = anatomy.shape.vocab_size, recipe.steps * recipe.batch_tokens
-    found = estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate)
+    found = estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate, cuts=cuts)
+    whole = found if cuts is None else estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate or 1.0)
     basis = "stated rate" if rate is not None else f"{EFFICIENCY:.0%} of the float32 matmul rate measured now"
     plain = found.describe(None if memory is None else round(memory * 1e9))
     return {
@@ -162,6 +174,15 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
         "tokens": recipe.tokens,
         "steps": recipe.steps,
         "basis": basis,
+        "flops": round(found.flops_per_token * recipe.tokens),
+        "pruning": None
+        if cuts is None
+        else {
+            "params": cuts.end.num_params,
+            "groups": cuts.groups,
+            "saved": 1 - found.flops_per_token / whole.flops_per_token,
+            "assumed": ASSUMED,
+        },
         "teacher_cache": None if part is None or part.cache is None else bytes_of(read, part.top_k or 0, vocab_size),
     } | plain
 

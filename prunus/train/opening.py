@@ -93,12 +93,7 @@ def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
             f"data.separate_documents: this model sees {window} tokens back in some layers, and one mask for all would undo that; "
             f"set data.seq_len to {window} or less, or drop it"
         )
-    before = None
-    if asked.enlarge is not None:
-        before = (
-            Anatomy.of(config_of(asked.shape or "", len(tokenizer), asked.target_params)).shape.layers[0].intermediate_size
-        )
-    cutting = Cutting.of(recipe, config, before)
+    cutting = cutting_of(recipe, config)
     if source is not None:
         Ledger.check(source.path)
     feeds = Feeds.open(recipe, tokenizer)
@@ -106,6 +101,14 @@ def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
     teacher, cache = _teacher(recipe, feeds, tokenizer, anatomy.shape.vocab_size, online=online)
     mask = None if recipe.model.mask is None else _mask(Path(recipe.model.mask), anatomy)
     return Run(recipe, out, config, tokenizer, feeds, source, teacher, mask, cache, cutting=cutting)
+
+
+def cutting_of(recipe: Recipe, config: Any) -> Cutting | None:
+    """What a recipe cuts of a model while it trains; an enlarged shape comes back to the width that it had."""
+    asked, before = recipe.model, None
+    if asked.enlarge is not None:
+        before = Anatomy.of(config_of(asked.shape or "", 0, asked.target_params)).shape.layers[0].intermediate_size
+    return Cutting.of(recipe, config, before)
 
 
 def _teacher(

@@ -71,7 +71,7 @@ class Goal:
             measure = measure_of(name, seq_len)
             value = round((1 - asked) * measure(anatomy)) if name == "ratio" else asked
         source = measure(anatomy)
-        least = measure(shrunk(anatomy, _reachable(part, anatomy, floors, seq_len)))
+        least = measure(shrunk(anatomy, reachable(part, anatomy, floors, seq_len)))
         if value >= source:
             raise UserError(
                 f"prune.target: {value:,} is not below the {source:,} of the source; ask for less, or drop prune"
@@ -131,7 +131,7 @@ def shrunk(anatomy: Anatomy, sizes: Mapping[str, int]) -> Anatomy:
     return cut_to(anatomy, sizes).anatomy_after(anatomy)
 
 
-def _reachable(part: PrunePart, anatomy: Anatomy, floors: Mapping[str, int], seq_len: int) -> dict[str, int]:
+def reachable(part: PrunePart, anatomy: Anatomy, floors: Mapping[str, int], seq_len: int) -> dict[str, int]:
     """Floors of the axes whose units cost anything; what frees nothing never goes."""
     if part.per in ("none", "elements", *TIMED):
         return dict(floors)
