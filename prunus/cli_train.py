@@ -18,7 +18,8 @@ studies = typer.Typer(name="study", help="Grids of training runs.", no_args_is_h
 StudyArg = Annotated[Path, typer.Argument(help="A study's .yaml file.", metavar="FILE")]
 
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE with a dotted name, such as optimizer.lr=1e-3.")]
-RecipeArg = Annotated[str, typer.Argument(help="A .yaml file, or the bare name of a recipe that ships.", metavar="RECIPE")]
+RECIPE = typer.Argument(help="A .yaml file, or the bare name of a recipe that ships.", metavar="RECIPE")
+RecipeArg = Annotated[str, RECIPE]
 SourceOpt = Annotated[str | None, typer.Option("--source", help="Short for model.source.")]
 DataOpt = Annotated[str | None, typer.Option("--data", help="Short for data.domains: one folder of prepared data.")]
 TokensOpt = Annotated[str | None, typer.Option("--tokens", help="Short for tokens, such as 200k or 4M.")]
@@ -59,8 +60,17 @@ def _count(option: str, text: str) -> int:
 
 
 def train(
-    recipe: RecipeArg,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; one that is there goes on.")],
+    recipe: Annotated[str | None, RECIPE] = None,
+    searched: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-scratch-at-searched-shape",
+            metavar="RUN",
+            help="Instead of a recipe: fresh weights of the shape that this pruning run came to, and all else as it had it: "
+            "tokens, their order, batches, rate, seeds.",
+        ),
+    ] = None,
     changes: SetOpt = None,
     source: SourceOpt = None,
     data: DataOpt = None,
@@ -81,10 +91,17 @@ def train(
     from .train import track as tracking
     from .train.opening import prepare
     from .train.run import StoppedError, execute
+    from .train.searched import recipe_of
 
     for kind in track or ():
         tracking.check(kind)
-    asked = recipes_.read(recipe, changes or (), _fields(source, data, tokens, tokenizer, epochs, target_params))
+    if (recipe is None) == (searched is None):
+        raise UserError("train: give either RECIPE or --from-scratch-at-searched-shape RUN, which stands for one")
+    fields = _fields(source, data, tokens, tokenizer, epochs, target_params)
+    if searched is not None:
+        asked = recipe_of(searched, changes or (), fields)
+    else:
+        asked = recipes_.read(str(recipe), changes or (), fields)
     run = prepare(asked, out, online=online)
     for note in run.feeds.notes:
         print(f"note: {note}", file=sys.stderr)

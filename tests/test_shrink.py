@@ -23,7 +23,7 @@ from prunus.distributed import ALONE
 from prunus.errors import UserError
 from prunus.keep import Keep
 from prunus.ledger import Ledger
-from prunus.train import estimate, export
+from prunus.train import estimate, export, searched
 from prunus.train import recipe as recipes
 from prunus.train.learner import Learner
 from prunus.train.loop import Hook, Training, train_
@@ -738,3 +738,51 @@ def test_a_plan_says_about_where_it_cuts(capsys):
     assert "more, scoring included, work than without" in capsys.readouterr().out
     show_train.plan(estimate.planned(asked(), rate=1e9))
     assert "about" not in capsys.readouterr().out
+
+
+# -- the searched shape from scratch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["alike", "each by itself"])
+def test_the_searched_shape_is_trained_on_the_same_tokens(name, tmp_path):
+    """Fresh weights, all else as in the run that cut: order, batches, rates, seed; no cut, source or teacher."""
+    record, found = done(name)
+    recipe = searched.recipe_of(found)
+    its = recipes.parse(json.loads((found / "recipe.json").read_text()), "its")
+    assert recipe.prune is None and recipe.teacher is None and recipe.model.source is None
+    own = {"name", "model", "prune", "teacher", "lora"}
+    assert {n: v for n, v in recipe.plain().items() if n not in own} == {
+        n: v for n, v in its.plain().items() if n not in own
+    }
+    scratch = run(tmp_path / "scratch", recipe)
+    one, other = (opened(r, tmp_path / "looked-at").feeds.training.take(0, 32).ids for r in (recipe, its))
+    assert one.equal(other)
+    rates = [[line["lr"] for line in log(out) if "lr" in line] for out in (tmp_path / "scratch", found)]
+    assert rates[0] == rates[1] and len(rates[0]) == 8
+    assert scratch["figures"]["params"] == record["figures"]["params"]
+    assert Anatomy.of(config_of(str(tmp_path / "scratch"), 0)).shape == Anatomy.of(config_of(str(found), 0)).shape
+    ledger = Ledger.read(tmp_path / "scratch")
+    assert ledger.parent is None and ledger.tokens == Ledger.read(found).tokens
+
+
+def test_where_no_shape_was_searched(tmp_path):
+    _, found = done("alike")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "recipe.json").write_text(json.dumps(asked().plain()))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.json").write_text((found / "recipe.json").read_text())
+    option = "--from-scratch-at-searched-shape"
+    for words, said in (
+        ((option, tmp_path / "none"), "none: no such file or folder"),
+        ((option, tmp_path), "holds no run of prunus; give the folder of one that pruned"),
+        ((option, tmp_path / "plain"), "plain cut nothing"),
+        ((option, tmp_path / "begun"), "this run is not finished, so it has no model yet"),
+        (("scratch", option, found), "give either RECIPE or --from-scratch-at-searched-shape RUN"),
+        ((), "give either RECIPE or"),
+        ((option, found, "--source", "x"), "give either source"),
+    ):
+        code, _, err = pipeline.cli("train", *words, "--out", tmp_path / "out")
+        assert code == 2 and said in err, err
+    with mock.patch.object(export, "check_saved", return_value={"class": "x"}):
+        code, out, err = pipeline.cli("train", option, found, "--tokens", "128", "--out", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(out)["figures"]["tokens"] == 128, err

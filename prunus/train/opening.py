@@ -20,7 +20,7 @@ from .cache import Cache, wanted
 from .feeds import Feeds
 from .loop import Clock
 from .recipe import NO_TOKENIZER, Recipe
-from .shapes import config_of, is_folder
+from .shapes import checkpoint_of, config_of, is_folder
 from .shrink.pruner import Cutting
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
     if asked.tokenizer is not None:
         tokenizer = open_tokenizer(asked.tokenizer, online=online)
     elif source is not None or is_folder(str(asked.shape)):
-        tokenizer = (source or Source.open(str(asked.shape))).tokenizer()
+        tokenizer = (source or Source.open(str(checkpoint_of(str(asked.shape))))).tokenizer()
     else:
         raise UserError(f"model: {NO_TOKENIZER}")
     config: Any = source.config if source is not None else None

@@ -28,7 +28,8 @@ class ModelPart(Strict):
 
     source: str | None = Field(None, description="folder, GGUF file or hub name to go on from; its tokenizer is the run's")
     shape: str | dict[str, Any] | None = Field(
-        default=None, description="fresh weights of this shape: a name, config fields, or a checkpoint's folder"
+        default=None,
+        description="fresh weights of this shape: a name, config fields, or the folder of a checkpoint or finished run",
     )
     target_params: int | None = Field(
         default=None, ge=1, description="the shape's heads, stem and FFN scaled to so many parameters, within 1 %"
@@ -283,7 +284,11 @@ def read(name: str, changes: Sequence[str] = (), fields: Mapping[str, Any] | Non
 
     The field ``target_params`` is what the model is cut down to where the recipe prunes, else the size of its fresh weights.
     """
-    data = _load(name)
+    return changed(_load(name), name, changes, fields)
+
+
+def changed(data: dict[str, Any], where: str, changes: Sequence[str], fields: Mapping[str, Any] | None) -> Recipe:
+    """As `read`, of plain data, which is changed."""
     for change in changes:
         key, equals, text = change.partition("=")
         if not (key and equals):
@@ -298,7 +303,7 @@ def read(name: str, changes: Sequence[str] = (), fields: Mapping[str, Any] | Non
             prunes = isinstance(data.get("prune"), dict)
             key, value = ("prune.target", {"params": value}) if prunes else ("model.target_params", value)
         _put(data, key, value)
-    return parse(data, name)
+    return parse(data, where)
 
 
 def parse(data: Any, where: str) -> Recipe:

@@ -51,7 +51,7 @@ def config_of(
     UserError for what no family takes, and for a tokenizer that is too large.
     """
     if isinstance(shape, str) and is_folder(shape):
-        config = Source.open(shape).config
+        config = Source.open(str(checkpoint_of(shape))).config
     else:
         config = _of_fields(shape)
     if config.vocab_size < vocab_size:
@@ -67,6 +67,16 @@ def config_of(
 def is_folder(shape: str) -> bool:
     """Whether a shape is that of a checkpoint; a name goes before a folder that is called the same."""
     return shape not in SHAPES and Path(shape).expanduser().is_dir()
+
+
+def checkpoint_of(folder: str) -> Path:
+    """A checkpoint's folder: itself, or what a training run left in it. UserError for a run that is not at its end."""
+    path = Path(folder).expanduser()
+    if (path / "config.json").exists() or not (path / "recipe.json").exists():
+        return path
+    if not (path / "model" / "config.json").exists():
+        raise UserError(f"{folder}: this run is not finished, so it has no model yet; go on with the command that began it")
+    return path / "model"
 
 
 def _of_fields(shape: str | dict[str, Any]) -> PreTrainedConfig:
