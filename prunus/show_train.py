@@ -33,9 +33,17 @@ def line(found: Mapping[str, Any]) -> None:
         text = (
             f"step {found['step']:>6}  {big(found['tokens'])} tokens  loss {found['loss']:.4f}  lr {found['lr']:.2e}  "
             f"{big(found['params'])} params{alive}  {found['tokens_per_s']:,.0f} tokens/s  {found['share_of_peak']:.0%} of peak  "
-            f"{left / 60:.0f} min left"
+            f"{left / 60:.0f} min left{_masks(found)}"
         )
     print(text, file=sys.stderr, flush=True)
+
+
+def _masks(found: Mapping[str, Any]) -> str:
+    """How far masks have come, while they learn."""
+    if "masks" not in found:
+        return ""
+    told = found["masks"]
+    return "  masks " + ", ".join(f"{kind} {n:.1f} (to {told['asked'][kind]:.1f})" for kind, n in told["expected"].items())
 
 
 def result(record: Mapping[str, Any], out: Path) -> None:

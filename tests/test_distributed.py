@@ -86,6 +86,13 @@ def repaired(**changes):
     return tied(**{"prune": part, "batch_tokens": 5 * SEQ, "tokens": 6 * 5 * SEQ} | changes)
 
 
+def masked(**changes):
+    """Gates' gradients are summed over processes; gates are folded into rows of which every process has some."""
+    sizes = {"hidden_size": 20, "intermediate_size": 12, "num_hidden_layers": 2}
+    part = {"target": sizes, "axes": ["hidden", "intermediate", "layers"], "masks": {}}
+    return tied(**{"prune": part} | changes)
+
+
 RECIPES = {
     "tied": tied,
     "uneven": uneven,
@@ -93,6 +100,7 @@ RECIPES = {
     "pruned": pruned,
     "pruned-each": pruned_each,
     "repaired": repaired,
+    "masked": masked,
 }
 MORE = {
     "autocast": functools.partial(tied, precision="bfloat16-autocast"),

@@ -20,7 +20,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "errors place heap tables network distributed axes shape families anatomy keep cut",
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
     "data.tokenizer data.encode data.shards data.writer data.prepare data.mixing data.order data.overlap ledger",
-    "spent statistics criteria allocate compensate solve eliminate sizes",
+    "gates scaling spent statistics criteria allocate compensate solve eliminate sizes",
     "record latency costs search",
     "planning asked shaping builders",
     "findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
@@ -31,7 +31,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "train.assembly train.feeds train.export train.lora train.track train.sweep train.cache",
     "train.shrink.goal train.shrink.carried train.shrink.activations train.shrink.saliency train.shrink.groups "
     "train.shrink.clocked train.shrink.adaptive train.shrink.repair train.shrink.resize train.shrink.pruner "
-    "train.shrink.forecast",
+    "train.shrink.masks train.shrink.forecast",
     "train.opening train.estimate train.searched train.teaching train.run train.listing train.study",
     "plots report checkpoint_plots shrink_plots train_plots comparison",
     "show show_data show_train progress quickstart cli_options cli_compare cli_data cli_train cli",

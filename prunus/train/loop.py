@@ -70,7 +70,7 @@ class Training:
     tokens: int = 0
     skipped: int = 0
     usual: float | None = None  # running mean of the loss, which spikes are told by
-    last: dict[str, float] = field(default_factory=dict)  # loss, lr and grad_norm of the last update
+    last: dict[str, Any] = field(default_factory=dict)  # loss, lr and grad_norm of the last update
 
     @property
     def position(self) -> int:

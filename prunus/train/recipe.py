@@ -209,6 +209,8 @@ class Recipe(Strict):
             raise ValueError(
                 f"prune.{what} looks at what blocks give and read, which compiled ones do not show; set compile false"
             )
+        if self.prune is not None and self.prune.masks is not None and self.compile:
+            raise ValueError("prune.masks act on what modules give, which compiled ones do not show; set compile false")
         if self.prune is not None and self.optimizer.lr == "sweep":
             raise ValueError("optimizer.lr: sweep tries rates on beginnings that prune would cut; name a rate")
         if self.data.mixing is not None and not self.validate_.every:

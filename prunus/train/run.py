@@ -35,6 +35,7 @@ from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, RECIPE, RECORD, Run
 from .recipe import Recipe
 from .shapes import fresh
 from .shrink.clocked import price_of
+from .shrink.masks import Masks
 from .shrink.pruner import Pruner
 from .sweep import Sweep, swept
 from .teaching import taught
@@ -82,7 +83,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
             arrive = partial(_left, run, tried)
             cutting, dtype = run.cutting, "bfloat16" if recipe.precision == "bfloat16" else "float32"
             clocked = price_of(cutting.part, cutting.goal, cutting.config, cutting.anatomy, out, dtype, world)
-            pruner = Pruner(cutting, recipe, tell, arrive, clocked)
+            pruner = (Pruner if cutting.part.masks is None else Masks)(cutting, recipe, tell, arrive, clocked)
         training = _training(run, (spending, *hooks, *([pruner] if pruner else [])), rate, world)
         _resume_(run, training, pruner)
         if pruner is not None:

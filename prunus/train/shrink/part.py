@@ -114,6 +114,20 @@ class PacePart(Strict):
         return self
 
 
+class MasksPart(Strict):
+    """Sheared LLaMA: gates on units learn, with the weights, what goes; multipliers bring them to the target's sizes."""
+
+    lr: float = Field(default=0.3, gt=0, description="of the gates' log alphas, by an Adam of their own")
+    multiplier_lr: float = Field(default=30.0, gt=0, description="of the Lagrangian's multipliers, by plain ascent")
+    stiffness: float = Field(
+        default=1000.0, ge=0, description="what the squared distance to the size asked for is multiplied by at the start"
+    )
+    end: float = Field(default=0.5, gt=0, le=1, description="share of the updates after which gates are folded and sliced")
+    warmup: float = Field(
+        default=0.5, ge=0, le=1, description="share of the gates' updates in which what is asked for nears the target"
+    )
+
+
 class PrunePart(Strict):
     """Pruning while training: the least salient group goes first, until the target is met."""
 
@@ -151,6 +165,7 @@ class PrunePart(Strict):
     slice_at: float = Field(
         default=0.05, ge=0, le=1, description="zeroed units are sliced away when this share of the parameters is dead"
     )
+    masks: MasksPart | None = Field(default=None, description="what goes is learned instead, to a target of sizes")
 
     @model_validator(mode="after")
     def _fits(self) -> PrunePart:
@@ -163,6 +178,8 @@ class PrunePart(Strict):
             raise ValueError(f"target, order, units or floor name {stray[0]}, which axes leaves out; add it there")
         if self.allocate == "adaptive":
             self._fits_adaptive()
+        if self.masks is not None:
+            self._fits_masks()
         if self.order and not sizes:
             raise ValueError("order needs a target of sizes, which say where one axis stops and the next begins")
         if self.stops and self.pace.kind == "once":
@@ -213,3 +230,13 @@ class PrunePart(Strict):
             raise ValueError("allocate: adaptive leaves every layer a KV group and a channel; drop units and floor")
         if self.target is None or (self.target.params is None and self.target.ratio is None):
             raise ValueError("allocate: adaptive shares out parameters; give a target of params or ratio")
+
+    def _fits_masks(self) -> None:
+        if self.target is not None and not self.target.sizes:
+            raise ValueError("masks are learned to a shape; give target sizes such as hidden_size and intermediate_size")
+        plain = PrunePart(target=self.target, axes=self.axes)
+        for name in (name for name in PrunePart.model_fields if name not in ("target", "axes", "masks")):
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(
+                    f"masks and {name} exclude each other: gates learn what goes, all at once; drop one of them"
+                )

@@ -20,7 +20,7 @@ from .clocked import Clocked, check_clock
 from .goal import Goal, check_pace
 from .groups import Chooser, Group, Standing
 from .pace import Pace
-from .part import PrunePart, TargetPart
+from .part import PacePart, PrunePart, TargetPart
 from .repair import repair_
 from .resize import slice_, zero_units_
 from .saliency import Saliency, Table
@@ -55,7 +55,7 @@ class Cutting:
             part = part.model_copy(update={"target": TargetPart(intermediate_size=before)})
         anatomy = Anatomy.of(config)
         goal = Goal.of(part, anatomy, recipe.data.seq_len)
-        pace = Pace(part.pace, recipe.steps * recipe.batch_tokens, recipe.batch_tokens, recipe.rates(1.0))
+        pace = Pace(pace_of(part), recipe.steps * recipe.batch_tokens, recipe.batch_tokens, recipe.rates(1.0))
         check_pace(part, anatomy, goal, pace)
         check_clock(part, anatomy)
         if part.pace.kind == "once" and part.pace.samples > recipe.steps * recipe.sequences:
@@ -69,6 +69,11 @@ class Cutting:
                 "so that some updates would show nothing; give at most that"
             )
         return cls(part, config, anatomy, goal, pace)
+
+
+def pace_of(part: PrunePart) -> PacePart:
+    """As it is given; what masks learn goes at once when their phase ends."""
+    return part.pace if part.masks is None else PacePart(start=part.masks.end, end=part.masks.end, rounds=1)
 
 
 @dataclass
