@@ -23,9 +23,9 @@ from prunus.train.shrink.part import PrunePart
 
 
 def clock(config, anatomy, layer, dtype, prompt_tokens):
-    """Attention takes hundreds of times as long as its parameters say, so that heads are what costs."""
+    """Attention takes far longer than its parameters say, so that heads are what costs."""
     own, hidden = anatomy.shape.layers[layer], anatomy.shape.hidden_size
-    ms = 1.0 + 5 * hidden * own.num_key_value_heads + 0.001 * hidden * own.intermediate_size
+    ms = 1.0 + 0.5 * hidden * own.num_key_value_heads + 0.001 * hidden * own.intermediate_size
     return Timing(10 * ms, ms), Timing(20.0 * hidden, 2.0 * hidden)
 
 
