@@ -90,8 +90,9 @@ def train(
     from .train import recipe as recipes_
     from .train import track as tracking
     from .train.opening import prepare
-    from .train.run import StoppedError, execute
+    from .train.run import execute
     from .train.searched import recipe_of
+    from .train.stopping import StoppedError
 
     for kind in track or ():
         tracking.check(kind)
@@ -223,7 +224,7 @@ def run_study(
     """Run every cell of a study that is not done yet; one record each, all of them in OUT/records.jsonl."""
     from . import show_train
     from .train import study
-    from .train.run import StoppedError
+    from .train.stopping import StoppedError
 
     note = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr, flush=True))
     try:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,20 +36,13 @@ from .shapes import fresh
 from .shrink.clocked import price_of
 from .shrink.masks import Masks
 from .shrink.pruner import Pruner
+from .stopping import StoppedError, asked_to_stop
 from .sweep import Sweep, swept
 from .teaching import taught
 
 KIND = "train"
 STOPS = "stops"  # models on the way to a target
 Say = Callable[[Mapping[str, Any]], None]
-
-
-class StoppedError(Exception):
-    """The run was asked to stop, and has saved where it stands. `code` is the exit code."""
-
-    def __init__(self, code: int, step: int) -> None:
-        super().__init__(f"stopped after step {step}; the same command goes on from there")
-        self.code = code
 
 
 # -- the run --------------------------------------------------------------------------------------------------------------
@@ -89,7 +81,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
         if pruner is not None:
             pruner.begin(training)
         peak = world.total(measure.gemm_rate())
-        with _asked_to_stop() as asked:
+        with asked_to_stop() as asked:
             began, before = training.step, run.clock.seconds
 
             def each(training: Training) -> None:
@@ -375,29 +367,3 @@ def _recorded(
     recipe = {"command": KIND, "recipe": run.recipe.named(), "data": run.feeds.identity()}
     with staged_files(run.out / RECORD) as (stage,):
         return record.append(stage, KIND, recipe, figures)
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], int]]:
-    """What tells whether Ctrl-C (130) or SIGTERM (143) came; 0 if none did. A second Ctrl-C stops at once."""
-    asked = 0
-
-    def note(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = 128 + signum
-
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {kind: signal.signal(kind, note) for kind in kinds} if _in_main_thread() else {}
-    try:
-        yield lambda: asked
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-def _in_main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()

@@ -24,7 +24,8 @@ from .. import record
 from ..errors import UserError
 from .opening import RECORD, prepare
 from .recipe import Recipe, read
-from .run import Say, StoppedError, execute
+from .run import Say, execute
+from .stopping import StoppedError
 
 RECORDS = "records.jsonl"
 
