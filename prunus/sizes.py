@@ -137,21 +137,70 @@ def adaptive_counts(anatomy: Anatomy, ratios: Sequence[float], budget: int, mult
         s.within(math.floor(most + _ROUNDING), (1 - ratio) * s.whole[0]) or s.fewest
         for s, most, ratio in zip(sizes, wanted, ratios, strict=True)
     ]
+    return _filled(anatomy, sizes, kept, wanted, budget)
+
+
+def adaptive_onward(
+    now: Anatomy, source: Anatomy, importance_L: Tensor, budget: int, amplitude: float
+) -> tuple[list[float], dict[str, int]]:
+    """`adaptive` for a model that was cut from `source` before: (the share of the source's layers that goes now, units kept).
+
+    Groups go when the layer's parameters come nearer to one group less of the source's, even where that is more than its share
+    of this cut: else small cuts would never come to half a group, and take channels alone. Then others give up less.
+    """
+    layers = range(now.shape.num_hidden_layers)
+    sizes, before = ([Sizes.of(anatomy, [i], 1) for i in layers] for anatomy in (now, source))
+    whole, here = ([s.params(*s.whole) for s in some] for some in (before, sizes))
+    most = [(h - s.params(*s.fewest)) / w for h, s, w in zip(here, sizes, whole, strict=True)]
+    shares = adaptive_ratios(importance_L, whole, most, sum(here) - budget, amplitude)
+    wanted = [h - share * w for h, share, w in zip(here, shares, whole, strict=True)]
+    near = [s.whole[0] * most_ / w for s, most_, w in zip(before, wanted, whole, strict=True)]
+    kept = [s.within(math.floor(w + _ROUNDING), n) or s.fewest for s, w, n in zip(sizes, wanted, near, strict=True)]
+    for i, s in enumerate(sizes):
+        groups = min(s.groups, key=partial(_distance, near[i]))
+        if groups < kept[i][0]:
+            kept[i] = groups, s.channels
+    return shares, _filled(now, sizes, kept, wanted, budget)
+
+
+def _filled(
+    anatomy: Anatomy, sizes: Sequence[Sizes], kept: list[tuple[int, int]], wanted: Sequence[float], budget: int
+) -> dict[str, int]:
+    """Units kept, with the chunks that `budget` leaves over given to the layers that are furthest below what they want.
+
+    Where no chunk is left to give, a group comes back, and channels make room for it.
+    """
     left = budget - sum(s.params(*k) for s, k in zip(sizes, kept, strict=True))
     assert left >= 0, "the shares take less than the budget allows"
     while True:
-        short = {i: wanted[i] - s.params(*kept[i]) for i, s in enumerate(sizes) if 0 < _chunk(s, kept[i]) <= left}
-        if not short:
+        more = {i: (k[0], k[1] + chunk) for i, k in enumerate(kept) if 0 < (chunk := _chunk(sizes[i], k))}
+        more = {i: k for i, k in more.items() if sizes[i].params(*k) - sizes[i].params(*kept[i]) <= left}
+        more = more or _group_back(sizes, kept, left)
+        if not more:
             return {name: n for i, k in enumerate(kept) for name, n in named(anatomy, i, *k).items()}
-        layer = max(short, key=lambda i: short[i])
-        left -= _chunk(sizes[layer], kept[layer])
-        groups, channels = kept[layer]
-        kept[layer] = groups, min(channels + multiple_of, sizes[layer].channels)
+        layer = max(more, key=lambda i: wanted[i] - sizes[i].params(*kept[i]))
+        left -= sizes[layer].params(*more[layer]) - sizes[layer].params(*kept[layer])
+        kept[layer] = more[layer]
+
+
+def _group_back(sizes: Sequence[Sizes], kept: Sequence[tuple[int, int]], left: int) -> dict[int, tuple[int, int]]:
+    """Layers that could have one group more for at most `left` parameters, and more parameters than now; with what channels."""
+    out = {}
+    for i, (s, (groups, channels)) in enumerate(zip(sizes, kept, strict=True)):
+        now = s.params(groups, channels)
+        width = s.beside(groups + 1, now + left) if groups < s.whole[0] else None
+        if width is not None and s.params(groups + 1, width) > now:
+            out[i] = groups + 1, width
+    return out
+
+
+def _distance(near: float, groups: int) -> float:
+    return abs(groups - near)
 
 
 def _chunk(sizes: Sizes, kept: tuple[int, int]) -> int:
-    """What the next chunk of channels costs; 0 if there is none."""
-    return min(sizes.multiple_of, sizes.channels - kept[1]) * sizes.channel
+    """The next chunk of channels; 0 if there is none."""
+    return min(sizes.multiple_of, sizes.channels - kept[1])
 
 
 def candidate_pairs(

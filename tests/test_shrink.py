@@ -496,7 +496,7 @@ def test_layers_that_turn_the_stream_less_give_more():
     budget = round(0.7 * anatomy.block_params)
     table = saliency.table(None, standing.alive)
     gone = dict.fromkeys(range(3), 0)
-    for group in shares(standing, table, torch.tensor([0.9, 0.5, 0.1]).double(), budget, 1.0):
+    for group in shares(standing, anatomy, table, torch.tensor([0.9, 0.5, 0.1]).double(), budget, 1.0):
         ((name, units),) = group.units.items()
         axis = anatomy.axes[name]
         assert units == tuple(range(axis.size - len(units), axis.size))

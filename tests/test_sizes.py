@@ -12,7 +12,7 @@ from prunus.anatomy import Anatomy
 from prunus.errors import UserError
 from prunus.hf import target_for
 from prunus.keep import Keep
-from prunus.sizes import Sizes, adaptive_counts, alike_counts
+from prunus.sizes import Sizes, adaptive_counts, adaptive_onward, alike_counts
 
 CASES = ["llama", "llama_bias", "llama_mqa", "llama_gqa4", "qwen2", "olmo2", "phi3", "phi_qk", "gpt_neox"]
 
@@ -109,6 +109,31 @@ def test_adaptive_counts_meet_the_budget_and_every_layer_its_share(case, multipl
             assert abs(of_layer(cut, layer) - (1 - share) * of_layer(anatomy, layer)) < 2 * chunk
             width = counts[f"layers.{layer}.intermediate"]
             assert width % multiple_of == 0 or width == 24
+
+
+@pytest.mark.parametrize("case", ["llama_mha", "llama", "llama_gqa4"])
+@pytest.mark.parametrize("cuts", [2, 20])
+def test_many_small_cuts_take_groups_and_channels_alike(case, cuts):
+    """Each cut is less than half a group: from the present alone every one of them would take channels (algorithms.md B16)."""
+    now = source = anatomy_of(case, num_hidden_layers=4, intermediate_size=128)
+    importance = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    removed = [0.0] * 4
+    for cut in range(1, cuts + 1):
+        budget = round(source.block_params * (1 - 0.5 * cut / cuts))
+        taken = 0.5 / cuts
+        shares_, counts = adaptive_onward(now, source, importance, budget, 0.5 * taken)
+        now = after(now, counts)
+        # of two groups one is a quarter of a layer: not every cut has channels left to make up for it
+        least = source.unit_params("layers.0.kv_heads" if case == "llama_gqa4" else "layers.0.intermediate")
+        assert budget - least < now.block_params <= budget
+        removed = [a + b for a, b in zip(removed, shares_, strict=True)]
+    whole, channels = source.axes["layers.0.kv_heads"].size, source.axes["layers.0.intermediate"].size
+    assert now.axes["layers.3.kv_heads"].size < whole  # the layer that gives most
+    for layer in range(4):
+        share = 1 - of_layer(now, layer) / of_layer(source, layer)
+        groups, width = (now.axes[f"layers.{layer}.{kind}"].size for kind in ("kv_heads", "intermediate"))
+        assert abs(groups - (1 - share) * whole) <= 1  # as near as whole groups come, and one more that others made up for
+        assert 1 <= width < channels or share < 0.3
 
 
 def test_adaptive_counts_where_a_layer_has_no_mlp_or_no_attention():

@@ -11,7 +11,7 @@ from ...anatomy import Anatomy
 from ...axes import kind_of
 from ...distributed import World
 from ...errors import UserError
-from ...sizes import adaptive
+from ...sizes import adaptive_onward
 from ...statistics import BlockCosine
 from .groups import Group, Standing
 from .saliency import Table
@@ -55,14 +55,16 @@ class Cosines:
         return self.known_L
 
 
-def shares(standing: Standing, table: Table, importance_L: Tensor, budget: int, amplitude: float) -> list[Group]:
+def shares(
+    standing: Standing, source: Anatomy, table: Table, importance_L: Tensor, budget: int, amplitude: float
+) -> list[Group]:
     """What goes so that the blocks fit `budget` parameters: of each axis its least salient units.
 
-    `amplitude`: in shares of what goes now.
+    `amplitude`: in shares of what goes now. Layers' shares add up over cuts, and are of the source.
     """
     now = standing.now
-    removed = 1 - budget / now.block_params
-    _, counts = adaptive(now, importance_L, budget, amplitude * removed, 1)
+    removed = (now.block_params - budget) / source.block_params
+    _, counts = adaptive_onward(now, source, importance_L, budget, amplitude * removed)
     out = []
     for name, count in counts.items():
         gone = standing.size(name) - count

@@ -234,7 +234,8 @@ class Pruner(Hook):
         others = now.num_params - now.block_params if part.target.params is not None else 0
         if self.measured <= allowed:
             return []
-        found = shares(self.standing, table, self.cosines.importance(run.world), allowed - others, part.amplitude)
+        importance = self.cosines.importance(run.world)
+        found = shares(self.standing, self.asked.anatomy, table, importance, allowed - others, part.amplitude)
         for group in found:
             self.standing.drop(group.units)
         self.groups += len(found)
