@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from prunus.methods import METHODS
+from prunus.train import recipe as recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -62,6 +63,18 @@ def test_every_method_has_a_page_that_names_its_deviations_and_source():
         assert row.citation.split("arXiv ")[-1] in text, name
         for deviation in row.deviations:
             assert deviation in text, (name, deviation)
+
+
+def test_every_recipe_that_prunes_has_a_page_that_is_linked():
+    overview = "pruning-while-training.md"
+    pages = {page.stem for page in (ROOT / "docs" / "systems").glob("*.md")}
+    assert {name for name in recipes.shipped() if recipes.read(name).prune is not None} == pages
+    for page in (overview, "index.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert pages == set(re.findall(r"\]\(systems/([\w-]+)\.md\)", text)), page
+    for name in pages:
+        text = (ROOT / "docs" / "systems" / f"{name}.md").read_text(encoding="utf-8")
+        assert re.search(r"arXiv \d{4}\.\d{5}", text) and f"prunus train {name} " in text, name
 
 
 def test_pages_say_nothing_of_the_machine_they_were_written_on():

@@ -653,6 +653,7 @@ def test_every_family_shrinks_to_a_target(name):
         ({"stops": [0.5, 0.7]}, "that fall"),
         ({"stops": [0.1]}, "lies below the target"),
         ({"stops": [0.8], "pace": {"kind": "once", "samples": 4}}, "stops are passed on the way"),
+        ({"saliency": {"metric": "adam"}, "pace": {"kind": "once", "samples": 4}}, "knows nothing before the first update"),
         ({"pace": {"start": 0.9, "end": 0.5}}, "lies before start"),
         ({"pace": {"kind": "rate", "start": 0.9, "end": 0.5}}, "lies before start"),
         ({"pace": {"kind": "steps", "prune": 1, "train": 4}}, "at best, not to"),

@@ -184,6 +184,10 @@ class PrunePart(Strict):
             raise ValueError("order needs a target of sizes, which say where one axis stops and the next begins")
         if self.stops and self.pace.kind == "once":
             raise ValueError("stops are passed on the way, but pace.kind once has none; drop them, or take another pace")
+        if self.saliency.metric == "adam" and self.pace.kind == "once":
+            raise ValueError(
+                "saliency.metric: adam knows nothing before the first update, when pace.kind once cuts; give another"
+            )
         if self.order and set(self.order) != set(sizes):
             raise ValueError(f"order {list(self.order)} must name every axis that target gives a size, and no other")
         if sizes and self.floor:
