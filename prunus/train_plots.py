@@ -32,7 +32,7 @@ def is_run(folder: Path) -> bool:
 class Curve:
     """One run: tokens, training loss, rate and FLOPs of every logged update; tokens, loss and FLOPs of every validation.
 
-    FLOPs are those of the updates, each of the model as it was then; a teacher's come besides.
+    FLOPs are those of the updates, each of the model as it was then; a teacher's come besides, evenly.
     """
 
     name: str

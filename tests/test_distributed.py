@@ -86,6 +86,12 @@ def repaired(**changes):
     return tied(**{"prune": part, "batch_tokens": 5 * SEQ, "tokens": 6 * 5 * SEQ} | changes)
 
 
+def taught(**changes):
+    """Every process holds the whole of what the model was before its last cut."""
+    part = {"target": {"ratio": 0.4}, "pace": {"start": 0.2, "end": 0.7, "rounds": 2}, "slice_at": 0.0}
+    return tied(**{"prune": part, "teacher": {"snapshot": True, "mix": 0.5}} | changes)
+
+
 def masked(**changes):
     """Gates' gradients are summed over processes; gates are folded into rows of which every process has some."""
     sizes = {"hidden_size": 20, "intermediate_size": 12, "num_hidden_layers": 2}
@@ -100,6 +106,7 @@ RECIPES = {
     "pruned": pruned,
     "pruned-each": pruned_each,
     "repaired": repaired,
+    "taught": taught,
     "masked": masked,
 }
 MORE = {

@@ -30,8 +30,8 @@ LAYERS = (  # the lowest first; a new module is placed here
     "train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop "
     "train.stopping train.assembly train.feeds train.export train.lora train.track train.sweep train.cache",
     "train.shrink.goal train.shrink.carried train.shrink.activations train.shrink.saliency train.shrink.groups "
-    "train.shrink.clocked train.shrink.adaptive train.shrink.repair train.shrink.resize train.shrink.pruner "
-    "train.shrink.masks train.shrink.forecast",
+    "train.shrink.clocked train.shrink.adaptive train.shrink.repair train.shrink.resize "
+    "train.shrink.snapshot train.shrink.pruner train.shrink.masks train.shrink.forecast",
     "train.opening train.estimate train.searched train.teaching train.run train.listing train.study",
     "plots report checkpoint_plots shrink_plots train_plots comparison",
     "show show_data show_train progress quickstart cli_options cli_compare cli_data cli_train cli",

@@ -68,7 +68,8 @@ def estimate(
 ) -> Estimate:
     """Weights, gradients and moments are shared out over devices; a teacher and the activations of a micro-batch are not.
 
-    A teacher whose words are read from a cache takes no memory and no time. `cuts` save time but no memory, which is asked for
+    A teacher whose words are read from a cache takes no memory and no time; a snapshot takes the source's, and its FLOPs are
+    among those of `cuts`. `cuts` save time but no memory, which is asked for
     before the first of them; FLOPs and speed are means over the run then.
     `rate`: FLOPs a second of one device, as reached in training; else half the float32 matmul rate measured here now.
     """
@@ -80,7 +81,8 @@ def estimate(
     flops = 3 * anatomy.flops(seq_len) / seq_len
     if cuts is not None:
         flops = cuts.flops / (recipe.steps * recipe.batch_tokens)
-    taught = 0 if teacher is None else teacher.num_params * width
+    snapshot = recipe.teacher is not None and recipe.teacher.snapshot
+    taught = params * width if snapshot else 0 if teacher is None else teacher.num_params * width
     if teacher is not None:
         flops += teacher.flops(seq_len) / seq_len
     speed = devices * (rate or EFFICIENCY * measure.gemm_rate()) / flops
@@ -162,7 +164,7 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
     anatomy, cutting = Anatomy.of(config), cutting_of(recipe, config)
     cuts = None if cutting is None else Forecast(cutting, recipe)
     part = recipe.teacher
-    teacher = None if part is None or part.cache is not None else Source.open(part.source or "").anatomy
+    teacher = None if part is None or part.cache or part.snapshot else Source.open(part.source or "").anatomy
     vocab_size, read = anatomy.shape.vocab_size, recipe.steps * recipe.batch_tokens
     found = estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate, cuts=cuts)
     whole = found if cuts is None else estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate or 1.0)

@@ -131,11 +131,14 @@ class TeacherPart(Strict):
     cache: str | None = Field(
         default=None, description="what `prunus teach` wrote: the parent's weights are not read; needs top_k"
     )
+    snapshot: bool = Field(default=False, description="of prune: what teaches is the model itself, as it was before a cut")
 
     @model_validator(mode="after")
     def _somewhere(self) -> TeacherPart:
-        if self.source is None and self.cache is None:
-            raise ValueError("give source, the parent that teaches, or cache, what prunus teach wrote of it")
+        if self.snapshot != (self.source is None and self.cache is None):
+            raise ValueError(
+                "give source, the parent that teaches, cache, what prunus teach wrote of it, or else snapshot alone"
+            )
         if self.cache is not None and self.top_k is None:
             raise ValueError("a cache holds likeliest tokens only; give top_k, the number that it was written with")
         return self
@@ -211,6 +214,10 @@ class Recipe(Strict):
             )
         if self.prune is not None and self.prune.masks is not None and self.compile:
             raise ValueError("prune.masks act on what modules give, which compiled ones do not show; set compile false")
+        if self.teacher is not None and self.teacher.snapshot and (self.prune is None or self.prune.masks is not None):
+            raise ValueError(
+                "teacher.snapshot is the model before a cut; give prune, without masks, or teacher.source instead of it"
+            )
         if self.prune is not None and self.optimizer.lr == "sweep":
             raise ValueError("optimizer.lr: sweep tries rates on beginnings that prune would cut; name a rate")
         if self.data.mixing is not None and not self.validate_.every:

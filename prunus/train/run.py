@@ -321,9 +321,7 @@ def _exported(run: Run, training: Training, weights: Mapping[str, Tensor], place
 
 def _flops(run: Run, training: Training, pruner: Pruner | None) -> dict[str, int]:
     """By kind of work, so far."""
-    flops = {"train": run.spent}
-    if pruner is not None and pruner.flops_scored:
-        flops["scoring"] = pruner.flops_scored
+    flops = {"train": run.spent} | ({} if pruner is None else pruner.flops)
     if run.teacher_flops is not None:
         flops["teacher"] = run.teacher_flops * training.tokens // run.recipe.data.seq_len
     return flops

@@ -145,9 +145,9 @@ def write(teaching: Teaching, progress: Callable[[str, int, int], None] = lambda
 
 
 def taught(run: Run) -> Taught | None:
-    """A run's teacher: none, what one said when a cache was written, or one whose weights are read here."""
+    """A run's teacher at its start: none, what one said when a cache was written, or one whose weights are read here."""
     part, precision = run.recipe.teacher, run.recipe.precision
-    if part is None:
+    if part is None or part.snapshot:
         return None
     if run.cache is not None:
         return Remembered(run.cache, part.mix)

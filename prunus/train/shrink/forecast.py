@@ -75,16 +75,26 @@ class Forecast:
 
     @cached_property
     def flops(self) -> int:
-        """Of all updates, and of scoring. What is zeroed costs until it is sliced, as in the run."""
+        """Of all updates, of scoring, and of a snapshot that teaches. What is zeroed costs until it is sliced, as in the run."""
         recipe, part = self.recipe, self.cutting.part
         counted = [self._table[1, -1], self._table[2, -1]]  # FLOPs and parameters of the tensors as they are
+        taught = recipe.teacher is not None and recipe.teacher.snapshot
+        teacher, sliced, before = (
+            0.0,
+            True,
+            self.cutting.goal.source,
+        )  # FLOPs of the snapshot; whether the next cut takes one
         total, every = 0.0, -(-recipe.steps // _LOOKS)
         for step in range(0, recipe.steps, every):
             measured = self._measured(step * recipe.batch_tokens)
             flops, params = (float(np.interp(measured, self._table[0], row)) for row in self._table[1:])
+            if taught and sliced and measured < before:
+                teacher, sliced = counted[0], False
+            before = measured
             if measured <= self.cutting.goal.value or counted[1] - params >= part.slice_at * counted[1]:
+                sliced = sliced or params < counted[1]
                 counted = [flops, params]
-            total += 3 * counted[0] * recipe.sequences * min(every, recipe.steps - step)
+            total += (3 * counted[0] + teacher) * recipe.sequences * min(every, recipe.steps - step)
         if part.pace.kind == "once":
             total += 3 * self.cutting.anatomy.flops(recipe.data.seq_len) * part.pace.samples
         return round(total)

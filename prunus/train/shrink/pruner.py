@@ -24,6 +24,7 @@ from .part import PacePart, PrunePart, TargetPart
 from .repair import repair_
 from .resize import slice_, zero_units_
 from .saliency import Saliency, Table
+from .snapshot import Snapshot
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -98,6 +99,8 @@ class Pruner(Hook):
         self.saliency: Saliency | None = None
         self.cosines: Cosines | None = None
         self.activations: Activations | None = None
+        taught = self.recipe.teacher is not None and self.recipe.teacher.snapshot
+        self.snapshot = Snapshot(self.recipe) if taught else None
 
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
@@ -130,6 +133,8 @@ class Pruner(Hook):
         if self.saliency is not None and self._watches(run):
             self.saliency.see(run, self.recipe.batch_tokens)
         self._count_looks(self.recipe.sequences)
+        if self.snapshot is not None:
+            self.snapshot.count()
 
     def after_step(self, run: Training) -> None:
         """Weights are new: what the last cut did is known, and the next may be due."""
@@ -206,6 +211,8 @@ class Pruner(Hook):
                 gone = list(self._take(table, stop, allowed, most))
             if not gone:
                 return
+            if self.snapshot is not None:
+                self.snapshot.take_(run, self.target, self.kept)
             self._apply(run, gone)
             reached = self.measured <= stop
             if reached or self._dead >= self.asked.part.slice_at * self.target.anatomy.num_params:
@@ -317,6 +324,12 @@ class Pruner(Hook):
             after = pace.updates_until(tokens, due)
         return {"params": now.num_params, "next_cut": after}
 
+    @property
+    def flops(self) -> dict[str, int]:
+        """Beside the updates', by kind of work."""
+        scored = {"scoring": self.flops_scored} if self.flops_scored else {}
+        return scored | ({} if self.snapshot is None else {"teacher": self.snapshot.spent})
+
     def told(self) -> dict[str, Any]:
         """What became of it, for the record."""
         goal = self.asked.goal
@@ -343,11 +356,13 @@ class Pruner(Hook):
             "seen": self.saliency.count,
             "flops_scored": self.flops_scored,
             "waiting": self.waiting,
+            "snapshot": None if self.snapshot is None else self.snapshot.state(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is known of the units, whole."""
-        return {name: t.contiguous() for known in self._carried for name, t in known.saved().items()}
+        """What is known of the units, and the snapshot that teaches, whole."""
+        units = {name: t.contiguous() for known in self._carried for name, t in known.saved().items()}
+        return units | ({} if self.snapshot is None else self.snapshot.tensors())
 
     def shape_(self, run: Training, state: Mapping[str, Any]) -> None:
         """Changes the run: its model has the sizes that it had when `state` was told; weights are read afterwards."""
@@ -361,6 +376,8 @@ class Pruner(Hook):
         self.standing.drop({n: tuple(alive.dropped(n, self.target.anatomy.axes[n].size)) for n in alive.units})
         self.groups, self.passed, self.waiting = state["groups"], state["passed"], state["waiting"]
         self.flops_scored, self.saliency.count = state["flops_scored"], state["seen"]
+        if self.snapshot is not None:
+            self.snapshot.shape_(run, state["snapshot"], self.asked.config, self.asked.anatomy)
         self._look(run)
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
