@@ -34,7 +34,7 @@ from prunus.train import cache, lora
 from prunus.train.learner import Learner, Taught, Teacher, recompute_
 from prunus.train.loop import Sparse, Training, train_
 from prunus.train.optim import adamw, start_slots_
-from prunus.train.recipe import LoraPart
+from prunus.train.parts import LoraPart
 from prunus.train.schedule import Schedule
 from prunus.train.shapes import config_of, fresh
 

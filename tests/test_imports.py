@@ -26,7 +26,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
     "saliency reload verification checkpoint measure",
     "api",
-    "train train.strict train.shrink train.shrink.part train.shrink.pace",
+    "train train.strict train.parts train.shrink train.shrink.part train.shrink.pace",
     "train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop "
     "train.stopping train.assembly train.feeds train.export train.lora train.track train.sweep train.cache",
     "train.shrink.goal train.shrink.carried train.shrink.activations train.shrink.saliency train.shrink.groups "

@@ -17,6 +17,7 @@ from prunus.errors import UserError
 from prunus.hf import Target
 from prunus.keep import Keep
 from prunus.train import estimate
+from prunus.train import recipe as recipes
 from prunus.train.learner import Learner
 from prunus.train.loop import Hook
 from prunus.train.opening import cutting_of
@@ -150,3 +151,15 @@ def test_what_cannot_teach_is_refused():
     sizes = {"target": {"intermediate_size": 12}, "axes": ["intermediate"]}
     with pytest.raises(UserError, match=r"teacher\.snapshot is the model before a cut"):
         asked(teacher={"snapshot": True}, prune={**sizes, "masks": {}})
+
+
+def test_a_teacher_that_is_not_named_is_the_model_that_is_cut():
+    """Of a recipe that prunes a checkpoint; elsewhere somebody must be named."""
+    recipe = recipes.read("prunus", (), {"model.source": "somewhere"})
+    assert recipe.teacher.source == recipe.model.source == "somewhere"
+    assert recipes.read("prunus", (), {"teacher.source": "other"}).teacher.source == "other"
+    assert recipes.read("prunus", (), {"teacher": {"snapshot": True}}).teacher.source is None
+    with pytest.raises(UserError, match="teacher: give source, the parent that teaches"):
+        recipes.read("continue", (), {"teacher": {"mix": 0.5}})
+    with pytest.raises(UserError, match="teacher: give source, the parent that teaches"):
+        recipes.read("idea-prune", (), {"teacher": {"mix": 0.5}})  # its model has no weights yet

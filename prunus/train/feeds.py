@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..source import Source
-    from .recipe import DataPart, Recipe
+    from .parts import DataPart
+    from .recipe import Recipe
 
 VALIDATION = "validation"
 

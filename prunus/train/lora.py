@@ -14,7 +14,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .recipe import LoraPart
+    from .parts import LoraPart
 
 
 def check_library() -> None:

@@ -19,7 +19,8 @@ from . import lora
 from .cache import Cache, wanted
 from .feeds import Feeds
 from .loop import Clock
-from .recipe import NO_TOKENIZER, Recipe
+from .parts import NO_TOKENIZER
+from .recipe import Recipe
 from .shapes import checkpoint_of, config_of, is_folder
 from .shrink.pruner import Cutting
 
