@@ -347,7 +347,7 @@ def test_a_damaged_cache_is_refused(tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("teacher", "more", "message"),
     [
-        ({}, {}, "teacher: give source, the parent that teaches, or cache"),
+        ({}, {}, "teacher: give source, the parent that teaches, cache, .* or else snapshot"),
         ({"source": "a", "cache": "b"}, {}, "teacher: a cache holds likeliest tokens only; give top_k"),
         ({"source": "a", "top_k": 0}, {}, "field 'teacher.top_k': 0 is wrong"),
         (
