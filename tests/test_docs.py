@@ -74,7 +74,8 @@ def test_every_recipe_that_prunes_has_a_page_that_is_linked():
         assert pages == set(re.findall(r"\]\(systems/([\w-]+)\.md\)", text)), page
     for name in pages:
         text = (ROOT / "docs" / "systems" / f"{name}.md").read_text(encoding="utf-8")
-        assert re.search(r"arXiv \d{4}\.\d{5}", text) and f"prunus train {name} " in text, name
+        assert f"prunus train {name} " in text, name
+        assert re.search(r"arXiv \d{4}\.\d{5}", text) or name == "prunus", f"{name} names no paper"  # ours has none
 
 
 def test_pages_say_nothing_of_the_machine_they_were_written_on():
