@@ -91,6 +91,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.work)  # studies name tokens and each other's models by where they lie in it
     prepare(data)
+    gather(out)
     for name in arguments.only:
         do("study", "run", STUDIES / f"{name}.yaml", "--out", name)
         gather(out)
