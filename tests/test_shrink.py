@@ -27,6 +27,7 @@ from prunus.train import estimate, export, searched
 from prunus.train import recipe as recipes
 from prunus.train.learner import Learner
 from prunus.train.loop import Hook, Training, train_
+from prunus.train.loss import IGNORED
 from prunus.train.opening import cutting_of
 from prunus.train.opening import prepare as opened
 from prunus.train.optim import adamw, start_slots_
@@ -274,6 +275,21 @@ def test_how_kinds_compare_decides(per, kind, units):
     assert found is not None and (found[0].kind, dict(found[0].units)) == (kind, units)
 
 
+def test_a_layer_has_the_elements_of_its_counted_matrices():
+    """Its o_proj and down_proj; and where a layer before it is dead, the last one is still there."""
+    anatomy = Anatomy.of(tiny.tiny_config("llama"))
+    named = {n: torch.nn.Parameter(torch.zeros(t.shape)) for n, t in anatomy.tensors.items()}
+    saliency, standing = Saliency(SaliencyPart(), anatomy, ("layers", "intermediate"), named, ALONE), Standing.of(anatomy)
+    table = saliency.table(None, standing.alive)
+    own = sum(anatomy.tensors[n].numel for n in saliency.held if anatomy.tensors[n].layer == 1)
+    assert table.elements({"layers": (1,)}, anatomy) == own > 0
+    last = anatomy.shape.num_hidden_layers - 1
+    standing.drop({"layers": (0,), f"layers.{last}.intermediate": (3, 5)})
+    now = standing.with_layers
+    assert table.elements({f"layers.{last}.intermediate": (0,)}, now) == anatomy.shape.hidden_size
+    assert table.elements({"layers": (last,)}, now) == own - 2 * anatomy.shape.hidden_size
+
+
 def test_what_goes_with_one_axis_leaves_the_others_sums():
     anatomy, saliency = worked_example()
     standing = Standing.of(anatomy)
@@ -470,21 +486,47 @@ def test_importance_is_what_blocks_turn_the_stream():
     """One minus the mean cosine over tokens of what enters and leaves a block, in training alone and while it looks."""
     model = tiny.grown(tiny.tiny_config("llama"))
     anatomy, ids = Anatomy.of(model.config), torch.arange(24).view(2, 12)
-    cosines = Cosines(model, anatomy)
+    learner = Learner(model)
+    cosines = Cosines(learner, anatomy)
     streams = model.eval()(ids, output_hidden_states=True).hidden_states  # the last one is normed: its block is left out
     cosines.look(True)
-    model(ids)  # validation
-    model.train()(ids)
+    learner.nll(ids + 1, ids)  # validation
+    learner(ids + 1, torch.full_like(ids, IGNORED))  # a process without a share of these
+    learner(ids, ids)
     cosines.look(False)
-    model(ids + 1)
+    learner(ids + 1, ids)
     found = cosines.importance(ALONE)
     for layer in range(anatomy.shape.num_hidden_layers - 1):
         pairs = zip(streams[layer].flatten(0, 1).double(), streams[layer + 1].flatten(0, 1).double(), strict=True)
         mean = sum(float(a @ b / a.norm() / b.norm()) for a, b in pairs) / 24
         assert float(found[layer]) == pytest.approx(1 - mean, abs=1e-5)
-    cosines.look(True)
-    model(ids + 1)
-    assert not torch.equal(cosines.importance(ALONE), found)
+    later = []
+    for other in (ids + 1, ids):  # each update by itself, also where every one cuts
+        before = cosines.importance(ALONE)
+        cosines.look(True)
+        assert torch.equal(cosines.importance(ALONE), before)
+        learner(other, ids)
+        later.append(cosines.importance(ALONE))
+    assert not torch.equal(later[0], found) and torch.equal(later[1], found)
+
+
+def test_adaptive_cuts_at_every_update_and_passes_stops():
+    """Importance is that of the last update alone, whether it was sliced or not, stopped or not."""
+    part = PARTS["adaptive"] | {"pace": {"start": 0.0, "end": 0.75}, "slice_at": 0.5, "stops": [0.9, 0.8]}
+    whole, out = (pipeline.scratch() / f"adaptive-each-{name}" for name in ("whole", "stopped"))
+
+    class Stop(Hook):
+        def after_step(self, training):
+            if training.step == 3:
+                raise Killed
+
+    record = run(whole, tied(**part))
+    assert record["figures"]["pruning"]["met"] and sorted(p.name for p in (whole / "stops").iterdir()) == ["0.8", "0.9"]
+    with pytest.raises(Killed):
+        run(out, tied(**part), Stop())
+    run(out, tied(**part))
+    one, other = weights(whole), weights(out)
+    assert one.keys() == other.keys() and all(one[n].equal(other[n]) for n in one)
 
 
 def test_layers_that_turn_the_stream_less_give_more():

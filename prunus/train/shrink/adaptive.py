@@ -13,6 +13,8 @@ from ...distributed import World
 from ...errors import UserError
 from ...sizes import adaptive_onward
 from ...statistics import BlockCosine
+from ..learner import Learner
+from ..loss import IGNORED
 from .groups import Group, Standing
 from .saliency import Table
 
@@ -20,29 +22,38 @@ from .saliency import Table
 class Cosines:
     """How far every block turns the stream, from forward passes that training makes anyway, while it is asked to look."""
 
-    def __init__(self, model: Any, anatomy: Anatomy, known_L: Tensor | None = None) -> None:
-        self.looking, self.known_L = False, known_L
+    def __init__(self, learner: Learner, anatomy: Anatomy, known_L: Tensor | None = None) -> None:
+        self.looking, self._new, self._inside, self.known_L = False, False, False, known_L
         self.seen = [BlockCosine() for _ in anatomy.shape.layers]
-        blocks = model.get_submodule(anatomy.family.blocks)
+        learner.register_forward_pre_hook(self._enter)
+        learner.register_forward_hook(self._leave)
+        blocks: Any = learner.model.get_submodule(anatomy.family.blocks)
         for block, cosine in zip(blocks.children(), self.seen, strict=True):
             block.register_forward_hook(self._hook(cosine), with_kwargs=True)
+
+    def _enter(self, _: nn.Module, args: Any) -> None:
+        """Updates alone are looked at: neither validation nor the passes of a process that only keeps others company."""
+        self._inside = self.looking and bool((args[1] != IGNORED).any())
+        if self._inside and self._new:
+            for cosine in self.seen:
+                cosine.total, cosine.count = 0.0, 0
+            self.known_L, self._new = None, False
+
+    def _leave(self, *_: Any) -> None:
+        self._inside = False  # activations that are computed again on the way back were seen
 
     def _hook(self, cosine: BlockCosine) -> Any:
         @torch.no_grad()
         def look(block: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            if self.looking and block.training:  # validation is none of it
+            if self._inside:
                 before = args[0] if args else kwargs["hidden_states"]
                 cosine(before.detach(), (out[0] if isinstance(out, tuple) else out).detach())
 
         return look
 
     def look(self, looking: bool) -> None:
-        """Begin to look, anew, or stop."""
-        if looking and not self.looking:
-            for cosine in self.seen:
-                cosine.total, cosine.count = 0.0, 0
-            self.known_L = None
-        self.looking = looking
+        """Whether the next update is looked at; what was seen before counts until it begins."""
+        self.looking = self._new = looking
 
     def importance(self, world: World) -> Tensor:
         """One minus the mean cosine of every block, float64 [L], of all processes."""

@@ -89,6 +89,11 @@ class Standing:
         """The anatomy of what is alive."""
         return self.without({})
 
+    @property
+    def with_layers(self) -> Anatomy:
+        """As `now`, but layers that are dead stay, and so does every layer's number."""
+        return Keep({name: kept for name, kept in self.keep.units.items() if name != "layers"}).anatomy_after(self.anatomy)
+
 
 class Chooser:
     """Names the next group to go. Deterministic: ties go to the axis named first, and to the lower index."""
@@ -128,7 +133,7 @@ class Chooser:
     def _price(self, standing: Standing, group: Group, table: Table, now: Anatomy, after: Anatomy) -> float:
         if self.price is not None:
             return self.price(now) - self.price(after)
-        return 1.0 if self.part.per == "none" else table.elements(group.units, now)
+        return 1.0 if self.part.per == "none" else table.elements(group.units, standing.with_layers)
 
     def _kinds(self, standing: Standing) -> Iterable[str]:
         """Axes that compete, or of a fixed order the first that is not at its size."""

@@ -189,7 +189,7 @@ class Pruner(Hook):
         self.saliency = Saliency(part.saliency, self.target.anatomy, part.axes, run.learner.trained, run.world)
         if part.allocate == "adaptive":
             known = None if self.cosines is None else self.cosines.known_L
-            self.cosines = Cosines(run.learner.model, self.target.anatomy, known)
+            self.cosines = Cosines(run.learner, self.target.anatomy, known)
         if sought := wanted(part):
             self.activations = Activations(part.activations, self.target.anatomy, sought, run.learner, run.world)
         self._look(run)

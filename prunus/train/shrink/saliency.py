@@ -85,14 +85,16 @@ class Table:
         return tuple(sorted(np.argsort(self.values[name], kind="stable")[:count].tolist()))
 
     def elements(self, units: Mapping[str, tuple[int, ...]], now: Anatomy) -> int:
-        """Weights of the counted matrices that belong to so many units, as large as they are now."""
+        """Weights of the counted matrices that belong to so many units, as large as they are `now`, with every layer there."""
         total = 0
         for name, gone in units.items():
             for param, held in self.held.items():
+                tensor = now.tensors[param]
+                if name == "layers" and tensor.layer in gone:
+                    total += tensor.numel
                 for axis, span in held.spans:
-                    if axis.name == name and param in now.tensors:
-                        shape = now.tensors[param].shape
-                        total += len(gone) * span.rows_per_unit * shape[1 - span.dim]
+                    if axis.name == name:
+                        total += len(gone) * span.rows_per_unit * tensor.shape[1 - span.dim]
         return total
 
     def drop(self, units: Mapping[str, tuple[int, ...]]) -> None:
