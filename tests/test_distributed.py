@@ -214,6 +214,9 @@ def test_what_several_cannot_share_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(World, "joined", lambda: contextlib.nullcontext(World(0, 8)))
     with pytest.raises(UserError, match="8 processes cannot share updates of 4 sequences; give at least 128"):
         execute(opened(asked(), tmp_path / "run"))
+    few = {"target": {"ratio": 0.4}, "pace": {"kind": "once", "samples": 3}}
+    with pytest.raises(UserError, match=r"prune\.pace\.samples: 8 processes cannot share 3 sequences; give at least 8"):
+        execute(opened(asked(prune=few, batch_tokens=8 * SEQ), tmp_path / "few"))
     with pytest.raises(UserError, match="compile: is for one process only"):
         execute(opened(asked(compile=True, batch_tokens=8 * SEQ), tmp_path / "other"))
 

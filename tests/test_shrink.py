@@ -510,6 +510,20 @@ def test_importance_is_what_blocks_turn_the_stream():
     assert not torch.equal(later[0], found) and torch.equal(later[1], found)
 
 
+def test_a_cut_is_no_spike():
+    """What was usual before it is forgotten: else a loss that a cut raised would be skipped for the rest of the run."""
+    known = []
+
+    class Watch(Hook):
+        def before_clip(self, training):
+            known.append(training.usual)
+
+    out = pipeline.scratch() / "no-spike"
+    run(out, pruning({"skip_spikes": 3.0}, pace={"start": 0.3, "end": 0.6, "rounds": 2}), Watch())
+    cuts = {event["pruned"]["step"] for event in events(out)}
+    assert len(cuts) == 2 and {step for step, usual in enumerate(known) if usual is None} == {0} | cuts
+
+
 def test_adaptive_cuts_at_every_update_and_passes_stops():
     """Importance is that of the last update alone, whether it was sliced or not, stopped or not."""
     part = PARTS["adaptive"] | {"pace": {"start": 0.0, "end": 0.75}, "slice_at": 0.5, "stops": [0.9, 0.8]}

@@ -131,6 +131,11 @@ def _check_shares(recipe: Recipe, world: World) -> None:
         )
     if recipe.compile and not world.alone:
         raise UserError("compile: is for one process only; set it to false to train with several")
+    pace = None if recipe.prune is None else recipe.prune.pace
+    if pace is not None and pace.kind == "once" and pace.samples < world.size:
+        raise UserError(
+            f"prune.pace.samples: {world.size} processes cannot share {pace.samples} sequences; give at least {world.size}"
+        )
     if (recipe.lora is not None or recipe.optimizer.lr == "sweep") and not world.alone:
         what = "lora" if recipe.lora is not None else "optimizer.lr: sweep"
         raise UserError(f"{what}: is for one process only yet; start one")

@@ -258,6 +258,7 @@ class Pruner(Hook):
             repair_(run, self.target.anatomy, self.activations, self.asked.part.repair, leaving, self.standing.alive)
             self.activations.drop(leaving)
         zero_units_(run, self.target.anatomy, leaving)
+        run.usual = None  # what is more than the loss from before the cut is no spike; all that follows might be
         counts: dict[str, int] = {}
         for group, _ in gone:
             counts[group.kind] = counts.get(group.kind, 0) + 1

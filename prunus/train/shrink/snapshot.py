@@ -47,7 +47,6 @@ class Snapshot:
             return
         self.kept, self.step = kept, run.step
         self._teach_(run, target, {name: whole(p.detach()).clone() for name, p in run.learner.trained.items()})
-        run.usual = None  # the loss is another one from here on, and no spike by the old one
 
     def count(self) -> None:
         """An update was made; it was asked about each of the update's sequences."""
