@@ -38,4 +38,7 @@ def test_differences_are_of_runs_on_the_same_order():
 
 def test_an_arm_whose_order_few_shot_never_had_is_not_compared():
     rows = [row("few-shot", 0, 4.0), row("x", 7, 3.0, "rates", **{"optimizer.lr": 1e-3})]
+    more = row("longer", 0, 3.0, "more")
+    more["figures"]["tokens"] = 40
+    assert "| longer | 10 |  | 40 | 40 | 1 | 3.0000 |  | abc |" in "\n".join(study_tables.tables([rows[0], more]))
     assert "| x optimizer.lr=0.001 | 10 |  | 20 | 40 | 1 | 3.0000 |  | abc |" in "\n".join(study_tables.tables(rows))

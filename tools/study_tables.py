@@ -19,8 +19,8 @@ def loss(row: dict[str, Any]) -> float:
 
 
 def place(row: dict[str, Any]) -> str:
-    """Which order of the tokens."""
-    return str(row["place"].get("data.seed"))
+    """How many tokens, and in which order: runs of one place saw the same."""
+    return f"{row['figures']['tokens']} {row['place'].get('data.seed')}"
 
 
 def mean(values: list[float]) -> str:
@@ -56,13 +56,28 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         studies[row["study"]][arm].append(row)
     lines = [
         "`tools/while_training.py`: `prunus study run` of the files in `studies/while-training`. Validation loss in nats a token; "
-        "differences are of runs on the same order of the same tokens, ± twice the standard error of their mean.",
+        "differences are of runs on the same order of the same tokens, ± twice the standard error of their mean. Shapes: stem x "
+        f"layers, KV groups, FFN channels.{_parent(rows)}",
         "",
     ]
     for name, arms in studies.items():
         cells = [_row(arm, found, reference) for arm, found in arms.items()]
         lines += [f"### {name}", "", *markdown(HEADER, cells), ""]
     return lines[:-1]
+
+
+def _parent(rows: list[dict[str, Any]]) -> str:
+    """What comes besides for every arm that starts from it."""
+    found = next((row for row in rows if row["study"] == "parent"), None)
+    if found is None:
+        return ""
+    f, data = found["figures"], found["recipe"]["data"]
+    files = ", ".join(f"{name} `{d['manifest']}`" for name, d in data.items())
+    return (
+        f" Tokens and FLOPs are an arm's own; the parent's {f['tokens']:,} and {sum(f['flops'].values()):.3g} come besides, but "
+        f"for arms from fresh weights. Seeds are orders of the tokens; fresh weights are drawn once. Loss is that of "
+        f"{f['validation'][-1]['validation']['sequences']} sequences; data: {files}."
+    )
 
 
 def _row(arm: str, found: list[dict[str, Any]], reference: dict[str, float]) -> list[str]:
