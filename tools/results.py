@@ -120,6 +120,8 @@ def page(records: list[dict[str, Any]]) -> str:
         lines += ["## Training", "", *train_table(trained), ""]
     if studies := [r for r in records if r["kind"] == study_tables.KIND]:
         lines += ["## Cutting while training", "", *study_tables.tables(studies), ""]
+    if pruning := [r for r in records if r["kind"] == study_tables.COST_KIND]:
+        lines += ["## What cutting while training costs", "", *study_tables.cost_table(pruning), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

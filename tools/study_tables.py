@@ -94,3 +94,33 @@ def _row(arm: str, found: list[dict[str, Any]], reference: dict[str, float]) -> 
         difference(found, reference),
         ", ".join(sorted({row["commit"] or "" for row in found})),
     ]
+
+
+COST_KIND = "prune-speed"
+
+
+def cost_table(rows: list[dict[str, Any]]) -> list[str]:
+    """`benchmarks/prune_while_training.py`: what pruning costs a training run, each figure against its target."""
+    cells = []
+    for row in rows:
+        f, aim = row["figures"], row["recipe"]["targets"]
+        least = {"speed behind the last slice, of a fresh run's": (f["speed"]["ratio"], aim["speed"])}
+        most = {f"peak memory, {name}, of plain": (f["memory"][name], aim["memory"]) for name in ("watching", "slicing")}
+        most |= {f"step without a cut, {name}, of plain": (step["ratio"], aim["step"]) for name, step in f["step"].items()}
+        most |= {"a cut, in steps": (f["cut"]["ratio"], aim["cut"])}
+        most |= {"a cut and its slice, in steps": (f["cut_sliced"]["ratio"], aim["cut"])}
+        for found, word, met in ((most, "at most", float.__le__), (least, "at least", float.__ge__)):
+            for name, (value, bound) in found.items():
+                verdict = "met" if met(float(value), float(bound)) else "missed"
+                cells.append(
+                    [row["recipe"]["shape"], name, f"{value:.3f}", f"{word} {bound:g}", verdict, row["commit"] or ""]
+                )
+    about, machine = rows[0]["recipe"], rows[0]["machine"]
+    sequences, micro, length = about["batch"]
+    return [
+        f"`benchmarks/prune_while_training.py`: updates of {sequences} sequences of {length} tokens in micro-batches of {micro}, "
+        f"{about['precision']}, with and without the pruner in turns, {about['pairs']} pairs; {machine['cpu']}, "
+        f"{machine['threads']} threads.",
+        "",
+        *markdown(["shape", "what", "ratio", "target", "", "commit"], cells),
+    ]
