@@ -7,7 +7,7 @@ import json
 import pipeline
 import pytest
 import tiny
-from test_shrink import events, pruning, run, tied
+from shrinking import events, pruning, run, tied
 from test_train import SEQ, Killed, weights
 
 from prunus import latency

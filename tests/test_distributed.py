@@ -150,7 +150,7 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
 
 
-def compare(one: Path, other: Path, tolerance: float = 1e-5) -> dict[str, float]:
+def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> dict[str, float]:
     """Largest relative differences of losses and norms, and the largest one of weights, each below the tolerance.
 
     Float32 sums over two halves are in another order: 1e-7 a step, which a handful of AdamW steps at rate 0.01 make 1e-6.
@@ -230,7 +230,7 @@ FITTED = 1e-4
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_two_are_one(name):
-    compare(by_two() / name, alone(name), tolerance=FITTED if name == "repaired" else 1e-5)
+    assert_same_run(by_two() / name, alone(name), tolerance=FITTED if name == "repaired" else 1e-5)
 
 
 def test_zeros_stay_zero_in_parts():
@@ -266,7 +266,7 @@ def test_another_number_of_processes_goes_on():
     assert len(list(saved.folder_of(out / "on-by-one" / "checkpoints", 4).glob("*.safetensors"))) == 2
     run(out / "on-by-one", tied())
     for name in ("on-by-one", "on-by-two"):
-        compare(out / name, alone("tied"))
+        assert_same_run(out / name, alone("tied"))
 
 
 def test_what_two_write_is_what_one_writes():
@@ -296,8 +296,8 @@ def test_two_are_one_in_bfloat16_and_with_activations_computed_again(tmp_path):
     """A product in bfloat16 rounds at 2^-8, and rows in another micro-batch may round the other way."""
     done = work(tmp_path, [{"recipe": make(), "out": tmp_path / name} for name, make in MORE.items()])
     assert done.returncode == 0, done.stderr[-20_000:]
-    compare(tmp_path / "recomputed", alone("recomputed"))
-    compare(tmp_path / "autocast", alone("autocast"), tolerance=2e-2)
+    assert_same_run(tmp_path / "recomputed", alone("recomputed"))
+    assert_same_run(tmp_path / "autocast", alone("autocast"), tolerance=2e-2)
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_three_are_one(tmp_path):
     done = work(tmp_path, [{"recipe": uneven(micro_batch=1), "out": tmp_path / "run"}], processes=3)
     assert done.returncode == 0, done.stderr[-20_000:]
     run(tmp_path / "alone", uneven(micro_batch=1))
-    compare(tmp_path / "run", tmp_path / "alone", tolerance=1e-4)
+    assert_same_run(tmp_path / "run", tmp_path / "alone", tolerance=1e-4)
 
 
 @pytest.mark.slow

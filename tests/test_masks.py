@@ -10,7 +10,7 @@ import pytest
 import test_train as training_tests
 import tiny
 import torch
-from test_shrink import SEQ, UPDATE, events, log, pruning, run
+from shrinking import SEQ, UPDATE, events, log, pruning, run
 from test_train import Killed, asked, weights
 
 from prunus.anatomy import Anatomy

@@ -9,7 +9,7 @@ import pipeline
 import pytest
 import tiny
 import torch
-from test_shrink import events, log, pruning, run, tied
+from shrinking import events, log, pruning, run, tied
 from test_train import SEQ, Killed, asked, weights
 
 from prunus.anatomy import Anatomy

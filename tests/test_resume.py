@@ -157,7 +157,7 @@ def forked(recipe, out: Path, place: str | None = None, at: int = 0, wait: float
             with calls(Counter(), place, at):
                 run(out, recipe)
             code = 0
-        except BaseException:
+        except BaseException:  # of a forked child, where nothing may reach pytest's own frames: told, and exit code 1
             traceback.print_exc()
         finally:
             os._exit(code)

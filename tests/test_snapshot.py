@@ -9,7 +9,7 @@ import json
 import pipeline
 import pytest
 import torch
-from test_shrink import SEQ, UPDATE, events, log, pruning, run, training_config
+from shrinking import SEQ, UPDATE, events, log, pruning, run, training_config
 from test_train import Killed, asked, weights
 
 from prunus.anatomy import Anatomy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
@@ -9,26 +10,26 @@ import torch
 from torch import Tensor
 
 
-class Carried:
+class Carried(ABC):
     """Tensors by the parameter that they tell of. A cut makes a new one, of the sliced model, and carries them over."""
 
     prefix: str  # of their names in checkpoints
 
+    @abstractmethod
     def known(self) -> Iterable[str]:
         """The parameters that something is kept of, and what is of none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def follows(self, name: str) -> Mapping[int, tuple[int, ...]]:
         """Dimension of a parameter -> the dimensions of what is kept of it that are cut with it; empty for what is of none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, whole in every process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Undo `saved`: each process takes its part."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def cut_from(self, before: Self, rows: Callable[[str], Mapping[int, Tensor]], renamed: Mapping[str, str]) -> None:

@@ -56,7 +56,13 @@ class Goal:
         """UserError for an axis that the family cannot cut exactly, and for a target above the source or below the least shape."""
         check_axes(part, anatomy)
         floors: dict[str, int] = {kind: max(1, -(-size_of(anatomy, kind) // _FLOOR)) for kind in part.axes}
-        floors |= {str(kind): count for kind, count in part.floor.items()}
+        for axis, count in part.floor.items():
+            if count > size_of(anatomy, axis):
+                raise UserError(
+                    f"prune.floor: {axis} {count:,} is above the source's {size_of(anatomy, axis):,}; give at most that, or take "
+                    "it out of axes to keep it whole"
+                )
+            floors[axis] = count
         assert part.target is not None, "a recipe without one names what it enlarges"
         sizes = part.target.sizes
         for name, kind in SIZES.items():

@@ -19,6 +19,14 @@ TIMED = ("prefill_ms", "decode_ms")  # prices by this machine's clock
 AxisKind = Literal["kv_heads", "intermediate", "hidden", "layers"]
 
 
+PACE_FIELDS = {  # kind of pace -> the fields that it goes by
+    "curve": ("start", "end", "power", "rounds"),
+    "rate": ("start", "end", "power", "rounds"),
+    "steps": ("start", "prune", "train"),
+    "once": ("samples",),
+}
+
+
 class TargetPart(Strict):
     """What the model is cut down to: one measure of the whole model, or sizes (those not named stay)."""
 
@@ -108,7 +116,12 @@ class PacePart(Strict):
     samples: int = Field(default=128, ge=1, description="of once: sequences that are scored on")
 
     @model_validator(mode="after")
-    def _forwards(self) -> PacePart:
+    def _fits(self) -> PacePart:
+        for name, field in type(self).model_fields.items():
+            if name not in ("kind", *PACE_FIELDS[self.kind]) and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} says nothing to kind {self.kind}; drop it, or take another kind"
+                )
         if self.kind in ("curve", "rate") and self.end < self.start:
             raise ValueError(f"end {self.end} lies before start {self.start}")
         return self
@@ -178,6 +191,8 @@ class PrunePart(Strict):
             raise ValueError(f"target, order, units or floor name {stray[0]}, which axes leaves out; add it there")
         if self.allocate == "adaptive":
             self._fits_adaptive()
+        elif self.amplitude != PrunePart.model_fields["amplitude"].default:
+            raise ValueError(f"amplitude {self.amplitude} is of allocate: adaptive alone; drop it")
         if self.masks is not None:
             self._fits_masks()
         if self.order and not sizes:
@@ -230,6 +245,8 @@ class PrunePart(Strict):
             raise ValueError("allocate: adaptive takes a share at every cut, not groups; use pace.kind curve")
         if stray := sorted(set(self.axes) - {"kv_heads", "intermediate"}):
             raise ValueError(f"allocate: adaptive shares out heads and channels; take {stray[0]} out of axes")
+        if self.per != "params":
+            raise ValueError(f"allocate: adaptive shares out parameters, and per: {self.per} has no say; drop it")
         if self.units or self.floor:
             raise ValueError("allocate: adaptive leaves every layer a KV group and a channel; drop units and floor")
         if self.target is None or (self.target.params is None and self.target.ratio is None):

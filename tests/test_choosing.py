@@ -1,0 +1,299 @@
+"""What goes while a model trains: the pace, what units are worth, and which group is next; by formulas and worked examples."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from shrinking import SEQ, UPDATE, kinds_of
+
+from prunus.anatomy import Anatomy
+from prunus.axes import kind_of
+from prunus.distributed import ALONE
+from prunus.train.learner import Learner
+from prunus.train.loop import Hook, Training, train_
+from prunus.train.optim import adamw, start_slots_
+from prunus.train.schedule import Schedule
+from prunus.train.shapes import config_of, fresh
+from prunus.train.shrink.goal import Goal
+from prunus.train.shrink.groups import Chooser, Standing
+from prunus.train.shrink.pace import Pace
+from prunus.train.shrink.part import PacePart, PrunePart, SaliencyPart
+from prunus.train.shrink.saliency import Saliency
+
+# -- the pace: closed forms -----------------------------------------------------------------------------------------------
+
+
+def test_the_share_follows_the_curve_it_names():
+    line = Pace(PacePart(start=0.2, end=0.6), 1000, 10)
+    assert [line.share(t) for t in (0, 199, 200, 400, 600, 1000)] == pytest.approx([0, 0, 0, 0.5, 1, 1])
+    cubic = Pace(PacePart(start=0, end=1, power=3), 1000, 10)
+    assert cubic.share(500) == pytest.approx(1 - 0.5**3)
+    rounds = Pace(PacePart(start=0, end=1, rounds=4), 1000, 10)
+    assert [rounds.share(t) for t in (249, 250, 499, 500, 999, 1000)] == pytest.approx([0, 0.25, 0.25, 0.5, 0.75, 1])
+    one = Pace(PacePart(start=0.3, end=0.3, rounds=1), 1000, 10)
+    assert [one.share(t) for t in (299, 300)] == [0, 1]
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_what_goes_is_in_proportion_to_the_learning_rate(power):
+    """Under a cosine to zero it is the integral of (1 + cos(pi t)) / 2 from start to end, to 1e-3 with 2,000 updates."""
+    rate = Schedule("cosine", 3.0, 20_000, warmup=0, floor=0)
+    pace = Pace(PacePart(kind="rate", start=0.1, end=0.9, power=power), 20_000, 10, rate)
+    each = [pace.share(t) - pace.share(t - 10) for t in range(10, 20_001, 10)]
+    assert sum(each) == pytest.approx(1) and pace.share(18_000) == 1 and pace.share(2000) == 0 and min(each) >= 0
+    inside = [(gone, rate(t)) for t, gone in zip(range(10, 20_001, 10), each, strict=True) if 2000 < t <= 18_000]
+    assert all(gone * inside[0][1] ** power == pytest.approx(inside[0][0] * r**power) for gone, r in inside)
+    if power == 1:
+        area = lambda t: (t + math.sin(math.pi * t) / math.pi) / 2  # noqa: E731
+        for t in (0.3, 0.5, 0.8):
+            assert pace.share(int(20_000 * t)) == pytest.approx((area(t) - area(0.1)) / (area(0.9) - area(0.1)), abs=1e-3)
+    rounds = Pace(PacePart(kind="rate", start=0, end=1, rounds=2), 1000, 100, Schedule("constant", 1.0, 1000, warmup=0))
+    assert [t for t in range(100, 1001, 100) if rounds.cuts(t - 100, t)] == [500, 1000]
+    nothing = Pace(PacePart(kind="rate", start=0.42, end=0.45), 1000, 100)
+    assert [nothing.share(t) for t in (400, 500)] == [0, 1]
+
+
+def test_groups_go_after_whole_updates():
+    """Two groups after every three updates, behind a beginning of 0.1 of 1,000 tokens in updates of 30 (so 120)."""
+    pace = Pace(PacePart(kind="steps", start=0.1, prune=2, train=3), 1000, 30)
+    assert [pace.groups(t) for t in (0, 120, 209, 210, 299, 300)] == [0, 0, 0, 2, 2, 4]
+    assert pace.cuts(180, 210) and not pace.cuts(210, 240) and pace.most_groups == 2 * ((1000 - 120) // 90)
+
+
+def test_updates_until_something_is_due():
+    pace = Pace(PacePart(), 1000, 100)
+    assert [pace.updates_until(tokens, lambda t: t >= 450) for tokens in (0, 300, 400, 500)] == [5, 2, 1, 1]
+    assert pace.updates_until(0, lambda t: False) is None and pace.updates_until(1000, lambda t: True) is None
+
+
+def test_a_curve_cuts_only_where_it_falls():
+    pace = Pace(PacePart(start=0.2, end=0.6, rounds=2), 1000, 100)
+    assert [t for t in range(100, 1001, 100) if pace.cuts(t - 100, t)] == [400, 600]
+
+
+# -- saliency: against the naive formula ----------------------------------------------------------------------------------
+
+
+class Watch(Hook):
+    """Keeps every update's gradients, and micro-batches' own, in float64."""
+
+    def __init__(self):
+        self.updates, self.parts, self._last = [], [[]], None
+
+    def _grads(self, run):
+        return {n: p.grad.double().clone() for n, p in run.learner.trained.items()}
+
+    def after_backward(self, run):
+        now = self._grads(run)
+        self.parts[-1].append(now if self._last is None else {n: g - self._last[n] for n, g in now.items()})
+        self._last = now
+
+    def before_clip(self, run):
+        weights = {n: p.detach().double().clone() for n, p in run.learner.trained.items()}
+        self.updates.append((weights, self._grads(run)))
+        self.parts.append([])
+        self._last = None
+
+
+def watched(metric, matrices, average, axes, micro=2, updates=3, name="llama"):
+    """(a Saliency that saw some updates with clipping on, what a Watch kept, the run)"""
+    config = tiny.tiny_config(name)
+    model = fresh(config, init="standard", seed=1, dtype=torch.float32).train()
+    ids = torch.randint(0, config.vocab_size, (updates, 4, SEQ + 1), generator=torch.Generator().manual_seed(0))
+
+    class Feed:
+        def take(self, position, count):
+            return type("B", (), {"ids": ids[position // 4]})
+
+    optimizer = adamw(model.named_parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    start_slots_(optimizer, 0)
+    learner, watch = Learner(model), Watch()
+    anatomy = Anatomy.of(config)
+    saliency = Saliency(
+        SaliencyPart(metric=metric, matrices=matrices, average=average), anatomy, axes, learner.trained, ALONE
+    )
+
+    class See(Hook):
+        def after_backward(self, run):
+            saliency.see_part()
+
+        def before_clip(self, run):
+            saliency.see(run, UPDATE)
+
+    schedule = Schedule("constant", 1e-2, 10**6, warmup=0)
+    run = Training(learner, optimizer, Feed(), schedule, batch=4, micro=micro, clip=1e-4, hooks=(watch, See()))
+    train_(run, updates)
+    return saliency, watch, run
+
+
+def naive(metric, w, g, fisher):
+    if metric == "first":
+        return (w * g).abs()
+    return (w * g - 0.5 * w * w * fisher).abs() if metric == "second" else 0.5 * w * w * fisher
+
+
+@pytest.mark.parametrize("metric", ["first", "second", "hessian"])
+@pytest.mark.parametrize("matrices", ["output", "output+embedding", "all"])
+@pytest.mark.parametrize("axes", [("kv_heads", "intermediate", "hidden"), ("intermediate",), ("kv_heads", "layers")])
+@pytest.mark.parametrize("micro", [2, 4])
+def test_units_are_worth_what_the_formula_says(metric, matrices, axes, micro):
+    """Element by element in float64, from gradients before a clip that leaves a ten-thousandth of them. Float32 sums: 1e-5."""
+    average = 0.8
+    saliency, watch, run = watched(metric, matrices, average, axes, micro)
+    anatomy = saliency.anatomy
+    running = {}
+    for k, (weight, gradient) in enumerate(watch.updates):
+        parts = watch.parts[k] or [gradient]
+        for name, tensor in anatomy.tensors.items():
+            reads = name.endswith(("o_proj.weight", "down_proj.weight"))
+            embeds = matrices == "output+embedding" and name == "model.embed_tokens.weight"
+            if embeds or (tensor.is_matrix and (matrices == "all" or reads)):
+                fisher = UPDATE * sum(part[name] ** 2 for part in parts)
+                now = naive(metric, weight[name], gradient[name], fisher)
+                running[name] = now if k == 0 else average * running[name] + (1 - average) * now
+    table = saliency.table(run, Standing.of(anatomy).alive)
+    for name, values in table.values.items():
+        axis = anatomy.axes[name]
+        for unit in range(axis.size):
+            if name == "layers":
+                own = [n for n in running if anatomy.tensors[n].layer == unit]
+                counted = [n for n in own if any(kind_of(a.name) in ("kv_heads", "intermediate") and s.param == n
+                                                for a in anatomy.axes.values() for s in a.spans)]  # fmt: skip
+                expected = sum(float(running[n].sum()) for n in counted)
+            else:
+                spans = [s for s in axis.spans if s.param in running]
+                expected = sum(float(running[s.param].index_select(s.dim, s.rows([unit])[0]).sum()) for s in spans)
+            assert values[unit] == pytest.approx(expected, rel=1e-5), (name, unit)
+
+
+def test_adams_own_moment_needs_no_gathering():
+    saliency, watch, run = watched("adam", "output", 0.0, ("intermediate",), updates=4)
+    name = "model.layers.1.mlp.down_proj.weight"
+    second = torch.zeros_like(watch.updates[0][0][name])
+    for _, gradients in watch.updates:
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+        second = (
+            0.95 * second + 0.05 * (gradients[name] * min(1.0, 1e-4 / (norm + 1e-6))) ** 2
+        )  # clipped, as AdamW sees them
+    w = run.learner.trained[name].detach().double()
+    values = saliency.table(run, Standing.of(saliency.anatomy).alive).values["layers.1.intermediate"]
+    assert values == pytest.approx((0.5 * w * w * second).sum(0).numpy(), rel=1e-4) and not saliency.saved()
+
+
+# -- what goes: the worked example of the notes ---------------------------------------------------------------------------
+
+
+def worked_example():
+    """One layer, stem of two, two heads of one, FFN of three, vocabulary of four, tied: S^o and S^d as in the notes."""
+    config = config_of(
+        {
+            "model_type": "llama", "vocab_size": 4, "hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 1, "intermediate_size": 3, "tie_word_embeddings": True,
+        },
+        0,
+    )  # fmt: skip
+    anatomy = Anatomy.of(config)
+    out, down = torch.tensor([[0.4, 0.5], [4.0, 1.0]]), torch.tensor([[0.1, 0.4, 0.1], [3.0, 0.9, 2.0]])
+    named = {n: torch.nn.Parameter(torch.zeros(t.shape)) for n, t in anatomy.tensors.items()}
+    saliency = Saliency(SaliencyPart(average=0.0), anatomy, ("kv_heads", "intermediate", "hidden"), named, ALONE)
+    saliency.held["model.layers.0.self_attn.o_proj.weight"].mean.copy_(out)
+    saliency.held["model.layers.0.mlp.down_proj.weight"].mean.copy_(down)
+    return anatomy, saliency
+
+
+def test_units_of_the_worked_example():
+    anatomy, saliency = worked_example()
+    table = saliency.table(None, Standing.of(anatomy).alive)
+    assert table.values["layers.0.kv_heads"] == pytest.approx([4.4, 1.5])
+    assert table.values["layers.0.intermediate"] == pytest.approx([3.1, 1.3, 2.1])
+    assert table.values["hidden"] == pytest.approx([1.5, 10.9])
+    inner = table.values["layers.0.kv_heads"].sum() + table.values["layers.0.intermediate"].sum()
+    assert inner == pytest.approx(table.values["hidden"].sum()) == pytest.approx(12.4)  # conservation
+
+
+@pytest.mark.parametrize(
+    ("per", "kind", "units"),
+    [("none", "intermediate", {"layers.0.intermediate": (1,)}), ("params", "hidden", {"hidden": (0,)}),
+     ("elements", "hidden", {"hidden": (0,)})],
+)  # fmt: skip
+def test_how_kinds_compare_decides(per, kind, units):
+    """Plain sums take the channel (1.3 of 1.3, 1.5, 1.5); by parameters it is 1.5 / 25 against 1.5 / 8 and 1.3 / 6: with the norms'
+    gains the stem channel owns 8 + 9 + 3 + 4 + ... = 24 + 1. By elements 1.5 / 5, 1.5 / 2, 1.3 / 2.
+    """
+    anatomy, saliency = worked_example()
+    part = PrunePart(target={"params": 30}, per=per, floor={"kv_heads": 1, "intermediate": 1, "hidden": 1})
+    goal = Goal.of(part, anatomy, 4)
+    standing = Standing.of(anatomy)
+    found = Chooser(part, goal, 4).next(standing, saliency.table(None, standing.alive), 0)
+    assert found is not None and (found[0].kind, dict(found[0].units)) == (kind, units)
+
+
+def test_a_layer_has_the_elements_of_its_counted_matrices():
+    """Its o_proj and down_proj; and where a layer before it is dead, the last one is still there."""
+    anatomy = Anatomy.of(tiny.tiny_config("llama"))
+    named = {n: torch.nn.Parameter(torch.zeros(t.shape)) for n, t in anatomy.tensors.items()}
+    saliency, standing = Saliency(SaliencyPart(), anatomy, ("layers", "intermediate"), named, ALONE), Standing.of(anatomy)
+    table = saliency.table(None, standing.alive)
+    own = sum(anatomy.tensors[n].numel for n in saliency.held if anatomy.tensors[n].layer == 1)
+    assert table.elements({"layers": (1,)}, anatomy) == own > 0
+    last = anatomy.shape.num_hidden_layers - 1
+    standing.drop({"layers": (0,), f"layers.{last}.intermediate": (3, 5)})
+    now = standing.with_layers
+    assert table.elements({f"layers.{last}.intermediate": (0,)}, now) == anatomy.shape.hidden_size
+    assert table.elements({"layers": (last,)}, now) == own - 2 * anatomy.shape.hidden_size
+
+
+def test_what_goes_with_one_axis_leaves_the_others_sums():
+    anatomy, saliency = worked_example()
+    standing = Standing.of(anatomy)
+    table = saliency.table(None, standing.alive)
+    table.drop({"layers.0.intermediate": (1,)})
+    assert table.values["hidden"] == pytest.approx([1.1, 10.0]) and table.values["layers.0.intermediate"][1] == np.inf
+    table.drop({"hidden": (0,)})
+    assert table.values["layers.0.kv_heads"] == pytest.approx([4.0, 1.0])
+    assert table.values["layers.0.intermediate"][[0, 2]] == pytest.approx([3.0, 2.0])
+    assert float(table.matrices["model.layers.0.mlp.down_proj.weight"].sum()) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa4", "qwen2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("depth", [False, True])
+def test_sums_kept_up_are_sums_made_anew(name, alike, depth):
+    """A hundred groups, one after another: every unit's number is that of the matrices with all that went struck out."""
+    config = tiny.tiny_config(name)
+    anatomy = Anatomy.of(config)
+    kinds = kinds_of(anatomy) + (["layers"] if depth else [])
+    named = {n: torch.nn.Parameter(torch.zeros(t.shape)) for n, t in anatomy.tensors.items()}
+    saliency = Saliency(SaliencyPart(), anatomy, kinds, named, ALONE)
+    generator = torch.Generator().manual_seed(3)
+    for held in saliency.held.values():
+        held.mean.copy_(torch.rand(held.mean.shape, generator=generator, dtype=torch.float64))
+    part = PrunePart(
+        target={"ratio": 0.6 if len(kinds) > 1 else 0.15}, axes=kinds, alike=alike, floor=dict.fromkeys(kinds, 1)
+    )
+    goal = Goal.of(part, anatomy, SEQ)
+    standing, chooser = Standing.of(anatomy), Chooser(part, goal, SEQ)
+    table = saliency.table(None, standing.alive)
+    seen = set()
+    for _ in range(100):
+        found = chooser.next(standing, table, goal.value)
+        if found is None:
+            break
+        seen.add(found[0].kind)
+        standing.drop(found[0].units)
+        table.drop(found[0].units)
+    anew = saliency.table(None, standing.alive)
+    assert seen <= set(kinds) and (len(seen) > 1 or len(kinds) == 1)
+    for axis, values in table.values.items():
+        assert values == pytest.approx(anew.values[axis], rel=1e-4, abs=1e-4), axis
+
+
+def test_sums_are_kept_as_small_as_can_be():
+    """One number a unit where one axis cuts a matrix; the matrix where two do."""
+    for axes, dims in ((("kv_heads", "intermediate"), {1}), (("kv_heads", "intermediate", "hidden"), {2})):
+        saliency, _, _ = watched("first", "output", 0.5, axes)
+        assert {held.mean.dim() for held in saliency.held.values()} == dims
