@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from recover import do
+
 from prunus import record
-from prunus.cli import run as prunus
 from prunus.place import staged_files
 from prunus.train import study
 from prunus.train.opening import RECORD
@@ -28,13 +28,6 @@ TEXTS = {  # folder of tokens -> file, licence, options
     "c4": ("c4/c4_sample1.jsonl", "ODC-BY", []),
 }
 OF_TOKENIZER = ("stories", "wiki")
-
-
-def do(*words: object) -> None:
-    """A command; the end if it fails."""
-    print("prunus", *words, file=sys.stderr)
-    if code := prunus([str(word) for word in words]):
-        raise SystemExit(code)
 
 
 def passages(text: Path) -> Path:
