@@ -13,7 +13,7 @@ import pipeline
 import pytest
 import torch
 from pipeline import cli
-from test_distributed import compare, lines, work
+from test_distributed import assert_same_run, lines, work
 from test_train import SEQ, Killed, _same, asked, data, other_data, run, tiny_shape, weights
 
 from prunus.cli import run as command_line
@@ -263,7 +263,7 @@ def test_two_processes_read_their_own_positions(tmp_path):
     done = work(tmp_path, [{"recipe": recipe, "out": tmp_path / "by-two"}])
     assert done.returncode == 0, done.stderr[-3000:]
     run(tmp_path / "alone", recipe)
-    compare(tmp_path / "by-two", tmp_path / "alone")
+    assert_same_run(tmp_path / "by-two", tmp_path / "alone")
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------------
