@@ -23,12 +23,16 @@ quickstart: $(VENV)/.model
 	$(BIN)/prunus quickstart --out runs/quickstart
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --cov=prunus --cov-report=term:skip-covered
 
-slow: $(VENV)/.dev $(VENV)/.model
+$(VENV)/.engines: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[engines]'
+	touch $@
+
+slow: $(VENV)/.engines $(VENV)/.model
 	PRUNUS_TEST_DATA=$(DATA) $(BIN)/pytest -m slow
 
 lint: $(VENV)/.dev

@@ -35,7 +35,7 @@ from prunus import api, record
 from prunus.anatomy import Anatomy
 from prunus.builders import make_plan
 from prunus.evaluation import perplexity
-from prunus.methods import METHODS
+from prunus.methods import ONE_SHOT
 from prunus.network import offline
 from prunus.oneshot import one_shot_
 from prunus.planning import Plan, Request
@@ -46,7 +46,7 @@ from prunus.statistics import reading_points
 C4, WIKITEXT = "c4/c4_sample1.jsonl", "wikitext2/wiki.test.raw"
 EVALUATION = api.TextOptions(4, 1024)
 STRUCTURED, SPARSE = 0.2, 0.5
-REQUESTS = {name: Request(name, SPARSE if row.is_sparse else STRUCTURED) for name, row in METHODS.items()}
+REQUESTS = {name: Request(name, SPARSE if row.is_sparse else STRUCTURED) for name, row in ONE_SHOT.items()}
 SWAPS = 32  # at most, of OSSCAR
 FEW, TRIES = 8, 720  # windows, and passes over one window, of a method that tries candidates on the whole model's loss
 

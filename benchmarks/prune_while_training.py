@@ -32,7 +32,8 @@ from prunus.train.loop import Hook, Training, train_
 from prunus.train.recipe import Recipe
 from prunus.train.schedule import Schedule
 from prunus.train.shapes import config_of, fresh
-from prunus.train.shrink.pruner import Cutting, Pruner
+from prunus.train.shrink.cutting import Cutting
+from prunus.train.shrink.pruner import Pruner
 
 SETTINGS = {"smollm2-135m": (4, 2, 256), "nano": (8, 4, 256)}  # sequences of an update, of a micro-batch, tokens of each
 TARGETS = {"step": 1.03, "cut": 1.0, "speed": 0.97, "memory": 1.05}

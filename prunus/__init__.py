@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .checkpoint import verify
     from .errors import UserError, VerificationError
     from .keep import Keep, WeightMask
+    from .kv_copies import unshared
     from .methods import METHODS
     from .planning import Request
     from .shape import LayerShape, Shape
@@ -35,6 +36,7 @@ _HOMES = {
     "evaluate": "api",
     "plan": "api",
     "prune": "api",
+    "unshared": "kv_copies",
     "verify": "checkpoint",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "evaluate",
     "plan",
     "prune",
+    "unshared",
     "verify",
 ]
 

@@ -55,6 +55,7 @@ def _in_stream(param: Param, *, reads_only: bool = False) -> Param:
 
 
 _STREAM = {"hidden": "stream"}
+_RAGGED = "its query heads share KV heads unevenly, so that there are no groups of one size; cut heads"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Anatomy:
                     f"config.json: layer {i} has {layer.num_attention_heads} query heads and {layer.num_key_value_heads} KV "
                     "heads; both or neither can be 0"
                 )
-            if layer.num_key_value_heads and layer.num_attention_heads % layer.num_key_value_heads:
+            uneven = layer.num_key_value_heads and layer.num_attention_heads % layer.num_key_value_heads
+            if uneven and layer.kv_index is None:
                 raise UserError(
                     f"config.json: layer {i} has {layer.num_attention_heads} query heads for {layer.num_key_value_heads} "
                     "KV heads; the first must be a multiple of the second"
@@ -175,7 +177,7 @@ class Anatomy:
         out = dict(self.family.refused)
         for flag in sorted(self.flags & set(self.family.refused_if)):
             out |= self.family.refused_if[flag]
-        return out
+        return (dict.fromkeys(("kv_heads", "q_heads"), _RAGGED) if self.shape.is_ragged else {}) | out
 
     def _add_spans(
         self,
@@ -201,16 +203,19 @@ class Anatomy:
         """The spans that one segment of a block's tensor gives to the axes inside its layer."""
         if segment == "intermediate":
             return [("intermediate", layer.intermediate_size, Span(name, dim, offset=offset))]
-        head, groups = self.shape.head_dim, layer.num_key_value_heads
-        per_group = layer.num_attention_heads // groups
+        head, groups, heads = self.shape.head_dim, layer.num_key_value_heads, layer.num_attention_heads
+        per_group = heads // groups
         if segment == "kv":
-            return [("kv_heads", groups, Span(name, dim, block=head, offset=offset))]
+            each = Span(name, dim, block=head, offset=offset)
+            return [("kv_heads", groups, each), ("heads", heads, replace(each, shared=layer.kv_heads_read))]
         if segment == "qkv":
-            return [("kv_heads", groups, Span(name, dim, block=3 * head, offset=offset))]
+            each = Span(name, dim, block=3 * head, offset=offset)
+            return [("kv_heads", groups, each), ("heads", heads, each)]
         strided = Span(name, dim, block=head, offset=offset, repeat=groups, stride=per_group * head)
         return [
             ("kv_heads", groups, Span(name, dim, block=per_group * head, offset=offset)),
             ("q_heads", per_group, strided),
+            ("heads", heads, Span(name, dim, block=head, offset=offset)),
         ]
 
     def exactness(self, axis: str) -> Exactness:
@@ -251,12 +256,13 @@ class Anatomy:
         return sum(t.numel for t in self.tensors.values() if t.is_matrix)
 
     def unit_params(self, axis: str) -> int:
-        """Parameters that one unit of an axis owns at the present sizes (for ``layers``: of the first layer)."""
+        """Parameters that go with one unit of an axis at the present sizes (for ``layers`` and ``heads``: with the first)."""
         total = 0
         for span in self.axes[axis].spans:
             if span.only in (None, 0):
                 shape = self.tensors[span.param].shape
-                total += span.rows_per_unit * math.prod(shape) // shape[span.dim]
+                rows = span.rows_per_unit if span.shared is None else len(span.gone((0,)))
+                total += rows * math.prod(shape) // shape[span.dim]
         return total
 
     def flops(self, seq_len: int, *, density: float = 1.0, convention: Literal["matrices", "all"] = "matrices") -> int:

@@ -41,19 +41,26 @@ _BATCH = 4  # windows at a time, unless --batch-size says otherwise
 class TextOptions:
     """How text becomes windows."""
 
-    windows: int
+    windows: int  # of evaluation text 0: all full ones
     seq_len: int
     seed: int | None = None  # None: the first windows; else drawn without replacement
     documents: str | None = None  # a slice such as ":800" or "-100:"
     field: str = "text"
+    stride: int | None = None  # tokens from one window's start to the next, where they overlap
 
     def checked(self, name: str, most: int | None) -> TextOptions:
         """Self, or UserError for a count that cannot be."""
-        if self.windows < 1:
+        if self.windows < (0 if name == "evaluation" else 1):
             raise UserError(f"windows: {self.windows} windows of {name} text are too few; give at least 1")
         if self.seq_len < 2 or (most is not None and self.seq_len > most):
             limit = f"2 to {most}, the positions the model knows" if most else "at least 2"
             raise UserError(f"seq_len: {self.seq_len} tokens a window of {name} text; it must be {limit}")
+        if self.stride is not None and not 1 <= self.stride < self.seq_len:
+            raise UserError(
+                f"stride: {self.stride} tokens between windows of {self.seq_len}; it must be 1 to {self.seq_len - 1}"
+            )
+        if self.stride is not None and self.seed is not None:
+            raise UserError("stride: windows that are drawn do not follow one another; drop --stride or --seed")
         return self
 
     def pack(self, tokenizer: PreTrainedTokenizerBase, source: str, online: bool) -> Windows:
@@ -61,11 +68,12 @@ class TextOptions:
         return pack(
             tokenizer,
             source,
-            windows=self.windows,
+            windows=self.windows or None,
             seq_len=self.seq_len,
             seed=self.seed,
             docs=self.documents,
             field=self.field,
+            stride=self.stride,
             online=online,
         )
 
@@ -246,11 +254,12 @@ def prune(
     opened = Source.open(source, online=online)
     Ledger.check(opened.path)
     made = _planned(opened, request, dtype_named(dtype), progress, world)
+    if made.method.trains:
+        raise UserError(f"tokens: {method} trains what it cuts; give prunus prune --tokens, or call train.shearing")
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} windows at a time are too few; give at least 1")
     aside = _scratch(made, opened, stream, scratch)
-    windows = None
-    tokenizer = opened.tokenizer()
+    tokenizer, windows = opened.tokenizer(), None
     if made.needs_text:
         if calibration is None:
             raise UserError(f"calibration: {method} needs text; give a .txt, .jsonl or .parquet file")
@@ -355,45 +364,3 @@ def evaluate(
     model = opened.load(dtype_named(dtype))
     with torch.no_grad():
         return score_windows(model, windows, progress=lambda d, t: progress(f"eval {opened.label}"[:24], d, t)), windows
-
-
-def compare(
-    sources: list[str],
-    text: str,
-    *,
-    options: TextOptions = EVALUATION,
-    dtype: str = "float32",
-    online: bool = False,
-    progress: Progress = no_progress,
-    record: Path | None = None,
-) -> dict[str, Any]:
-    """Score models on the same text, each with its own tokenizer; the first is the one asked about.
-
-    Returns the figures of every model with its windows; `record` appends one run record a model.
-    """
-    from . import record as records
-
-    offline(online)
-    if record is not None:
-        records.check_place(record)
-    for source in sources:  # all are checked before any is read
-        Source.open(source, online=online).anatomy.checked()
-    rows = []
-    for source in sources:
-        figures, windows = evaluate(source, text, options=options, dtype=dtype, online=online, progress=progress)
-        opened = Source.open(source, online=online)
-        row = {
-            "model": opened.label,
-            "weights_sha256": opened.sha256,
-            "params": opened.anatomy.num_params,
-            **figures.to_json(),
-        }
-        manifest = opened.path / checkpoint.MANIFEST
-        if opened.kind == "folder" and manifest.exists():
-            made = checkpoint.read_manifest(opened.path)
-            row |= {"method": made.method["request"], "ratios": made.ratios, "calibration": made.calibration}
-        rows.append(row | {"text": windows.provenance()})
-        if record is not None:
-            recipe = {"command": "eval", "model": opened.label, "text": windows.provenance(), "dtype": dtype}
-            records.append(record, "eval", recipe, row)
-    return {"text": rows[0]["text"], "dtype": dtype, "models": rows}

@@ -5,8 +5,8 @@ Everything that removes, counts or scores units is a loop over spans and knows n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Span:
 
     Unit ``u`` owns ``{offset + r * stride + u * block + j : r < repeat, j < block}``. A span with ``only`` belongs to
     that single unit, which owns the rows of ``u = 0``: so the ``layers`` axis names a different tensor for each unit.
+    In a `shared` span unit ``u`` has a part in block ``shared[u]``, which goes with the last unit that has: so a KV head
+    goes with its last query head.
     """
 
     param: str
@@ -27,15 +29,25 @@ class Span:
     repeat: int = 1
     stride: int = 0
     only: int | None = None
+    shared: tuple[int, ...] | None = None
 
     def rows(self, units: Iterable[int]) -> Tensor:
         """Row indices of `units`, int64, shape (units present, repeat * block), in the order of `units`."""
         wanted = list(units)
         if self.only is not None:
             wanted = [0] if self.only in wanted else []
+        if self.shared is not None:
+            wanted = [self.shared[u] for u in wanted]
         unit_U = torch.tensor(wanted, dtype=torch.int64)
         inner = torch.arange(self.repeat)[:, None] * self.stride + torch.arange(self.block)[None, :]
         return self.offset + unit_U[:, None] * self.block + inner.reshape(1, -1)
+
+    def gone(self, units: Collection[int]) -> Tensor:
+        """Row indices that go when these are all the units that go, int64 [rows]."""
+        if self.shared is None:
+            return self.rows(units).reshape(-1)
+        left = {block for u, block in enumerate(self.shared) if u not in units}
+        return replace(self, shared=None).rows(sorted({self.shared[u] for u in units} - left)).reshape(-1)
 
     @property
     def rows_per_unit(self) -> int:

@@ -102,6 +102,7 @@ _PER_LAYER = (
     "adaptive",
     "uniform",
     "uniform-free",
+    "gates",
 )  # these do with channels alone
 
 
@@ -277,6 +278,7 @@ _BUILDERS: Mapping[str, Callable[[Plan, Any, Mapping[str, Timing]], Plan]] = {
     "candidates": shaping.candidates,
     "adaptive": _adaptive,
     "target-shape": shaping.width,
+    "gates": shaping.gated,
     "contiguous": _depth,
     "lowest-layers": _depth,
     "greedy-layers": _depth,

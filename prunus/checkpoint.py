@@ -258,6 +258,8 @@ def _write_decision(outcome: Outcome, source: Source, calibration: Windows | Non
 
 
 def _ledger(outcome: Outcome, source: Source, calibration: Windows | None) -> Ledger:
+    if outcome.ledger is not None:
+        return outcome.ledger
     stage = Stage(name=outcome.plan.method.name, params=outcome.target.anatomy.num_params)
     if calibration is not None:
         stage.consume_text(calibration.sha256, calibration.num_tokens)

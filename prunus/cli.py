@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_compare, cli_data, cli_train
+from . import cli_compare, cli_data, cli_eval, cli_export, cli_train
 from .cli_options import (
     METHOD_HELP,
     AllocateOpt,
@@ -29,21 +29,24 @@ from .cli_options import (
     OrderOpt,
     PatternOpt,
     RatioOpt,
-    RecordOpt,
     SeedOpt,
     SeqLenOpt,
     SourceArg,
     SparsityOpt,
     SplitOpt,
     TargetOpt,
+    TokensFolderOpt,
+    TokensOpt,
     UniformOpt,
     WindowsOpt,
+    check_processes,
     order_of,
     pairs,
     sizes_of,
     split_of,
     tell,
 )
+from .cli_options import multiple_of as multiple
 from .errors import UserError, VerificationError
 from .methods import METHODS
 from .network import offline
@@ -63,6 +66,11 @@ app = typer.Typer(
 
 app.add_typer(cli_data.app, name="data")
 app.command(name="ledger")(cli_data.ledger)
+app.command(name="eval")(cli_eval.evaluate)
+app.command(name="measure")(cli_eval.measure)
+app.command(name="export")(cli_export.export)
+app.command(name="card")(cli_export.card)
+app.command(name="push")(cli_export.push)
 app.command(name="compare-methods")(cli_compare.compare_methods)
 
 
@@ -116,7 +124,7 @@ def plan(
 ) -> None:
     """Say what a cut would be: shapes, parameters, FLOPs, KV cache, memory, time; or a training run. Reads no weight."""
     if train:
-        cli_train.plan(source, changes or [], devices, rate, memory, as_json)
+        cli_train.plan(source, changes or [], devices, rate, memory, latency, as_json)
         return
     if method is None:
         raise UserError("Missing option '--method'; prunus methods lists them")
@@ -130,7 +138,7 @@ def plan(
         pattern,
         sizes_of(target),
         uniform,
-        multiple_of,
+        multiple(multiple_of, source, dtype, online=online),
         compensate,
         pairs(option, "--option"),
     )
@@ -181,6 +189,8 @@ def prune(
         Path | None, typer.Option("--statistics", help="Keep (or reuse) what passes over the dense model found here.")
     ] = None,
     dtype: DtypeOpt = "float32",
+    tokens: TokensOpt = None,
+    data: TokensFolderOpt = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read and write block by block: memory holds one block, not the model.")
     ] = False,
@@ -194,6 +204,23 @@ def prune(
     from .progress import Progress
 
     sizes, options, shares = sizes_of(target), pairs(option, "--option"), split_of(split)
+    step = multiple(multiple_of, source, dtype, online=online)
+    if method in METHODS and METHODS[method].trains:
+        from .planning import Request
+
+        asked = (method, ratio, pattern, sizes, uniform, step, compensate, options, sparsity, shares)
+        request = Request(*asked, allocate, cost, order_of(sequential))
+        refused = {
+            "windows": windows != 32, "documents": documents is not None, "batch_size": batch_size != 4,
+            "statistics": statistics is not None, "stream": stream,
+        }  # fmt: skip
+        cli_train.check_shearing(method, tokens, refused, stray_field=calibration is None and field != "text")
+        text = None if calibration is None else (calibration, field)
+        cli_train.shear(
+            source, request, out, tokens or "", data, text, seq_len, seed or 0, dtype, overwrite, online, as_json
+        )
+        return
+    cli_train.refuse_training(method, tokens=tokens, data=data)
     checkpoint.check_destination(out, overwrite=overwrite, needed_bytes=0)
     with World.joined() as world, Progress(quiet=as_json or not leads()) as progress:
         result = api.prune(
@@ -204,7 +231,7 @@ def prune(
             pattern=pattern,
             target=sizes,
             uniform=uniform,
-            multiple_of=multiple_of,
+            multiple_of=step,
             compensate=compensate,
             options=options,
             sparsity=sparsity,
@@ -228,32 +255,6 @@ def prune(
         manifest = result.save(out, overwrite=overwrite)
         progress("verify", 1, 1)
     tell({"out": str(out), **manifest.model_dump(exclude={"fingerprint"})}, as_json, show.manifest)
-
-
-@app.command(name="eval")
-def evaluate(
-    source: SourceArg,
-    text: Annotated[str, typer.Option("--text", "-t", help="Text, JSONL, Parquet, or datasets:NAME.")],
-    baseline: Annotated[str | None, typer.Option("--baseline", help="Another model to score on the same windows.")] = None,
-    windows: WindowsOpt = 16,
-    seq_len: SeqLenOpt = 1024,
-    seed: SeedOpt = None,
-    documents: DocumentsOpt = None,
-    field: FieldOpt = "text",
-    dtype: DtypeOpt = "float32",
-    record: RecordOpt = None,
-    online: OnlineOpt = False,
-    as_json: JsonOpt = False,
-) -> None:
-    """Perplexity and bits per byte on windows of text."""
-    from . import api, show
-    from .progress import Progress
-
-    options = api.TextOptions(windows, seq_len, seed, documents, field)
-    sources = [source] + ([baseline] if baseline else [])
-    with Progress(quiet=as_json) as progress:
-        result = api.compare(sources, text, options=options, dtype=dtype, online=online, progress=progress, record=record)
-    tell(result, as_json, show.evaluation)
 
 
 @app.command()
@@ -337,42 +338,38 @@ def run(arguments: list[str]) -> int:
     offline(online="--online" in arguments)  # before anything heavy is imported
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        _check_processes(arguments)
+        check_processes(arguments)
         result = app(arguments, standalone_mode=False)
     except (UserError, VerificationError) as error:
-        code = 2 if isinstance(error, UserError) else 3
-        _say_error(str(error), code, "--json" in arguments)
-        return code
+        return _fail(str(error), 2 if isinstance(error, UserError) else 3, "--json" in arguments)
     except _ClickException as error:
         if not arguments:
             print(error.format_message())
-        else:
-            _say_error(error.format_message().rstrip("."), 2, "--json" in arguments)
-        return 2
+            return 2
+        return _fail(error.format_message().rstrip("."), 2, "--json" in arguments)
     except (KeyboardInterrupt, typer.Abort):
         result = 130
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        _say_error(
+        return _fail(
             "out of memory: lower --windows, --seq-len or --batch-size, or use --dtype bfloat16",
             1,
             "--json" in arguments,
         )
-        return 1
-    if result == 130:  # typer turns Ctrl-C into this code itself
+    if result == 130 and os.environ.get("RANK", "0") == "0":  # typer turns Ctrl-C into this code itself
         print("prunus: stopped; nothing half-written was left behind", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 
-def _check_processes(arguments: list[str]) -> None:
-    """UserError if torchrun started a command that would do the same in every process."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count != "1" and arguments[:1] not in (["train"], ["prune"]):
-        asked = arguments[0] if arguments else "prunus"
-        raise UserError(
-            f"{asked}: torchrun started {count} processes, but only train and prune share their work; start it alone"
-        )
+def _fail(message: str, code: int, as_json: bool) -> int:
+    """Say what went wrong, once however many processes there are; returns the exit code, of all of them."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        _say_error(message, code, as_json)
+        return code
+    from .distributed import fail_once
+
+    return fail_once(code, lambda who: _say_error(who + message, code, as_json))
 
 
 def _say_error(message: str, code: int, as_json: bool) -> None:

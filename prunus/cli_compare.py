@@ -38,7 +38,9 @@ def compare_methods(
     windows: WindowsOpt = 32,
     seq_len: SeqLenOpt = 512,
     documents: DocumentsOpt = None,
-    eval_windows: Annotated[int, typer.Option("--eval-windows", help="Number of evaluation windows.")] = 16,
+    eval_windows: Annotated[
+        int, typer.Option("--eval-windows", help="Number of evaluation windows; 0: all full ones.")
+    ] = 16,
     eval_seq_len: Annotated[int, typer.Option("--eval-seq-len", help="Tokens an evaluation window.")] = 1024,
     eval_documents: Annotated[
         str | None, typer.Option("--eval-documents", help="A slice of the evaluation documents, such as -100:.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,9 @@ TargetOpt = Annotated[
     list[str] | None, typer.Option("--target", help="SIZE=NUMBER to reach instead of a ratio, such as hidden_size=512.")
 ]
 UniformOpt = Annotated[bool, typer.Option("--uniform", help="Make all layers alike, so that stock engines can load it.")]
-MultipleOpt = Annotated[int | None, typer.Option("--multiple-of", help="Sizes become multiples of this.")]
+MultipleOpt = Annotated[
+    str | None, typer.Option("--multiple-of", help="Sizes become multiples of this; auto: of what this machine is fast at.")
+]
 CompensateOpt = Annotated[
     str | None,
     typer.Option("--compensate", help="What repairs the rest: none, bias, gain. Of a combination PART=VALUE[,PART=VALUE]."),
@@ -65,9 +68,29 @@ DocumentsOpt = Annotated[str | None, typer.Option("--documents", help="A slice o
 BatchOpt = Annotated[int, typer.Option("--batch-size", help="Windows that go through a block together.")]
 FieldOpt = Annotated[str, typer.Option("--field", help="The field of a JSONL or Parquet row that holds the text.")]
 DtypeOpt = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+TokensOpt = Annotated[
+    str | None, typer.Option("--tokens", help="Of a method that trains: how many it trains on, such as 200k or 4M.")
+]
+TokensFolderOpt = Annotated[
+    str | None, typer.Option("--data", help="Of such a method: a folder of prepared tokens, instead of --calibration.")
+]
 OnlineOpt = Annotated[bool, typer.Option("--online", help="Allow downloads from the Hugging Face hub.")]
 RecordOpt = Annotated[Path | None, typer.Option("--record", help="Append a JSON line with recipe, versions and figures.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def check_processes(arguments: list[str]) -> None:
+    """UserError if torchrun started a command that would do the same in every process; of others, all fail together."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and arguments[:1] not in (["train"], ["prune"]):
+        asked = arguments[0] if arguments else "prunus"
+        raise UserError(
+            f"{asked}: torchrun started {count} processes, but only train and prune share their work; start it alone"
+        )
+    if count != "1":
+        from .distributed import fail_with_others
+
+        fail_with_others()
 
 
 def pairs(items: list[str] | None, option: str) -> dict[str, str]:
@@ -89,6 +112,30 @@ def sizes_of(items: list[str] | None) -> dict[str, int]:
             raise UserError(f"--target: {name}={value} is not a whole number")
         out[name] = int(value)
     return out
+
+
+def multiple_of(text: str | None, source: str, dtype: str, *, online: bool) -> int | None:
+    """What --multiple-of says: a number, or by `auto` the least that products of the source's width are fast at here."""
+    if text is None or text.removeprefix("-").isdecimal():
+        return None if text is None else int(text)
+    if text != "auto":
+        raise UserError(f"--multiple-of: {text} is no whole number, and not auto")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--multiple-of: several processes may measure differently; give a number, which auto alone tells")
+    from . import api, measure
+    from .source import DTYPES, Source
+
+    shape = Source.open(source, online=online).anatomy.shape
+    widest = max(layer.intermediate_size for layer in shape.layers)
+    return measure.multiple(shape.hidden_size, widest, DTYPES[api.dtype_named(dtype)])
+
+
+def numbers_of(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers with commas."""
+    parts = [part.strip() for part in text.split(",")]
+    if wrong := [part for part in parts if not (part.isascii() and part.isdigit())]:
+        raise UserError(f"{option}: {wrong[0]!r} is not a whole number; give some with commas, such as 1,2")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def split_of(text: str | None) -> tuple[float, ...]:

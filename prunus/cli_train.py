@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .cli_options import JsonOpt, OnlineOpt, tell
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .planning import Request
 
 recipes = typer.Typer(name="recipe", help="Training recipes.", no_args_is_help=True)
 studies = typer.Typer(name="study", help="Grids of training runs.", no_args_is_help=True)
@@ -104,7 +108,7 @@ def train(
     else:
         asked = recipes_.read(str(recipe), changes or (), fields)
     run = prepare(asked, out, online=online)
-    for note in run.feeds.notes:
+    for note in run.notes if leads() else ():
         print(f"note: {note}", file=sys.stderr)
     sinks = [tracking.sink(kind, out) for kind in track or ()] + ([] if as_json else [show_train.line])
 
@@ -115,7 +119,8 @@ def train(
     try:
         result = execute(run, say=say)
     except StoppedError as stop:
-        print(f"prunus: {stop}", file=sys.stderr)
+        if leads():
+            print(f"prunus: {stop}", file=sys.stderr)
         raise typer.Exit(stop.code) from stop
     if not leads():
         return
@@ -123,6 +128,69 @@ def train(
         print(json.dumps(result, allow_nan=False))
     else:
         show_train.result(result, out)
+
+
+def refuse_training(method: str, **given: str | None) -> None:
+    """UserError for what is of methods that train, beside one that does not."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}: {method} does not train; drop --{name}, or take sheared-llama")
+
+
+def check_shearing(method: str, tokens: str | None, refused: Mapping[str, bool], *, stray_field: bool) -> None:
+    """UserError for a method that trains, without tokens or with an option that it has no use for."""
+    if tokens is None:
+        raise UserError(f"tokens: {method} trains with what it cuts; give --tokens, such as --tokens 4M")
+    if wrong := [name for name, given in refused.items() if given]:
+        raise UserError(f"{wrong[0]}: {method} trains, and does not take it; drop --{wrong[0].replace('_', '-')}")
+    if stray_field:
+        raise UserError("field: prepared tokens have none; drop --field, or give --calibration")
+
+
+def shear(
+    source: str,
+    request: Request,
+    out: Path,
+    tokens: str,
+    data: str | None,
+    text: tuple[str, str] | None,
+    seq_len: int,
+    seed: int,
+    dtype: str,
+    overwrite: bool,
+    online: bool,
+    as_json: bool,
+) -> None:
+    """What `prunus prune` does by a method that trains; `text` is a file and the field of its rows."""
+    from . import show, show_train
+    from .api import dtype_named
+    from .data.prepare import Text
+    from .progress import Progress
+    from .train.shearing import shear as sheared
+    from .train.stopping import StoppedError
+
+    try:
+        with Progress(quiet=as_json) as progress:
+            manifest = sheared(
+                source,
+                request,
+                out,
+                tokens=_count("--tokens", tokens),
+                data=data,
+                text=None if text is None else Text(*text, online=online),
+                seq_len=seq_len,
+                seed=seed,
+                dtype=dtype_named(dtype),
+                overwrite=overwrite,
+                online=online,
+                progress=progress,
+                say=(lambda line: None) if as_json else show_train.line,
+            )
+    except StoppedError as stop:
+        print(f"prunus: {stop}", file=sys.stderr)
+        raise typer.Exit(stop.code) from stop
+    if manifest is not None:
+        tell({"out": str(out), **manifest.model_dump(exclude={"fingerprint"})}, as_json, show.manifest)
 
 
 def teach(
@@ -178,13 +246,15 @@ def runs(
         show_train.table(rows)
 
 
-def plan(recipe: str, changes: list[str], devices: int, rate: float | None, memory: float | None, as_json: bool) -> None:
+def plan(
+    recipe: str, changes: list[str], devices: int, rate: float | None, memory: float | None, latency: bool, as_json: bool
+) -> None:
     """What `prunus plan --train` prints."""
     from . import show_train
     from .train import recipe as recipes_
     from .train.estimate import planned
 
-    result = planned(recipes_.read(recipe, changes), devices=devices, rate=rate, memory=memory)
+    result = planned(recipes_.read(recipe, changes), devices=devices, rate=rate, memory=memory, latency=latency)
     tell(result, as_json, show_train.plan)
 
 

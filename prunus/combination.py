@@ -96,6 +96,9 @@ def _methods(request: Request) -> list[Method]:
     """The rows of all parts; UserError for an order or a pair that cannot be."""
     methods = [method_named(name.strip()) for name in request.method.split(SEPARATOR)]
     names = [method.name for method in methods]
+    for method in methods:
+        if method.trains:
+            raise UserError(f"method: {method.name} trains, so it is no part of a combination; give it alone, with --tokens")
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"method: {name} stands twice in {request.method}; a combination has each part once")

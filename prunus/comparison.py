@@ -68,6 +68,11 @@ def request_of(method: str, ratio: float) -> Request:
     """
     words = method.split("+")
     names = [word for i, word in enumerate(words) if i == 0 or word in METHODS]
+    for name in names:
+        if name in METHODS and METHODS[name].trains:
+            raise UserError(
+                f"methods: {name} trains, so it has no cut to compare with others' here; use prunus prune --tokens"
+            )
     fields: dict[str, Any] = {}
     options: dict[str, str] = {}
     for word in words[1:]:

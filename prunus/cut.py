@@ -55,7 +55,7 @@ def slice_plan(anatomy: Anatomy, keep: Keep, *, fold: bool = True, gains: Mappin
         axis = anatomy.axes[name]
         dropped = keep.dropped(name, axis.size)
         for span in axis.spans if dropped else ():
-            gone.setdefault((span.param, span.dim), []).append(span.rows(dropped).reshape(-1))
+            gone.setdefault((span.param, span.dim), []).append(span.gone(dropped))
     rows: dict[str, dict[int, Tensor]] = {}
     for (param, dim), indices in gone.items():
         stays = torch.ones(anatomy.tensors[param].shape[dim], dtype=torch.bool)
@@ -140,7 +140,7 @@ def zero_(tensors: Mapping[str, Tensor], anatomy: Anatomy, keep: Keep) -> None:
         for span in axis.spans if dropped else ():
             if span.param in tensors:
                 target = tensors[span.param]
-                target.index_fill_(span.dim, span.rows(dropped).reshape(-1).to(target.device), 0)
+                target.index_fill_(span.dim, span.gone(dropped).to(target.device), 0)
 
 
 @torch.no_grad()

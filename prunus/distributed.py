@@ -6,9 +6,14 @@ The only file that knows of process groups. Alone, a process imports none of it:
 from __future__ import annotations
 
 import atexit
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # what is agreed on is small and lies in main memory
+_LOOK_S, _PATIENCE_S = 0.5, 4.0  # how often a process looks for others' failures; what it gives them to fail, or to go
 _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset")  # torch raises bare RuntimeErrors for lost processes
 
 
@@ -36,11 +42,11 @@ class World:
     @classmethod
     @contextmanager
     def joined(cls, device: str = "cpu") -> Iterator[World]:
-        """All processes that torchrun started; UserError in the others when one is lost.
+        """All processes that torchrun started; UserError in the others when one is lost. None goes on before all are done.
 
         The group stands until the process ends: what torchrun gave to find each other by is good for one group.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if processes() == 1:
             yield cls(device=device)
             return
         import torch.distributed as dist
@@ -48,18 +54,21 @@ class World:
         if not dist.is_initialized():
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(_BACKENDS[device])
+            board = _Board.found()
+            store = dist.PrefixStore("group", board.store)
+            dist.init_process_group(_BACKENDS[device], store=store, rank=board.rank, world_size=board.size)
             atexit.register(dist.destroy_process_group)
         world = cls(dist.get_rank(), dist.get_world_size(), device)
         try:
             world.barrier()
             yield world
+            world.barrier()
         except RuntimeError as error:
             if not any(word in str(error) for word in _LOST):
                 raise
             raise UserError(
-                f"process {world.rank} of {world.size} lost another one, whose own message says why; the same "
-                "command goes on from the last checkpoint"
+                f"one of {world.size} processes was lost, and its own message says why; the same command goes on from the "
+                "last checkpoint"
             ) from error
 
     @property
@@ -169,9 +178,14 @@ class World:
         """What this process would hold of a whole tensor, after `shard_`."""
         return self._parts(tensor)[self.rank]
 
+    def rows(self, count: int) -> slice:
+        """The rows that this process would hold of a tensor of `count`, after `shard_`."""
+        each = -(-count // self.size)
+        return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))
+
     def first_row(self, count: int) -> int:
-        """The first of the rows that this process would hold of a tensor of `count`, after `shard_`."""
-        return min(self.rank * -(-count // self.size), count)
+        """The first of them."""
+        return self.rows(count).start
 
     def _parts(self, tensor: Tensor) -> list[Tensor]:
         """FSDP2 cuts dimension 0 as `torch.chunk` does; where there are too few rows, the last processes hold none."""
@@ -206,9 +220,120 @@ class World:
 ALONE = World()
 
 
+def processes() -> int:
+    """How many torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def leads() -> bool:
     """Whether this is the process that speaks to the user."""
     return os.environ.get("RANK", "0") == "0"
+
+
+# -- one failure for all ----------------------------------------------------------------------------------------------------
+
+
+def fail_with_others() -> None:
+    """From here on this process ends when another one's `fail_once` says so, also while it waits for that one in a collective."""
+    if "MASTER_ADDR" in os.environ:  # which torchrun sets
+        _Board.found().watch_()
+
+
+def fail_once(code: int, say: Callable[[str], None]) -> int:
+    """One process says what went wrong, and all end with its exit code, which is returned.
+
+    That is the first one if it fails too, else the first to fail; `say` is called in it alone, with a word on who speaks.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        say("")
+        return code
+    board = _Board.found()
+    board.ending.set()
+    try:
+        mine, code = board.claim(code)
+    except RuntimeError:  # whoever kept the store is gone, and with it what the others know
+        say("")
+        return code
+    if mine:
+        say("" if board.rank == 0 else f"process {board.rank} of {board.size}: ")
+        sys.stdout.flush()
+    with suppress(RuntimeError):
+        if mine:
+            board.store.set("said", "1")
+        board.leave(board.store)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends to the rest when the first has ended
+    return code
+
+
+class _Board:
+    """Who failed, written where the processes meet before there is a group: it answers while others wait in a collective."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self.ending = threading.Event()  # the main thread is on its way out
+
+    @classmethod
+    @functools.cache
+    def found(cls) -> _Board:
+        """By what torchrun put into the environment; the same one whenever it is asked for."""
+        import torch.distributed as dist
+
+        return cls(*next(dist.rendezvous("env://")))
+
+    def claim(self, code: int) -> tuple[bool, int]:
+        """(whether this process is the one that speaks, the exit code of the one that does).
+
+        A mistake of the user is found by all, sooner or later; so the others give the first process a moment to be first.
+        """
+        if self.rank:
+            _until(lambda: self.store.check(["failed"]))
+        who, agreed = self.store.compare_set("failed", "", f"{self.rank} {code}").decode().split()
+        return int(who) == self.rank, int(agreed)
+
+    def leave(self, store: Any) -> None:
+        """Wait until it was said and all know, or until those that do not come must be lost."""
+        _until(lambda: store.check(["said"]))
+        store.add("gone", 1)
+        _until(lambda: store.add("gone", 0) >= self.size, 2 * _PATIENCE_S)
+
+    def watch_(self) -> None:
+        """Starts a thread that ends this process when another one failed and this one neither fails nor comes back."""
+        store = self.store.clone()  # a client serves one request at a time, and the main thread's may wait
+
+        def look() -> None:
+            try:
+                while not store.check(["failed"]):
+                    if self.ending.wait(_LOOK_S):
+                        return
+                if self.ending.wait(_PATIENCE_S):
+                    return
+                code = int(store.get("failed").decode().split()[1])
+                self.leave(store)
+            except RuntimeError:  # the store is gone: so are the others, and the group says so to the main thread
+                return
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+
+        def end() -> None:
+            self.ending.set()
+            thread.join(_PATIENCE_S)  # an interpreter that ends while a thread is in the store's C++ aborts
+
+        atexit.register(end)
+
+
+def _until(holds: Callable[[], bool], seconds: float = _PATIENCE_S) -> bool:
+    """Whether it came to hold within that time."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_LOOK_S / 10)
+    return True
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -28,12 +28,17 @@ class Perplexity:
     num_predictions: int
     num_bytes: int
     window_nll: tuple[float, ...]  # nats of each window, for paired comparison
+    num_words: int = 0
 
     @property
     def perplexity(self) -> float:
         """exp of the mean loss of a token; infinite where that overflows."""
-        mean = self.nll / self.num_predictions
-        return math.exp(mean) if mean < 700 else math.inf
+        return _exp(self.nll / self.num_predictions)
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp of the mean loss of a word, as white space parts them; comparable between tokenizers. None without words."""
+        return _exp(self.nll / self.num_words) if self.num_words else None
 
     @property
     def bits_per_byte(self) -> float:
@@ -42,13 +47,20 @@ class Perplexity:
 
     def to_json(self) -> dict[str, Any]:
         """The figures that go into records."""
+        words = self.word_perplexity
         return {
             "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,  # JSON has no infinity
+            "word_perplexity": words if words is not None and math.isfinite(words) else None,
             "bits_per_byte": self.bits_per_byte,
             "loss": self.nll / self.num_predictions,
             "predictions": self.num_predictions,
             "bytes": self.num_bytes,
+            "words": self.num_words,
         }
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def token_nll(logits_TV: Tensor, ids_T: Tensor) -> float:
@@ -61,13 +73,14 @@ def token_nll(logits_TV: Tensor, ids_T: Tensor) -> float:
 def perplexity(
     model: PreTrainedModel, windows: Windows, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Perplexity:
-    """Score every window by itself, T - 1 predictions each; logits of one window at a time are held."""
+    """Score every window by itself, the tokens of it that count; logits of one window at a time are held."""
     nll = []
     for i, ids_T in enumerate(windows.ids_NT):
-        logits = model(input_ids=ids_T[None], use_cache=False).logits
-        nll.append(token_nll(logits[0], ids_T))
+        before = windows.first_predicted(i) - 1
+        logits = model(input_ids=ids_T[None], use_cache=False, logits_to_keep=windows.seq_len - before).logits
+        nll.append(token_nll(logits[0], ids_T[before:]))
         progress(i + 1, windows.num_windows)
-    return Perplexity(sum(nll), windows.num_windows * (windows.seq_len - 1), windows.num_bytes, tuple(nll))
+    return Perplexity(sum(nll), windows.num_predictions, windows.num_bytes, tuple(nll), windows.num_words)
 
 
 @torch.no_grad()

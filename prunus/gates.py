@@ -21,6 +21,7 @@ _START, _SPREAD = 4.0, 0.3  # of log alphas: nearly all gates open, none quite l
 _SETTLED = 0.8  # sharpens a gate that is no longer drawn, as published
 _BETAS = (0.9, 0.95)
 _SLOTS = ("exp_avg", "exp_avg_sq")
+_NEAR = 0.02  # of an axis: sizes that are expected so near to the target are there
 
 Z = Mapping[str, Tensor]  # kind of axis -> gates [R, U]
 
@@ -60,6 +61,11 @@ def off_target(log_alpha_RU: Tensor, target: float) -> Tensor:
 def penalty(off_R: Tensor, multipliers: Tensor) -> Tensor:
     """Mean over rows of l1 d + l2 d^2, d being how far they are off; its ascent in (l1, l2) is the mean of (d, d^2)."""
     return (multipliers[0] * off_R + multipliers[1] * off_R.square()).mean()
+
+
+def least_updates(rate: float) -> int:
+    """Before so many, no gate can close: Adam moves a log alpha by about its rate, from its start to where P(z > 0) is 1/2."""
+    return math.ceil((_START + BETA * math.log(-HIGH / LOW)) / rate)
 
 
 # -- the gates of a model -------------------------------------------------------------------------------------------------
@@ -136,6 +142,15 @@ class Gates:
         """Units of each kind that are expected to stay, as a mean over rows."""
         return {kind: float(alive(a).sum(1).mean()) for kind, a in self.log_alpha.items()}
 
+    def doubt(self) -> float:
+        """`undecided` over that of gates which are all alike and at the target, 2 q (1 - q) at a share q that stays: its mean."""
+        shares = {kind: 1 - self.asked(kind) for kind in self.targets}
+        return sum(u / (2 * shares[k] * (1 - shares[k])) for k, u in self.undecided().items()) / len(shares)
+
+    def far(self) -> list[str]:
+        """The kinds whose expected size is not near the target: what is cut of them then is not what was learned."""
+        return [k for k, n in self.expected().items() if abs(n - self.targets[k]) > _NEAR * self.sizes[k][1]]
+
     @torch.no_grad()
     def kept(self) -> dict[str, Tensor]:
         """bool [R, U]: exactly the targets' sizes."""
@@ -147,6 +162,12 @@ class Gates:
         return {
             kind: settled(a, self._count(kind) if exactly else alive(a).sum(1).round()) for kind, a in self.log_alpha.items()
         }
+
+    @torch.no_grad()
+    def undecided(self) -> dict[str, float]:
+        """Share of each kind's gates that would be drawn otherwise than `kept` has it: sizes that are off, and gates in between."""
+        kept = self.kept()
+        return {kind: float((alive(a) - kept[kind].float()).abs().mean()) for kind, a in self.log_alpha.items()}
 
     def _count(self, kind: str) -> Tensor:
         return torch.full((self.sizes[kind][0],), self.targets[kind])

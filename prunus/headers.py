@@ -24,6 +24,12 @@ class Entry:
     start: int
     end: int
 
+    def rows(self, part: slice) -> Entry:
+        """Where some of the first dimension lies: side by side."""
+        width = (self.end - self.start) // max(1, self.shape[0])
+        places = self.start + part.start * width, self.start + part.stop * width
+        return Entry(self.path, self.dtype, (part.stop - part.start, *self.shape[1:]), *places)
+
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape from a safetensors header; UserError if the file is truncated or its header is broken."""

@@ -22,6 +22,7 @@ from .anatomy import Anatomy
 from .errors import UserError
 from .families import PRUNED_PREFIX, family_of
 from .keep import Keep
+from .shape import LayerShape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +78,19 @@ def target_for(
 
     Raises UserError where neither a stock type nor ours can say it.
     """
-    after = keep.anatomy_after(anatomy).checked()
+    return _target(config, anatomy, keep, keep.anatomy_after(anatomy).checked(), fold, out_bias, stock)
+
+
+def unshared_target(config: PreTrainedConfig, anatomy: Anatomy) -> Target:
+    """The config of the model whose query heads have a KV head each."""
+    layers = (LayerShape(x.num_attention_heads, x.num_attention_heads, x.intermediate_size) for x in anatomy.shape.layers)
+    after = anatomy.with_shape(anatomy.shape.with_layers(tuple(layers)))
+    return _target(config, anatomy, Keep(), after, False, frozenset(), True)
+
+
+def _target(
+    config: PreTrainedConfig, anatomy: Anatomy, keep: Keep, after: Anatomy, fold: bool, out_bias: frozenset[str], stock: bool
+) -> Target:
     fields = _fields(config, anatomy, keep, after, fold)
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     notes: list[str] = []
@@ -100,8 +113,9 @@ def target_for(
     ours |= {f for f in after.flags if f.endswith("_out_bias")}
     pruned = _pruned_config(model_type, fields, after, ours)
     if not after.shape.is_uniform:
+        why = "query heads share KV heads unevenly" if after.shape.is_ragged else "layers differ in size"
         notes.append(
-            f"layers differ in size: the checkpoint is of type pruned_{model_type} and loads with prunus, or with "
+            f"{why}: the checkpoint is of type pruned_{model_type} and loads with prunus, or with "
             "trust_remote_code=True; no stock engine can serve it"
         )
     return Target(pruned, after.with_flags(*ours), tuple(notes))
@@ -243,6 +257,8 @@ def _pruned_config(model_type: str, fields: dict[str, Any], after: Anatomy, flag
         own: dict[str, Any] = {"skip": list(layer.skipped)} if layer.skipped else {}
         if layer.num_attention_heads:
             own |= {"num_attention_heads": layer.num_attention_heads, "num_key_value_heads": layer.num_key_value_heads}
+        if layer.kv_index is not None:
+            own["kv_index"] = list(layer.kv_index)
         if layer.intermediate_size:
             own["intermediate_size"] = layer.intermediate_size
         per_layer[i] = {name: value for name, value in own.items() if name not in lacks}

@@ -20,6 +20,7 @@ from .distributed import ALONE, World
 from .findings import Findings
 from .hf import Target, target_for
 from .keep import Keep, WeightMask
+from .ledger import Ledger
 from .planning import Plan
 from .statistics import Sweep
 
@@ -90,6 +91,7 @@ class Outcome:
     flops: int = 0  # of the matrix products that scoring and cutting took, in all processes
     notes: tuple[str, ...] = ()
     store: Store = field(default_factory=InMemory)
+    ledger: Ledger | None = None  # of a cut that was trained: all that it consumed
 
     @property
     def ratios(self) -> dict[str, float]:

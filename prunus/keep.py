@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,7 +46,14 @@ class Keep:
                 raise UserError(f"keep: '{name}' has units 0 to {axis.size - 1}, got {bad}")
             if not kept and kind_of(name) not in ("attention", "mlp"):
                 raise UserError(f"keep: '{name}' would keep no unit; remove the sub-layer or the layer instead")
+            if kind_of(name) == "heads" and (other := self._of_groups(name)):
+                raise UserError(f"keep: '{name}' and '{other}' both cut the layer's query heads; name one of them")
         return self
+
+    def _of_groups(self, name: str) -> str | None:
+        """An axis of the same layer that cuts its query heads by groups."""
+        others = (name.removesuffix("heads") + kind for kind in ("kv_heads", "q_heads"))
+        return next((other for other in others if other in self.units), None)
 
     def dropped(self, name: str, size: int) -> list[int]:
         """Units of an axis that go."""
@@ -75,21 +82,20 @@ class Keep:
         def size(name: str, default: int) -> int:
             return len(self.units[name]) if name in self.units else default
 
-        layers = []
-        for i in self.units.get("layers", range(shape.num_hidden_layers)):
-            old = shape.layers[i]
+        def layer(i: int, old: LayerShape) -> LayerShape:
+            channels = size(f"layers.{i}.intermediate", old.intermediate_size) * size(f"layers.{i}.mlp", 1)
+            if not size(f"layers.{i}.attention", 1) or not old.num_key_value_heads:
+                return LayerShape(0, 0, channels)
+            heads = self.units.get(f"layers.{i}.heads")
+            if heads is not None:
+                return LayerShape.mapped([old.kv_heads_read[q] for q in heads], channels)
+            if old.kv_index is not None:
+                return replace(old, intermediate_size=channels)
             groups = size(f"layers.{i}.kv_heads", old.num_key_value_heads)
-            per_group = 0
-            if old.num_key_value_heads:
-                per_group = size(f"layers.{i}.q_heads", old.num_attention_heads // old.num_key_value_heads)
-            attention, mlp = size(f"layers.{i}.attention", 1), size(f"layers.{i}.mlp", 1)
-            layers.append(
-                LayerShape(
-                    groups * per_group * attention,
-                    groups * attention,
-                    size(f"layers.{i}.intermediate", old.intermediate_size) * mlp,
-                )
-            )
+            per_group = size(f"layers.{i}.q_heads", old.num_attention_heads // old.num_key_value_heads)
+            return LayerShape(groups * per_group, groups, channels)
+
+        layers = [layer(i, shape.layers[i]) for i in self.units.get("layers", range(shape.num_hidden_layers))]
         cut = type(shape)(
             size("hidden", shape.hidden_size),
             shape.head_dim,

@@ -65,6 +65,7 @@ def layer_part(anatomy: Anatomy, layer: int) -> str:
     s, own = anatomy.shape, anatomy.shape.layers[layer]
     sizes = f"hidden={s.hidden_size} head_dim={s.head_dim} heads={own.num_attention_heads}/{own.num_key_value_heads}"
     flags = "".join(f" {flag}" for flag in sorted(anatomy.flags))
+    flags += " ragged" if own.kv_index is not None else ""  # keys and values are gathered, whatever the map
     return f"{anatomy.family.name} layer {sizes} intermediate={own.intermediate_size}{flags}"
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics as st
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .shape import Shape
 
 
 def _repeat(run: Callable[[], None], repeats: int) -> list[float]:
@@ -81,3 +85,60 @@ def gemm_rate(seconds: float = 0.15) -> float:
         a @ b
         count += 1
     return count * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+# -- widths ---------------------------------------------------------------------------------------------------------------
+
+MULTIPLES = (1, 8, 16, 32, 64)
+_ROWS, _CLOSE, _SLOW = 128, 0.95, 0.9  # tokens of a product; of the best rate; of its time, where it is worth saying
+
+
+@dataclass(frozen=True)
+class Width:
+    """A size of a model, and the next wider one whose product takes clearly less time; None if there is none."""
+
+    name: str
+    size: int
+    better: int | None
+    ratio: float  # its time over that of the size
+
+
+def _product_s(width: int, hidden: int, dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """The least seconds of [tokens, hidden] x [hidden, width]^T."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, hidden, generator=generator).to(dtype) for n in (_ROWS, width))
+    torch.nn.functional.linear(x, w)
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until or best == math.inf:
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def slow_widths(shape: Shape, dtype: torch.dtype) -> list[Width]:
+    """Every FFN width of the model, and the stem: whether a rounder, wider one would be faster."""
+    hidden = shape.hidden_size
+    sizes = [("hidden_size", hidden)] + [
+        ("intermediate_size", f) for f in sorted({x.intermediate_size for x in shape.layers})
+    ]
+    out = []
+    for name, size in sizes:
+        own = _product_s(size, hidden, dtype)
+        rounder = {-(-size // m) * m for m in MULTIPLES} - {size}
+        times = {width: _product_s(width, hidden, dtype) for width in rounder}
+        best = min(times, key=lambda width: times[width], default=None)
+        found = best is not None and times[best] < _SLOW * own
+        out.append(Width(name, size, best if found else None, times[best] / own if found and best is not None else 1.0))
+    return out
+
+
+def multiple(hidden: int, width: int, dtype: torch.dtype) -> int:
+    """The least of `MULTIPLES` that FFN widths may be cut to at 95 % of the best rate, near three quarters of `width`."""
+    rates = {}
+    for m in MULTIPLES:
+        near = max(1, width * 3 // 4 // m) * m
+        if near % (2 * m) == 0 and near > m:
+            near -= m  # a multiple of m and of nothing rounder
+        rates[m] = near / _product_s(near, hidden, dtype)
+    return next(m for m in MULTIPLES if rates[m] >= _CLOSE * max(rates.values()))

@@ -27,6 +27,7 @@ class Method:
     patterns: bool = False  # n:m is possible
     streams: bool = False  # goes through the model block by block, so the weights can stay in files
     uniform: bool = True  # the result's layers are alike by construction
+    trains: bool = False  # weights learn with what is cut, on so many tokens: no calibration, but a training run
     multiple_of: int = 1
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> values, the first is the default
     deviations: tuple[str, ...] = ()
@@ -271,6 +272,21 @@ _ROWS = (
         ),
     ),
     Method(
+        name="sheared-llama",
+        summary="learn what to cut by gates on stem, channels, KV groups, layers; they train with the weights, on --tokens of text",
+        axes=("hidden", "intermediate", "kv_heads", "layers"),
+        criterion="learned-gates",
+        allocators=("gates",),
+        citation="Xia et al. 2023, arXiv 2310.06694",
+        trains=True,
+        deviations=(
+            "without --target, stem and channels shrink by the same factor; heads and layers stay (published: a given shape)",
+            "the unit of attention is a KV group with all its query heads (the paper has MHA only)",
+            "the whole budget is the phase of masks (published: continued pretraining follows, on dynamic shares of data)",
+            "multipliers rise by plain ascent, the square's from a start above 0 (published: by Adam, from 0)",
+        ),
+    ),
+    Method(
         name="slicegpt",
         summary="turn the stream into its principal directions and cut those that carry least",
         axes=("hidden",),
@@ -354,6 +370,7 @@ _ROWS = (
     ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+ONE_SHOT: dict[str, Method] = {name: row for name, row in METHODS.items() if not row.trains}
 
 
 def method_named(name: str) -> Method:

@@ -5,17 +5,21 @@ pass ``trust_remote_code=True``) and ``AutoModelForCausalLM.from_pretrained`` lo
 
 The sizes stand in the config under Hugging Face's own ``per_layer_config`` schema (PR 45333); transformers 5.15 to 5.23
 read that schema but build every layer from the global sizes, so the classes below rebuild each layer from its own entry.
+An entry's ``kv_index`` says for every query head which KV head it reads, where they are not shared evenly and in order; the
+KV cache holds each KV head once.
 ``attention_out_bias`` and ``mlp_out_bias`` add a bias to the projection that leaves a sub-layer (FLAP's compensation).
 ``stream_size`` says that the blocks hand on a stream of that size, in another basis at every sub-layer (SliceGPT).
 """
 
 import copy
+import sys
 
 import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # transformers' names, and the norms of each sub-layer, which go when the whole sub-layer goes
 _LLAMA_NORMS = {"attention": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}
@@ -78,6 +82,20 @@ class NoMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+BY_KV_INDEX = "prunus_kv_index"  # what the attention backend of a layer with a `kv_index` is called
+
+
+def attend_by_kv_index(module, query, key, value, attention_mask, **kwargs):
+    """The model's own backend, given for every query head [batch, heads, tokens, head_dim] the KV head that it reads."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.backend, eager)
+    key, value = (torch.stack([heads[:, kv] for kv in module.config.kv_index], dim=1) for heads in (key, value))
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(BY_KV_INDEX, attend_by_kv_index)
+
+
 def _with_bias(linear):
     if linear.bias is not None:
         return linear
@@ -113,7 +131,9 @@ def _add_shortcuts_(layer, out_size, eps_scale, norms):
 
 def _layer_view_class(base, config):
     """Configs of single layers with the whole model's attention backend, so that a later switch reaches the layers."""
-    return type("LayerView", (base,), {"_attn_implementation": property(lambda self: config._attn_implementation)})
+    backend = property(lambda self: config._attn_implementation)
+    own = property(lambda self: self.backend if self.kv_index is None else BY_KV_INDEX)
+    return type("LayerView", (base,), {"backend": backend, "_attn_implementation": own})
 
 
 def _rebuild_layers_(model, config, norms, names):
@@ -141,6 +161,8 @@ def _rebuild_layers_(model, config, norms, names):
             setattr(layer, names[sublayer], Skipped(i) if sublayer == "attention" else NoMLP())
             for norm in norms[sublayer]:
                 setattr(layer, norm, nn.Identity())
+        if own.kv_index is not None:
+            getattr(layer, names["attention"]).num_key_value_groups = 1  # as `attend_by_kv_index` hands them on
         if own is not config:
             own.__class__ = view_class
         for module in layer.modules():
@@ -150,17 +172,19 @@ def _rebuild_layers_(model, config, norms, names):
 
 
 class _PrunedConfigMixin:
+    kv_index = None  # of a layer whose query heads share its KV heads evenly
+
     def validate_rope(self):
         """transformers' own check alone: Phi-3 derives the rotary size from the global head count, which binds no layer."""
         PreTrainedConfig.validate_rope(self)
 
     def validate_architecture(self):
-        """The global sizes bind no layer; each layer's query heads must share its KV heads evenly."""
+        """The global sizes bind no layer; each layer's query heads must share its KV heads evenly, or say how they do."""
         if not self.is_heterogeneous:
             return
         for i, own in enumerate(self.per_layer_config):
             groups = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-            if "attention" not in own.skip and own.num_attention_heads % groups:
+            if "attention" not in own.skip and own.kv_index is None and own.num_attention_heads % groups:
                 raise ValueError(f"layer {i}: {own.num_attention_heads} query heads cannot share {groups} KV heads")
 
 

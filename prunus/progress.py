@@ -34,7 +34,7 @@ class Progress:
                 TextColumn("left"),
                 TimeRemainingColumn(),
             )
-            self.bar = Bar(*columns, console=Console(stderr=True))
+            self.bar = Bar(*columns, console=Console(file=sys.stderr))  # as it is now: libraries may be silenced meanwhile
             self.bar.start()
         return self
 

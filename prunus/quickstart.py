@@ -99,7 +99,8 @@ def _tail(windows: Windows, count: int, tokenizer: PreTrainedTokenizerBase) -> W
     num_bytes = byte_level_bytes(tokenizer, ids[:, 1:])
     if num_bytes is None:
         num_bytes = sum(len(str(tokenizer.decode(row[1:])).encode()) for row in ids)
-    return replace(windows, ids_NT=ids, num_bytes=num_bytes)
+    num_words = sum(len(str(tokenizer.decode(row[1:])).split()) for row in ids)
+    return replace(windows, ids_NT=ids, num_bytes=num_bytes, num_words=num_words)
 
 
 def _figures(model: PreTrainedModel, windows: Windows, when: str, progress: Progress) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,23 @@ class LayerShape:
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    kv_index: tuple[int, ...] | None = None  # query head -> KV head, where they are not shared evenly and in order
+
+    @classmethod
+    def mapped(cls, kv_index: Sequence[int], intermediate_size: int) -> LayerShape:
+        """Of a map from query heads to KV heads, numbered anew: those that no query head reads are gone."""
+        number = {kv: new for new, kv in enumerate(sorted(set(kv_index)))}
+        even = cls(len(kv_index), len(number), intermediate_size)
+        index = tuple(number[kv] for kv in kv_index)
+        return even if index == even.kv_heads_read and len(index) % len(number) == 0 else replace(even, kv_index=index)
+
+    @property
+    def kv_heads_read(self) -> tuple[int, ...]:
+        """Query head -> the KV head that it reads."""
+        if self.kv_index is not None:
+            return self.kv_index
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        return tuple(q * groups // heads for q in range(heads))
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -73,7 +91,12 @@ class Shape:
     @property
     def is_uniform(self) -> bool:
         """All blocks alike and complete: what a stock config can say."""
-        return len(set(self.layers)) == 1 and not self.layers[0].skipped
+        return len(set(self.layers)) == 1 and not self.layers[0].skipped and not self.is_ragged
+
+    @property
+    def is_ragged(self) -> bool:
+        """Some block's query heads do not share its KV heads evenly and in order."""
+        return any(layer.kv_index is not None for layer in self.layers)
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> Shape:
         """The same stem with other blocks."""
@@ -102,6 +125,18 @@ def _layer(config: Any) -> LayerShape:
     kv_heads = getattr(config, "num_key_value_heads", None)
     skip = getattr(config, "skip", None) or ()
     attention, mlp = "attention" not in skip, "mlp" not in skip
+    index = getattr(config, "kv_index", None)
+    if attention and index is not None:
+        if (
+            not isinstance(index, list)
+            or len(index) != heads
+            or set(index) != set(range(_size(config, "num_key_value_heads")))
+        ):
+            raise UserError(
+                f"config.json: kv_index is {index!r}, but it must name for each of {heads} query heads one of {kv_heads} KV "
+                "heads, and each of these for some query head"
+            )
+        return LayerShape.mapped(index, _size(config, "intermediate_size") * mlp)
     return LayerShape(
         heads * attention,
         (heads if kv_heads is None else kv_heads) * attention,

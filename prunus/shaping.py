@@ -11,6 +11,7 @@ from typing import Any
 
 from .anatomy import Anatomy
 from .asked import check_size, ratio_of, refuse, target_sizes
+from .axes import kind_of
 from .errors import UserError
 from .hf import sliced_target, target_for
 from .keep import Keep
@@ -111,6 +112,52 @@ def width(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
     channels = [target.anatomy.unit_params(f"layers.{i}.intermediate") for i in range(shape.num_hidden_layers)]
     step = sum(channels) * plan.multiple_of
     return replace(plan, counts=counts, target=target, step=step, notes=target.notes)
+
+
+def gated(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
+    """The sizes that gates are to learn, of layers alike: a target's, or stem and FFN by one factor to a ratio."""
+    refuse(plan, "pattern")
+    anatomy, shape = plan.anatomy, plan.anatomy.shape
+    if len(set(shape.layers)) > 1 or shape.layers[0].skipped:
+        raise UserError(
+            f"{plan.method.name}: the source's layers differ in size, so no one shape fits them; use flap instead"
+        )
+    layer = shape.layers[0]
+    own = {
+        "hidden_size": ("hidden", shape.hidden_size),
+        "intermediate_size": ("intermediate", layer.intermediate_size),
+        "num_key_value_heads": ("kv_heads", layer.num_key_value_heads),
+        "num_hidden_layers": ("layers", shape.num_hidden_layers),
+    }
+    if plan.request.target:
+        refuse(plan, "multiple_of", why="--target says the sizes themselves")
+        sizes = target_sizes(plan, tuple(own))
+    else:
+        stem, width = proportional_width(anatomy, ratio_of(plan, allow_target=True), plan.multiple_of)
+        sizes = {"hidden_size": stem, "intermediate_size": width}
+    for name, size in sizes.items():
+        check_size(name, size, own[name][1])
+        if size < own[name][1] and own[name][0] in anatomy.refused:
+            raise UserError(f"target: {name} stays, because {anatomy.refused[own[name][0]]}; drop it")
+    kinds = {own[name][0]: size for name, size in sizes.items() if size < own[name][1]}
+    if not kinds:
+        raise UserError("target: these are the source's own sizes, so nothing would be cut; give smaller ones")
+    if "hidden" in kinds and anatomy.exactness("hidden") == "inexact":
+        raise UserError(
+            f"{plan.method.name}: the norms of {anatomy.family.name} subtract the mean, so no gate on its stem is exact; give "
+            "--target without hidden_size"
+        )
+    left = range(kinds.get("layers", shape.num_hidden_layers))
+    counts = {
+        axis.name: kinds[kind_of(axis.name)]
+        for axis in anatomy.axes.values()
+        if kind_of(axis.name) in kinds and (axis.layer is None or axis.layer in left)
+    }
+    target = target_for(config, anatomy, Keep({name: tuple(range(n)) for name, n in counts.items()}))
+    return replace(plan, counts=counts, target=target, notes=(*target.notes, _TRAINS))
+
+
+_TRAINS = "it trains on --tokens of text: prunus plan sheared-llama --train says what a run of that recipe takes"
 
 
 def _block_params(anatomy: Anatomy, hidden: int, ffn: int) -> int:

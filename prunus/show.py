@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from .printed import new_console, new_table, print_notes
 from .report import comparison_table
 from .tables import big, number
 
@@ -17,22 +17,6 @@ def _sizes(value: Any) -> str:
     if not isinstance(value, list):
         return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return f"{min(value):,} to {max(value):,} (mean {sum(value) / len(value):,.1f})"
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _table(*columns: str, title: str | None = None, left: int = 1) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right")
-    return table
-
-
-def _notes(console: Console, notes: list[str]) -> None:
-    for note in notes:
-        console.print(Text(f"note: {note}", style="dim"))
 
 
 _COUNTS = (
@@ -46,7 +30,7 @@ _PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def _before_after(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    table = _table("", "before", "after", "change")
+    table = new_table("", "before", "after", "change")
     for key in before["shape"]:
         old, new = before["shape"][key], after.get("shape", {}).get(key)
         if new is None:
@@ -64,12 +48,12 @@ def _before_after(before: dict[str, Any], after: dict[str, Any]) -> Table:
 
 def methods(result: dict[str, Any]) -> None:
     """The method table: what each does, then what it costs and what comes out."""
-    console = _console()
-    what = _table("method", "what it does", left=2)
-    facts = _table("method", "cuts", "sweeps", "comes out", "stock engine", "reference", left=6)
+    console = new_console()
+    what = new_table("method", "what it does", left=2)
+    facts = new_table("method", "cuts", "sweeps", "comes out", "stock engine", "reference", left=6)
     for name, row in result["methods"].items():
         what.add_row(name, row["summary"])
-        cost = f"{row['sweeps']:g}" if row["sweeps"] else "no text"
+        cost = "trains" if row["trains"] else f"{row['sweeps']:g}" if row["sweeps"] else "no text"
         facts.add_row(name, ", ".join(row["axes"]), cost, row["comes_out"], row["stock_engine"], row["citation"])
     for table in (what, facts):
         table.columns[0].no_wrap = True
@@ -77,13 +61,13 @@ def methods(result: dict[str, Any]) -> None:
         console.print()
     console.print(
         "sweeps: forward passes over the calibration windows (an example where layers are left out one by one; prunus plan "
-        "counts them); stock engine: whether one that knows nothing of prunus can serve what comes out"
+        "counts them; trains: on --tokens of text); stock engine: whether one that knows nothing of prunus can serve what comes out"
     )
 
 
 def plan(result: dict[str, Any]) -> None:
     """A plan: sizes and counts before and after, and what it will take."""
-    console = _console()
+    console = new_console()
     console.print(f"{result['method']} on {result['source']}  ({result['citation']})")
     table = _before_after(
         result["before"], {} if {"candidates", "budget"} & result.keys() else result.get("after", result["before"])
@@ -109,12 +93,12 @@ def plan(result: dict[str, Any]) -> None:
         f"estimate: {estimate['scoring_seconds']:.0f} s of scoring, {big(estimate['memory_bytes'], 'B')} of memory "
         f"({estimate['basis']})"
     )
-    _notes(console, result["notes"])
+    print_notes(console, result["notes"])
 
 
 def _candidates(candidates: list[dict[str, Any]]) -> Table:
     """Shapes that the loss will choose from."""
-    table = _table(*("candidate " + name if not i else name for i, name in enumerate(candidates[0])), left=0)
+    table = new_table(*("candidate " + name if not i else name for i, name in enumerate(candidates[0])), left=0)
     for row in candidates:
         table.add_row(*(f"{value:,}" for value in row.values()))
     return table
@@ -122,7 +106,7 @@ def _candidates(candidates: list[dict[str, Any]]) -> Table:
 
 def _parts(parts: list[dict[str, Any]]) -> Table:
     """The parts of a combination; ``~`` marks what is an example because scores will decide it."""
-    table = _table("part", "removes of it", "repair", "in blocks before", "after", left=3)
+    table = new_table("part", "removes of it", "repair", "in blocks before", "after", left=3)
     for part in parts:
         about = "~" if part.get("on_example") else ""
         after, asked = part.get("after"), part["request"]
@@ -146,7 +130,7 @@ def _add_latency(table: Table, latency: dict[str, Any]) -> None:
 
 def manifest(result: dict[str, Any]) -> None:
     """A checkpoint: where it came from, sizes before and after, the proof."""
-    console = _console()
+    console = new_console()
     folder = result.get("out") or result.get("folder")
     console.print(f"{folder}: {result['method']['name']} on {result['source']['name']} ({result['after']['model_type']})")
     console.print(_before_after(result["before"], result["after"]))
@@ -164,7 +148,7 @@ def manifest(result: dict[str, Any]) -> None:
     console.print(
         f"verified in a clean process: logits differ by at most {proof['max_logit_difference']:.2g}, cached generation equal"
     )
-    _notes(console, result["notes"])
+    print_notes(console, result["notes"])
 
 
 def _kept(units: dict[str, int]) -> Table:
@@ -179,54 +163,107 @@ def _kept(units: dict[str, int]) -> Table:
     title = "kept: " + ", ".join(
         [*(f"{count} of {name}" for name, count in whole.items()), *(["by layer"] if layers else [])]
     )
-    table = _table("layer", *kinds, title=title)
+    table = new_table("layer", *kinds, title=title)
     for layer_index, row in sorted(layers.items()):
         table.add_row(str(layer_index), *(str(row.get(kind, "all")) for kind in kinds))
     return table
 
 
 def evaluation(result: dict[str, Any]) -> None:
-    """Perplexity of one or more models."""
-    text = result["text"]
-    table = _table("model", "parameters", "perplexity", "bits per byte", "predictions")
-    for row in result["models"]:
-        table.add_row(
-            row["model"],
-            f"{row['params']:,}",
-            "above e^700" if row["perplexity"] is None else f"{row['perplexity']:.4g}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['predictions']:,}",
-        )
-    console = _console()
-    console.print(table)
-    which = f", documents {text['documents']}" if text["documents"] else ""
-    drawn = f"{text['windows']} windows of {text['seq_len']} tokens of {text['source']}{which}"
-    console.print(f"on {drawn}; no BOS, {text['seq_len'] - 1} predictions a window, {result['dtype']}")
+    """Perplexity and task scores of one or more models, and what sets the first apart."""
+    console = new_console()
+    models = result["models"]
+    for i, text in enumerate(one["text"] for one in models[0]["texts"]):
+        rows = [row["texts"][i] for row in models]
+        table = new_table("model", "parameters", "perplexity", "a word", "bits per byte", "predictions")
+        for row, own in zip(models, rows, strict=True):
+            told = [_perplexity(own[name]) for name in ("perplexity", "word_perplexity")]
+            table.add_row(
+                row["model"], f"{row['params']:,}", *told, f"{own['bits_per_byte']:.4f}", f"{own['predictions']:,}"
+            )
+        console.print(table)
+        which = f", documents {text['documents']}" if text["documents"] else ""
+        apart = f", {text['stride']} apart" if "stride" in text else ""
+        drawn = f"{text['windows']} windows of {text['seq_len']} tokens{apart} of {text['source']}{which}"
+        console.print(f"on {drawn}; no BOS, {rows[0]['predictions']:,} predictions, {result['dtype']}")
+    if "tasks" in models[0]:
+        console.print(_task_table(result))
+        console.print(f"± the standard error of that score; {result['dtype']}, zero-shot, by lm-eval")
+    for i, prompt in enumerate(result.get("prompts", ())):
+        console.print(_written(prompt, [(row["model"], row["written"][i]) for row in models]))
+    if "against" in result and "tasks" in models[0]:
+        console.print("(d ± its standard error on the same items, McNemar's p; ~: less than the other's own standard error)")
+    print_notes(console, result["notes"])
+
+
+def _written(prompt: str, told: list[tuple[str, str]]) -> Table:
+    """What models wrote behind a prompt, side by side; as text, whatever it looks like."""
+    table = Table(title=Text(prompt), title_justify="left", title_style="bold", expand=True, show_lines=False)
+    for name, _ in told:
+        table.add_column(Text(name), ratio=1, overflow="fold")
+    table.add_row(*(Text(text) for _, text in told))
+    return table
+
+
+def _perplexity(value: float | None) -> str:
+    return "above e^700" if value is None else f"{value:.4g}"
+
+
+def _task_table(result: dict[str, Any]) -> Table:
+    """A row a task and a mean, a column a model; beside each other model how the first differs from it."""
+    first, *others = result["models"]
+    against = result.get("against", [])
+    columns = [first["model"], *(name for row in others for name in (row["model"], "d"))]
+    table = new_table("task", "metric", *columns, left=2)
+    for name, task in first["tasks"].items():
+        for metric in (m for m in task if m != "metric"):
+            cells = [_score(first["tasks"][name][metric])]
+            for row, apart in zip(others, against, strict=True):
+                shown = _apart(apart["tasks"][name]) if metric == task["metric"] else ""
+                cells += [_score(row["tasks"][name][metric]), shown]
+            table.add_row(name, metric, *cells)
+    for name in first["means"]:
+        cells = [_score(first["means"][name])]
+        for row, apart in zip(others, against, strict=True):
+            cells += [_score(row["means"][name]), _apart(apart["means"][name])]
+        table.add_row(f"mean of {name}", "", *cells)
+    return table
+
+
+def _score(score: dict[str, Any]) -> str:
+    return f"{100 * score['mean']:.1f} ± {100 * score['error']:.1f}"
+
+
+def _apart(difference: dict[str, Any]) -> str:
+    p = "" if difference["p"] is None else f", p {difference['p']:.2g}"
+    return (
+        f"{100 * difference['mean']:+.1f} ± {100 * difference['error']:.1f}{p}{' ~' if difference['within_noise'] else ''}"
+    )
 
 
 def comparison(result: dict[str, Any]) -> None:
     """Methods side by side, as wide as the table needs: a figure that is cut off is none."""
     header, rows = comparison_table(result)
-    table = _table(*header, left=2)
+    table = new_table(*header, left=2)
     for row in rows:
         table.add_row(*row)
-    console = _console()
+    console = new_console()
     console.width = max(console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum)
     console.print(table)
-    _notes(console, result["notes"])
+    print_notes(console, result["notes"])
     console.print(f"{result['ran']} runs now, {len(rows)} rows in all: {result['table']}, {result['picture']}")
 
 
 def plotted(result: dict[str, Any]) -> None:
     """Where a picture went."""
-    console = _console()
+    console = new_console()
     console.print(result["picture"])
-    _notes(console, result["notes"])
+    print_notes(console, result["notes"])
 
 
 def verified(result: dict[str, Any]) -> None:
     """The outcome of `prunus verify`."""
-    _console().print(
+    new_console().print(
         f"{result['folder']}: {result['params_on_disk']:,} parameters as recorded, weights unchanged, logits within "
         f"{result['max_logit_difference']:.2g}, cached generation equal"
     )
@@ -234,9 +271,9 @@ def verified(result: dict[str, Any]) -> None:
 
 def quickstart(result: dict[str, Any]) -> None:
     """Before and after, and what both models write."""
-    console = _console()
+    console = new_console()
     before, after = result["before"], result["after"]
-    table = _table("", "before", "after", "change", title=f"{result['source']} cut by {result['method']}")
+    table = new_table("", "before", "after", "change", title=f"{result['source']} cut by {result['method']}")
     for key, label, unit in _COUNTS:
         table.add_row(label, big(before[key], unit), big(after[key], unit), f"{after[key] / before[key] - 1:+.1%}")
     for key, label, style in (

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from .printed import new_console, new_table
 from .tables import big
 
 if TYPE_CHECKING:
     from .data.shards import Manifest
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _table(*columns: str, left: int = 1) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right")
-    return table
 
 
 def described(manifest: Manifest) -> dict[str, Any]:
@@ -47,18 +34,18 @@ def described(manifest: Manifest) -> dict[str, Any]:
 
 def tokenizer(result: dict[str, Any]) -> None:
     """`prunus data tokenizer`."""
-    _console().print(f"{result['out']}: {result['vocab_size']:,} tokens, {result['seconds']:.1f} s", markup=False)
+    new_console().print(f"{result['out']}: {result['vocab_size']:,} tokens, {result['seconds']:.1f} s", markup=False)
 
 
 def prepared(result: dict[str, Any]) -> None:
     """`prunus data prepare` and `inspect`."""
-    console = _console()
+    console = new_console()
     vocab = f"{result['vocab_size']:,} tokens in the vocabulary, {result['dtype']}"
     console.print(f"{result['out']}: data {result['digest']}, {vocab}", markup=False)
     for origin in result["sources"]:
         licence = origin["licence"] or "not given"
         console.print(f"  {origin['source']}: {origin['documents']:,} documents, licence {licence}", markup=False)
-    table = _table("range", "share", "documents", "tokens", "text bytes", "shards")
+    table = new_table("range", "share", "documents", "tokens", "text bytes", "shards")
     for name, row in result["ranges"].items():
         counts = (f"{row[key]:,}" for key in ("documents", "tokens", "text_bytes", "shards"))
         table.add_row(name, f"{row['share']:.4g}", *counts)
@@ -72,7 +59,7 @@ def prepared(result: dict[str, Any]) -> None:
 
 def overlap(result: dict[str, Any]) -> None:
     """`prunus data overlap`."""
-    console = _console()
+    console = new_console()
     console.print(
         f"{result['hits']:,} of {result['ngrams']:,} {result['n']}-grams of {result['evaluation']} occur in {result['data']}: "
         f"{result['share']:.2%}, in {result['documents_hit']:,} of {result['documents']:,} documents",
@@ -84,9 +71,9 @@ def overlap(result: dict[str, Any]) -> None:
 
 def ledger(result: dict[str, Any]) -> None:
     """`prunus ledger`."""
-    console = _console()
+    console = new_console()
     for run in result["runs"]:
-        table = _table("stage", "of", "parameters", "tokens", "different", "train", "teacher", "scoring", left=2)
+        table = new_table("stage", "of", "parameters", "tokens", "different", "train", "teacher", "scoring", left=2)
         for stage in run["stages"]:
             params = "" if stage["params"] is None else f"{stage['params']:,}"
             flops = (big(stage["flops"][kind], "FLOP") if kind in stage["flops"] else "" for kind in _KINDS)

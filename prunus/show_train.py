@@ -24,6 +24,8 @@ def line(found: Mapping[str, Any]) -> None:
         told = ["none" if loss is None else f"{loss:.4f}" for loss in (before, after)]
         change = f"loss {told[0]} -> {told[1]}"
         text = f"step {found['pruned']['step']:>6}  cut {gone}: {big(found['pruned']['params'])} params, {change}"
+    elif "note" in found:
+        text = f"note: {found['note']}"
     elif "validation" in found:
         text = f"step {found['step']:>6}  validation loss {found['validation']['loss']:.4f}"
     else:
@@ -58,6 +60,8 @@ def result(record: Mapping[str, Any], out: Path) -> None:
     if pruning is not None and not pruning["met"]:
         left, asked = pruning["measured"], pruning["target"]
         print(f"the target was not met: {left:,} is left, {asked:,} was asked for; raise prune.pace.prune or tokens")
+    if pruning is not None and "clock_ms" in pruning:
+        print(f"{pruning['measure']}: {pruning['measured']:.4g} by the table, {pruning['clock_ms']:.4g} measured at the end")
     print(f"model: {out / 'model'} (loads in a clean process: {figures['verified']['class']})")
 
 
@@ -115,15 +119,19 @@ def plan(result: Mapping[str, Any]) -> None:
     if result["teacher_cache"] is not None:
         print(f"disk: {big(result['teacher_cache'], 'B')} of what the teacher says (prunus teach)")
     cuts = result["pruning"]
-    about = "" if cuts is None else "about "
+    about = "" if cuts is None or "unknown" in cuts else "about "
     print(f"speed: {about}{result['tokens_per_s']:,.0f} tokens/s, {about}{result['hours']:.2f} hours ({result['basis']})")
     print(f"work: {about}{result['flops']:.3g} FLOPs")
-    if cuts is not None:
+    if cuts is not None and "unknown" in cuts:
+        print(f"cuts: {cuts['unknown']}")
+    elif cuts is not None:
         less = "less" if cuts["saved"] >= 0 else "more, scoring included,"
         print(
             f"cuts: to {about}{big(cuts['params'])} parameters; {about}{abs(cuts['saved']):.0%} {less} work than without them"
         )
         print(f"about means: {cuts['assumed']}")
+    for note in result["notes"]:
+        print(f"note: {note}")
     if "mend" in result:
         print(f"does not fit: {result['mend']}")
 

@@ -20,9 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-COLOURS = {"kv_heads": BLUE, "intermediate": ORANGE, "hidden": GREEN, "layers": PURPLE}
-WORDS = {"kv_heads": "KV groups", "intermediate": "FFN channels", "hidden": "stem channels", "layers": "layers"}
-_SIZES = {"kv_heads": "num_key_value_heads", "intermediate": "intermediate_size"}  # axes that every layer has its own of
+COLOURS = {"kv_heads": BLUE, "heads": BLUE, "intermediate": ORANGE, "hidden": GREEN, "layers": PURPLE}
+WORDS = {
+    "kv_heads": "KV groups",
+    "heads": "query heads",
+    "intermediate": "FFN channels",
+    "hidden": "stem channels",
+    "layers": "layers",
+}
+_SIZES = {  # axes that every layer has its own of
+    "kv_heads": "num_key_value_heads",
+    "heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+}
 _FEW = 40  # cuts whose lines do not hide the curve
 HEIGHTS = (2.9, 3.1, 3.1, 1.9)  # inches of the rows
 
@@ -36,10 +46,11 @@ class Sizes:
     inner: Mapping[str, tuple[int, ...]]  # kind -> [L]
 
     @classmethod
-    def of(cls, shape: Mapping[str, Any], alive: Sequence[bool]) -> Sizes:
-        """From a shape as the log tells it, which lists the layers that are alive."""
+    def of(cls, shape: Mapping[str, Any], alive: Sequence[bool], heads: str = "kv_heads") -> Sizes:
+        """From a shape as the log tells it, which lists the layers that are alive. `heads`: the axis that tells of attention."""
         inner = {}
-        for kind, name in _SIZES.items():
+        for kind in (heads, "intermediate"):
+            name = _SIZES[kind]
             left = iter(shape[name] if isinstance(shape[name], list) else [shape[name]] * sum(alive))
             inner[kind] = tuple(next(left) if stays else 0 for stays in alive)
         return cls(shape["hidden_size"], tuple(alive), inner)
@@ -90,6 +101,8 @@ class Shrinking:
         if not told:
             return None
         gone = {layer for line in told for layer in line["pruned"]["units"].get("layers", ())}
+        one_by_one = any("heads" in {**line["pruned"]["groups"], **line["pruned"]["saliency"]} for line in told)
+        heads = "heads" if one_by_one else "kv_heads"
         alive = [True] * (told[-1]["pruned"]["shape"]["num_hidden_layers"] + len(gone))
         events = []
         for line in told:
@@ -97,7 +110,7 @@ class Shrinking:
             for layer in cut["units"].get("layers", ()):
                 alive[layer] = False
             loss = (line["loss_before"], line["loss_after"])
-            sizes = Sizes.of(cut["shape"], alive)
+            sizes = Sizes.of(cut["shape"], alive, heads)
             events.append(Event(cut["tokens"], cut["groups"], cut["saliency"], cut["params"], loss, sizes))
         source = events[0].sizes.before(told[0]["pruned"]["units"])
         first = events[0].tokens
@@ -146,7 +159,7 @@ def draw(figure: SubFigure, found: Shrinking, loss: Mapping[str, tuple[Sequence[
     if saliency:
         _saliency(figure.add_subplot(grid[1, 0]), found)
     _shares(figure.add_subplot(grid[1, 1] if saliency else grid[1, :]), found)
-    for column, kind in enumerate(_SIZES):
+    for column, kind in enumerate(found.source.inner):
         _map(figure.add_subplot(grid[2, column]), found, kind)
     _stem(figure.add_subplot(grid[3, 0]), found)
     _params(figure.add_subplot(grid[3, 1]), found)

@@ -10,7 +10,7 @@ import math
 import struct
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import IO
 
@@ -95,6 +95,13 @@ class Stored(Mapping[str, Tensor]):
         if name not in self._checked:
             check_finite(tensor, f"{self.label}: '{name}'")
             self._checked.add(name)
+        return tensor
+
+    def rows(self, name: str, part: Callable[[int], slice]) -> Tensor:
+        """Those of a tensor's first dimension that `part` of its length names; nothing else is read, or checked."""
+        entry = self.entries[name]
+        tensor = read(entry.rows(part(entry.shape[0])), self.dtype)
+        check_finite(tensor, f"{self.label}: '{name}'")
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -64,3 +64,19 @@ def tiny_tokenizer():
     pad, bos, eos = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
     backend = _byte_level_tokenizer(tiny.VOCAB)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos)
+
+
+@pytest.fixture
+def short_lessons(monkeypatch):
+    """What a teacher says in shards of five sequences, in micro-batches of two: neither divides the other, nor the run.
+
+    Models are not looked at in a clean process, which costs seconds; tests/test_train_results.py has it.
+    """
+    import lessons
+    import pipeline
+    import training
+
+    from prunus.train import cache, export, teaching
+
+    monkeypatch.setattr(teaching, "SHARD_BYTES", 5 * cache.bytes_of(training.SEQ, lessons.K, pipeline.VOCAB))
+    monkeypatch.setattr(export, "check_saved", lambda stage, expected: {})

@@ -12,10 +12,10 @@ import pipeline
 import torch
 from test_every_method import request_for
 
-from prunus import METHODS
 from prunus.anatomy import Anatomy
 from prunus.combination import planned
 from prunus.distributed import ALONE, World
+from prunus.methods import ONE_SHOT
 from prunus.oneshot import one_shot_
 from prunus.planning import Request
 
@@ -37,7 +37,7 @@ MORE = {  # what rows of the table do not do by themselves
 def cases():
     """Name -> fields of a request."""
     config = pipeline.config("llama")
-    rows = {name: request_for(name, config) for name in METHODS}
+    rows = {name: request_for(name, config) for name in ONE_SHOT}
     return rows | {name: rows[more["method"]] | more for name, more in MORE.items()}
 
 

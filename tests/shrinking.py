@@ -7,15 +7,13 @@ import json
 from unittest import mock
 
 import pipeline
-import test_train as training_tests
-from test_train import asked
+from training import SEQ, asked, tiny_shape
 
 from prunus.train import export
 from prunus.train.opening import prepare as opened
 from prunus.train.run import execute
 from prunus.train.shapes import config_of
 
-SEQ = training_tests.SEQ
 UPDATE = 4 * SEQ
 
 
@@ -46,6 +44,12 @@ def kinds_of(anatomy):
 
 PARTS = {
     "alike": {},
+    "heads": {
+        "target": {"ratio": 0.4},
+        "axes": ["heads", "intermediate", "hidden"],
+        "floor": {"heads": 2, "intermediate": 20, "hidden": 28},
+        "saliency": {"metric": "second"},
+    },
     "each by itself": {"alike": False, "axes": ["kv_heads", "intermediate"], "target": {"ratio": 0.4}},
     "depth": {"axes": ["layers", "intermediate"], "target": {"ratio": 0.4}},
     "sizes": {"target": {"hidden_size": 24, "intermediate_size": 12}},
@@ -72,7 +76,7 @@ PARTS = {
 
 
 def tied(**part):
-    return pruning({"model__shape": training_tests.tiny_shape() | {"tie_word_embeddings": True}}, **part)
+    return pruning({"model__shape": tiny_shape() | {"tie_word_embeddings": True}}, **part)
 
 
 @functools.cache
@@ -82,4 +86,4 @@ def done(name):
 
 
 def training_config():
-    return config_of(training_tests.tiny_shape() | {"tie_word_embeddings": True}, 0)
+    return config_of(tiny_shape() | {"tie_word_embeddings": True}, 0)

@@ -300,6 +300,7 @@ def test_group_sizes_under_gqa():
     assert base.unit_params("layers.5.intermediate") == 3 * d
     assert base.unit_params("layers.5.kv_heads") == 2 * d * e * (r + 1)
     assert base.unit_params("layers.5.q_heads") == 2 * d * e * k  # one query head in each of the k groups
+    assert base.unit_params("layers.5.heads") == 2 * d * e  # one query head, whose KV head others read
     assert base.unit_params("hidden") == L * (2 * h * e + 2 * k * e + 3 * f) + 2 * L + 1 + 2 * vocab
     assert base.unit_params("layers") == 2 * d * h * e + 2 * d * k * e + 3 * d * f + 2 * d
     assert base.unit_params("layers.5.attention") + base.unit_params("layers.5.mlp") == base.unit_params("layers")

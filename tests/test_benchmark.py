@@ -13,7 +13,7 @@ import torch
 
 from prunus.anatomy import Anatomy
 from prunus.builders import make_plan
-from prunus.methods import METHODS
+from prunus.methods import ONE_SHOT
 from prunus.planning import Plan
 
 SPEC = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "benchmarks" / "oneshot.py")
@@ -27,7 +27,7 @@ def plan(name: str, config) -> Plan:
     return make_plan(config, Anatomy.of(config), bench.REQUESTS[name])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ONE_SHOT)
 def test_every_method_has_a_request_and_a_floor(name):
     """SmolLM2's depth, so that the ratio removes whole layers and protected layers leave some."""
     config = tiny.tiny_config("llama", num_hidden_layers=30, intermediate_size=128)
@@ -50,7 +50,7 @@ def test_limits_are_those_of_the_protocol():
     assert sparsegpt.limit(20.0, 0.0, 10.0) == 60.0 and sparsegpt.limit(20.0, 0.0, 100.0) == pytest.approx(66.0)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ONE_SHOT)
 def test_bare_algebra_runs_at_the_sizes_of_a_block(name):
     made = plan(name, tiny.tiny_config("llama", num_hidden_layers=30, intermediate_size=128))
     floor = bench.Floor.of(made)

@@ -79,24 +79,24 @@ def test_a_curve_cuts_only_where_it_falls():
 
 
 class Watch(Hook):
-    """Keeps every update's gradients, and micro-batches' own, in float64."""
+    """Keeps every micro-batch's own gradients in float64, as backward passes bring them, and every update's, their sum."""
 
-    def __init__(self):
-        self.updates, self.parts, self._last = [], [[]], None
+    def __init__(self, parameters):
+        self.updates, self.parts = [], [[]]
+        for name, p in parameters.items():
+            p.register_hook(lambda g, name=name: self._came(name, g.double()))
 
-    def _grads(self, run):
-        return {n: p.grad.double().clone() for n, p in run.learner.trained.items()}
-
-    def after_backward(self, run):
-        now = self._grads(run)
-        self.parts[-1].append(now if self._last is None else {n: g - self._last[n] for n, g in now.items()})
-        self._last = now
+    def _came(self, name, gradient):
+        parts = self.parts[-1]
+        if not parts or name in parts[-1]:
+            parts.append({})
+        parts[-1][name] = gradient
 
     def before_clip(self, run):
         weights = {n: p.detach().double().clone() for n, p in run.learner.trained.items()}
-        self.updates.append((weights, self._grads(run)))
+        parts = self.parts[-1]
+        self.updates.append((weights, {n: sum(part[n] for part in parts) for n in parts[0]}))
         self.parts.append([])
-        self._last = None
 
 
 def watched(metric, matrices, average, axes, micro=2, updates=3, name="llama"):
@@ -111,7 +111,8 @@ def watched(metric, matrices, average, axes, micro=2, updates=3, name="llama"):
 
     optimizer = adamw(model.named_parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     start_slots_(optimizer, 0)
-    learner, watch = Learner(model), Watch()
+    learner = Learner(model)
+    watch = Watch(learner.trained)
     anatomy = Anatomy.of(config)
     saliency = Saliency(
         SaliencyPart(metric=metric, matrices=matrices, average=average), anatomy, axes, learner.trained, ALONE
@@ -147,7 +148,8 @@ def test_units_are_worth_what_the_formula_says(metric, matrices, axes, micro):
     anatomy = saliency.anatomy
     running = {}
     for k, (weight, gradient) in enumerate(watch.updates):
-        parts = watch.parts[k] or [gradient]
+        parts = watch.parts[k]
+        assert len(parts) == 4 // micro
         for name, tensor in anatomy.tensors.items():
             reads = name.endswith(("o_proj.weight", "down_proj.weight"))
             embeds = matrices == "output+embedding" and name == "model.embed_tokens.weight"
@@ -168,6 +170,14 @@ def test_units_are_worth_what_the_formula_says(metric, matrices, axes, micro):
                 spans = [s for s in axis.spans if s.param in running]
                 expected = sum(float(running[s.param].index_select(s.dim, s.rows([unit])[0]).sum()) for s in spans)
             assert values[unit] == pytest.approx(expected, rel=1e-5), (name, unit)
+
+
+@pytest.mark.parametrize("metric", ["first", "second"])
+def test_watching_changes_no_gradient(metric):
+    """Micro-batches' gradients are taken apart and given back: the run is that of `adam`, where nothing is, bit for bit."""
+    runs = [watched(name, "all", 0.8, ("intermediate", "hidden"), micro=1)[2] for name in (metric, "adam")]
+    weights, plain = (run.learner.trained for run in runs)
+    assert all(torch.equal(weights[name], plain[name]) for name in plain) and runs[0].last == runs[1].last
 
 
 def test_adams_own_moment_needs_no_gathering():

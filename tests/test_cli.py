@@ -187,16 +187,22 @@ def test_eval(tmp_path):
     rows = strict_json(out)["models"]
     for folder, row in zip((cut, dense), rows, strict=True):
         perplexity, bits = naive_score(folder, 3, 20)
-        assert row["perplexity"] == pytest.approx(perplexity, rel=1e-5)  # softmax in float32
-        assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-        assert row["predictions"] == 3 * 19
+        (text,) = row["texts"]
+        assert text["perplexity"] == pytest.approx(perplexity, rel=1e-5)  # softmax in float32
+        assert text["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+        assert text["predictions"] == 3 * 19
+        assert text["word_perplexity"] == pytest.approx(math.exp(text["loss"] * 3 * 19 / text["words"]))
         assert row["params"] == sum(t.numel() for t in load_file(folder / "model.safetensors").values())
     assert rows[0]["method"]["method"] == "minitron-width" and "method" not in rows[1]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["figures"]["perplexity"] for line in lines] == [row["perplexity"] for row in rows]
+    assert [line["figures"]["texts"] for line in lines] == [row["texts"] for row in rows]
     assert str(pipeline.scratch()) not in log.read_text()
     code, out, err = cli(*command)
-    assert code == 0 and f"{rows[0]['bits_per_byte']:.4f}" in out and "on 3 windows of 20 tokens of corpus.jsonl" in out
+    assert (
+        code == 0
+        and f"{rows[0]['texts'][0]['bits_per_byte']:.4f}" in out
+        and "on 3 windows of 20 tokens of corpus.jsonl" in out
+    )
 
 
 def test_eval_of_a_wrecked_model_is_still_json(tmp_path):
@@ -206,7 +212,7 @@ def test_eval_of_a_wrecked_model_is_still_json(tmp_path):
     weights["lm_head.weight"] *= 1e4
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     code, out, _ = cli("eval", folder, "-t", pipeline.text_file(), "--windows", 2, "--seq-len", 16, "--json")
-    assert code == 0 and strict_json(out)["models"][0]["loss"] > 700
+    assert code == 0 and strict_json(out)["models"][0]["texts"][0]["loss"] > 700
     assert cli("eval", folder, "-t", pipeline.text_file(), "--windows", 2, "--seq-len", 16)[0] == 0
 
 

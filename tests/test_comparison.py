@@ -243,7 +243,7 @@ WRONG = {  # what -> (methods, ratios, options, message)
     "dtype": ("flap", (0.3,), ("--dtype", "fp16"), r"unknown dtype 'fp16'"),
     "batch": ("flap", (0.3,), ("--batch-size", 0), r"batch_size: 0 windows"),
     "windows": ("flap", (0.3,), ("--windows", 0), r"windows: 0 windows of calibration text"),
-    "eval windows": ("flap", (0.3,), ("--eval-windows", 0), r"windows: 0 windows of evaluation text"),
+    "eval windows": ("flap", (0.3,), ("--eval-windows", -1), r"windows: -1 windows of evaluation text"),
     "positions": ("flap", (0.3,), ("--eval-seq-len", 65), r"seq_len: 65 tokens a window of evaluation text"),
     "little text": ("flap", (0.3,), ("--windows", 9999), r"corpus.jsonl: .* 9999 windows of 16 need"),
     "slice": ("flap", (0.3,), ("--eval-documents", "all"), r"documents: 'all' is no slice"),

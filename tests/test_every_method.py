@@ -1,6 +1,7 @@
 """What holds for every method: each row of the table on every family of the conformance suite, on tiny models.
 
-A new row is covered without a change here. What is particular to a method, its formula above all, stands in a file of its own.
+A new row is covered without a change here; one that trains is looked at by test_shearing and test_masks. What is particular to a
+method, its formula above all, stands in a file of its own.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import pytest
 import tiny
 import torch
 
-from prunus import METHODS, api, checkpoint
+from prunus import api, checkpoint
 from prunus.anatomy import Anatomy
 from prunus.axes import kind_of
 from prunus.combination import planned
 from prunus.cut import slice_plan, slice_tensors, zero_
 from prunus.errors import UserError
 from prunus.hf import SUBLAYERS
+from prunus.methods import ONE_SHOT
 from prunus.oneshot import one_shot_
 from prunus.planning import Request
 from prunus.source import Source
@@ -33,12 +35,14 @@ WINDOWS = pipeline.windows(3, 8)
 # (0.0 or 1e-16 measured), and the biases of flap and prunus, which are added up in float32 (1e-7).
 EXACT = 1e-6
 GROUPED = ["llama_mha", "llama", "llama_gqa4"]  # 1, 2 and 4 query heads a group
-CHOSEN = [name for name, row in METHODS.items() if "rotation" not in row.allocators]  # these choose among what the model has
+CHOSEN = [
+    name for name, row in ONE_SHOT.items() if "rotation" not in row.allocators
+]  # these choose among what the model has
 
 
 def request_for(name, config, **more):
     """Two fifths of what the method could cut, no layer protected, widths in steps of one."""
-    row, anatomy = METHODS[name], Anatomy.of(config)
+    row, anatomy = ONE_SHOT[name], Anatomy.of(config)
     kinds = {n: kind_of(n) for n in anatomy.axes}
     reach = sum(
         anatomy.unit_params(n) * anatomy.axes[n].size
@@ -80,11 +84,11 @@ def declared_refusals(row, anatomy):
     return refused if "hidden" in row.axes or len(refused) == len(row.axes) else []
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ONE_SHOT)
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_every_family_is_cut_as_promised_or_refuses_for_a_declared_reason(name, case):
     """Sizes, finite logits, weights of the source at what stays; and the small model is the source with zeros."""
-    row, config = METHODS[name], pipeline.config(case)
+    row, config = ONE_SHOT[name], pipeline.config(case)
     anatomy = Anatomy.of(config)
     if reasons := declared_refusals(row, anatomy):
         with pytest.raises(UserError) as caught:
@@ -161,7 +165,7 @@ def check_slices(outcome, dense):
 # -- what must not matter -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ONE_SHOT)
 @pytest.mark.parametrize("case", ["llama_gqa4", "gemma"])
 def test_neither_the_batch_nor_another_run_changes_the_decision(name, case):
     once, again, split = (
@@ -189,7 +193,7 @@ def agreement(one, other):
     return same / total
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ONE_SHOT)
 def test_bfloat16_decides_nearly_as_float32(name):
     """The same weights, but activations are rounded to eight bits: 0.2 % each, some 1 % of a score after a few blocks.
 
@@ -201,7 +205,7 @@ def test_bfloat16_decides_nearly_as_float32(name):
     one, two = run(name, exact), run(name, rounded)
     assert {p.dtype for p in two.model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(tiny.logits_of(two.model, WINDOWS.ids_NT)).all()
-    assert one.target.anatomy.block_params == two.target.anatomy.block_params or not METHODS[name].uniform
+    assert one.target.anatomy.block_params == two.target.anatomy.block_params or not ONE_SHOT[name].uniform
     assert agreement(one, two) > 0.95
 
 
@@ -234,7 +238,7 @@ def with_dead(case, axes):
 @pytest.mark.parametrize("case", GROUPED)
 def test_dead_units_go_first(name, case):
     """Of single weights: those that read a channel which is always zero and leads nowhere."""
-    row = METHODS[name]
+    row = ONE_SHOT[name]
     model, windows, dead = with_dead(case, ("intermediate",) if row.is_sparse else row.axes)
     outcome = run(name, copy.deepcopy(model), windows)
     for axis, units in dead.items():
@@ -244,7 +248,7 @@ def test_dead_units_go_first(name, case):
             assert not set(units) & set(outcome.keep.units.get(axis, units)), axis
 
 
-@pytest.mark.parametrize("name", [n for n in CHOSEN if {"weights", "intermediate"} & set(METHODS[n].axes)])
+@pytest.mark.parametrize("name", [n for n in CHOSEN if {"weights", "intermediate"} & set(ONE_SHOT[n].axes)])
 def test_equal_units_are_worth_the_same(name):
     """Channel 9 is channel 4 again, each with half of what it wrote. Scores are equal; least squares needs only one of them.
 
@@ -282,7 +286,7 @@ def uniform_too(name):
     return True
 
 
-SAVED = [(name, alike) for name in METHODS for alike in (False, True) if not alike or uniform_too(name)]
+SAVED = [(name, alike) for name in ONE_SHOT for alike in (False, True) if not alike or uniform_too(name)]
 
 
 @functools.cache
@@ -290,7 +294,7 @@ def saved(name, alike):
     """(folder, manifest, logits before it was saved)."""
     out = pipeline.scratch() / f"every-{name}{'-uniform' * alike}"
     ask = request_for(name, pipeline.config("llama_tied")) | ({"uniform": True} if alike else {})
-    if METHODS[name].needs_text:
+    if ONE_SHOT[name].needs_text:
         ask |= {"calibration": str(pipeline.text_file()), "text": api.TextOptions(3, 16)}
     result = api.prune(str(pipeline.folder("llama_tied")), **ask)
     with pytest.MonkeyPatch.context() as patch:

@@ -21,27 +21,30 @@ LAYERS = (  # the lowest first; a new module is placed here
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
     "data.tokenizer data.encode data.shards data.writer data.prepare data.mixing data.order data.overlap ledger",
     "gates scaling spent statistics criteria allocate compensate solve eliminate sizes",
-    "record latency costs search",
+    "record latency costs search kv_copies",
     "planning asked shaping builders",
     "findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
     "saliency reload verification checkpoint measure",
     "api",
     "train train.strict train.parts train.shrink train.shrink.part train.shrink.pace",
     "train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop "
-    "train.stopping train.assembly train.feeds train.export train.lora train.track train.sweep train.cache",
+    "train.drawn train.stopping train.assembly train.feeds train.export train.lora train.track train.sweep train.cache",
     "train.shrink.goal train.shrink.carried train.shrink.activations train.shrink.saliency train.shrink.groups "
     "train.shrink.clocked train.shrink.adaptive train.shrink.repair train.shrink.resize "
-    "train.shrink.snapshot train.shrink.pruner train.shrink.masks train.shrink.forecast",
-    "train.opening train.estimate train.searched train.teaching train.run train.listing train.study",
+    "train.shrink.snapshot train.shrink.cutting train.shrink.pruner train.shrink.masks train.shrink.forecast",
+    "train.opening train.estimate train.searched train.teaching train.run train.shearing train.listing train.study",
+    "tasks tasks.table tasks.local tasks.paired tasks.tree tasks.harness tasks.run generations appraisal",
     "plots report checkpoint_plots shrink_plots train_plots comparison",
-    "show show_data show_train progress quickstart cli_options cli_compare cli_data cli_train cli",
+    "bench export export.vocabulary export.gguf_file export.card export.hub export.serving",
+    "printed show show_data show_train show_bench progress quickstart cli_options cli_compare cli_data cli_eval cli_export "
+    "cli_train cli",
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 TOP = len(LAYERS)  # where the package itself stands
 PURE = (
     "distributed axes shape keep cut allocate anatomy solve eliminate criteria statistics".split()
 )  # torch and the standard library
-LIGHT = "cli cli_options cli_compare cli_data cli_train errors methods network progress".split()
+LIGHT = "cli cli_options cli_compare cli_data cli_eval cli_export cli_train errors methods network progress".split()
 HEAVY = {"torch", "transformers", "pydantic", "numpy", "safetensors", "datasets", "accelerate", "gguf", "yaml", "rich"}
 
 

@@ -32,6 +32,14 @@ LLAMA = Anatomy.of(tiny.tiny_config("llama"))
         ({"layers.1.kv_heads": ()}, r"'layers.1.kv_heads' would keep no unit; remove the sub-layer"),
         ({"layers": ()}, r"'layers' would keep no unit"),
         ({"hidden": ()}, r"'hidden' would keep no unit"),
+        (
+            {"layers.1.heads": (0,), "layers.1.kv_heads": (0,)},
+            r"'layers.1.heads' and 'layers.1.kv_heads' both cut the layer's",
+        ),
+        (
+            {"layers.1.q_heads": (0,), "layers.1.heads": (0,)},
+            r"'layers.1.heads' and 'layers.1.q_heads' both cut the layer's",
+        ),
     ],
 )
 def test_decisions_that_do_not_fit_are_refused(units, message):
@@ -60,6 +68,18 @@ def test_sizes_after_a_cut():
     )
     after = keep.anatomy_after(LLAMA).shape
     assert after == Shape(20, 8, 50, False, (LayerShape(3, 3, 24), LayerShape(8, 4, 2)))
+
+
+def test_a_kv_head_goes_with_its_last_query_head():
+    """Query heads 0 to 7 read KV heads 0 0 1 1 2 2 3 3."""
+    keep = Keep({"layers.0.heads": (1, 4, 5, 6, 7), "layers.1.heads": (1, 3, 4, 6), "layers.2.heads": (0, 1, 6, 7)})
+    layers = keep.validated(LLAMA).anatomy_after(LLAMA).shape.layers
+    assert layers == (LayerShape(5, 3, 24, (0, 1, 1, 2, 2)), LayerShape(4, 4, 24), LayerShape(4, 2, 24))
+    plan, head = slice_plan(LLAMA, keep), 8
+    kept = {name: plan.rows[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkvo"}
+    assert {name: list(dims) for name, dims in kept.items()} == {"q": [0], "k": [0], "v": [0], "o": [1]}
+    for name, dim, heads in (("q", 0, (1, 4, 5, 6, 7)), ("k", 0, (0, 2, 3)), ("v", 0, (0, 2, 3)), ("o", 1, (1, 4, 5, 6, 7))):
+        assert kept[name][dim].tolist() == [head * h + j for h in heads for j in range(head)]
 
 
 def test_json_says_ranges_and_comes_back():
@@ -114,10 +134,12 @@ def _some(draw, size):
 
 
 @st.composite
-def keeps(draw, anatomy):
-    """A random decision about some of the axes."""
+def keeps(draw, anatomy, one_by_one):
+    """A random decision about some of the axes; query heads go one by one, or by groups."""
     units = {}
     for name, axis in anatomy.axes.items():
+        if name.endswith("kv_heads" if one_by_one else ".heads") or (one_by_one and name.endswith("q_heads")):
+            continue
         if draw(st.booleans()):
             whole = name.endswith((".attention", ".mlp"))
             units[name] = draw(st.sampled_from([(), (0,), (0,)])) if whole else _some(draw, axis.size)
@@ -133,8 +155,9 @@ def two_cuts(draw):
         layers.append(LayerShape(groups * draw(st.integers(1, 3)), groups, draw(st.integers(1, 4))))
     shape = Shape(draw(st.integers(1, 5)), 2, 5, draw(st.booleans()), tuple(layers))
     anatomy = Anatomy(family, shape, frozenset(family.flags & {"attention_bias"}))
-    first = draw(keeps(anatomy))
-    return anatomy, first, draw(keeps(first.anatomy_after(anatomy)))
+    one_by_one = draw(st.booleans())
+    first = draw(keeps(anatomy, one_by_one))
+    return anatomy, first, draw(keeps(first.anatomy_after(anatomy), one_by_one))
 
 
 def _numbered(anatomy):

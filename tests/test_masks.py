@@ -7,30 +7,31 @@ import math
 
 import pipeline
 import pytest
-import test_train as training_tests
 import tiny
 import torch
 from shrinking import SEQ, UPDATE, events, log, pruning, run
-from test_train import Killed, asked, weights
+from training import Killed, KilledAt, asked, tiny_shape, weights
 
+from prunus import show_train
 from prunus.anatomy import Anatomy
 from prunus.axes import kind_of
 from prunus.cut import slice_plan, slice_tensors
 from prunus.distributed import ALONE
 from prunus.errors import UserError
-from prunus.gates import LIMIT, Gates, Rates, alive, drawn, off_target, penalty, settled, top
+from prunus.gates import LIMIT, Gates, Rates, alive, drawn, least_updates, off_target, penalty, settled, top
 from prunus.hf import build, target_for
 from prunus.keep import Keep
 from prunus.scaling import attach_, fold_, places
 from prunus.train import recipe as recipes
+from prunus.train.estimate import planned
 from prunus.train.learner import Learner
 from prunus.train.loop import Hook, Training, train_, validate
 from prunus.train.opening import prepare as opened
 from prunus.train.optim import adamw, start_slots_
 from prunus.train.schedule import Schedule
 from prunus.train.shapes import config_of, fresh
-from prunus.train.shrink.masks import Masks
-from prunus.train.shrink.pruner import Cutting
+from prunus.train.shrink.cutting import Cutting
+from prunus.train.shrink.masks import Masks, missed
 
 # -- one gate: closed forms ------------------------------------------------------------------------------------------------
 
@@ -91,6 +92,44 @@ def test_multipliers_rise_by_how_far_sizes_are_off():
     assert gates.multipliers["hidden"].tolist() == pytest.approx([2.0 * off, 5.0 + 2.0 * off**2])
     moved = before - gates.log_alpha["hidden"].detach()  # Adam's first step is its rate, whatever the gradient
     assert moved.tolist()[0] == pytest.approx([0.1] * 8, rel=1e-3)
+
+
+def test_what_is_undecided_and_what_is_far():
+    """By hand: P(z > 0) is 1/2 at -1.6, so half of what is drawn there is otherwise; far is more than 2 % of the axis."""
+    gates = Gates({"hidden": (1, 100)}, {"hidden": 98}, Rates(0.1, 1, 1), seed=0)
+    level = -2 / 3 * math.log(11)
+    a = gates.log_alpha["hidden"].detach()
+    a[:] = 1e3
+    a[0, :4] = level
+    assert gates.expected()["hidden"] == pytest.approx(98) and gates.far() == []
+    assert gates.undecided()["hidden"] == pytest.approx(4 * 0.5 / 100)  # two of the four stay
+    assert gates.doubt() == pytest.approx(0.02 / (2 * 0.98 * 0.02))
+    a[0, :2] = -1e3
+    a[0, 2:4] = 1e3
+    assert gates.doubt() == 0 and missed(gates) is None
+    assert gates.undecided()["hidden"] == 0 and gates.far() == []
+    a[:] = math.log(0.98 / 0.02) + level  # all alike, and at the target
+    assert gates.far() == [] and gates.doubt() == pytest.approx(1, rel=1e-3)
+    assert "did not sort units (gates are 100% as undecided" in missed(gates)
+    a[:] = 1e3
+    a[0, :2] = -1e3
+    a[0, 2:9] = level
+    assert gates.expected()["hidden"] == pytest.approx(94.5) and gates.far() == ["hidden"]
+    a[:] = 1e3
+    assert gates.expected()["hidden"] == 100 and gates.far() == []  # 2 % of it
+    gates.targets["hidden"] = 97
+    assert gates.far() == ["hidden"]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_before_so_many_updates_no_gate_can_close(rate):
+    """Driven down as hard as it goes. Adam's step is at most 1.17 rates (Cauchy-Schwarz at 0.9, 0.95), and starts differ by 0.3."""
+    gates = Gates({"hidden": (1, 64)}, {"hidden": 1}, Rates(rate, 0.0, 1e6), seed=0)
+    likely = []
+    for update in range(round(1.1 * least_updates(rate))):
+        gates.learn_(update, {"hidden": torch.zeros(1, 64)}, share=1.0)
+        likely.append(float(alive(gates.log_alpha["hidden"].detach()).median()))
+    assert likely[round(least_updates(rate) / 1.17) - 1] > 0.5 > likely[-1]
 
 
 def test_draws_are_of_the_update_alone():
@@ -194,7 +233,7 @@ AXES = ["hidden", "intermediate", "kv_heads", "layers"]
 
 def masked(more=None, **masks):
     """Cut after four of eight updates."""
-    shape = training_tests.tiny_shape() | {"tie_word_embeddings": True}
+    shape = tiny_shape() | {"tie_word_embeddings": True}
     return pruning({"model__shape": shape} | (more or {}), target=SIZES, axes=AXES, pace={}, masks=masks)
 
 
@@ -226,7 +265,7 @@ def test_what_is_told_of_masks_and_what_updates_cost():
         32 - 12 / 2
     )  # half of what is cut, warmed up in two updates
     assert all(math.isfinite(line["masks"]["penalty"]) for line in lines[:4])
-    whole = Anatomy.of(config_of(training_tests.tiny_shape() | {"tie_word_embeddings": True}, 0))
+    whole = Anatomy.of(config_of(tiny_shape() | {"tie_word_embeddings": True}, 0))
     small = Anatomy.of(config_of(str(out / "model"), 0))
     spent = [3 * whole.flops(SEQ) * 4] * 4 + [3 * small.flops(SEQ) * 4] * 4  # of the whole model until it is sliced
     assert [line["flops"] for line in lines] == [sum(spent[: i + 1]) for i in range(8)]
@@ -267,6 +306,7 @@ def test_the_lagrangian_meets_its_target():
     assert masks.ended is not None and masks.done
     for kind, whole in (("hidden", 32), ("intermediate", 24), ("kv_heads", 4), ("layers", 3)):
         assert abs(masks.ended["expected"][kind] - masks.ended["target"][kind]) < 0.01 * whole, kind
+    assert all(0 <= share < 0.5 for share in masks.ended["undecided"].values())
 
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gemma2", "olmo2"])
@@ -289,6 +329,21 @@ def test_micro_batches_share_one_draw():
         found.append(masks.tensors())
     for name, tensor in found[0].items():
         assert torch.allclose(tensor, found[1][name], rtol=1e-3, atol=1e-6), name
+
+
+def test_a_phase_that_is_too_short_says_so(capsys):
+    """Before the run where no gate can close; at its end where they did not come to the target: once, with what to lengthen."""
+    record, out = done()  # four updates
+    (line,) = [line for line in log(out) if "note" in line]
+    assert line["step"] == 4 and record["figures"]["pruning"]["masks"]["note"] == line["note"]
+    assert "4 updates did not bring the gates to the target (hidden at 31." in line["note"] and "masks.end" in line["note"]
+    show_train.line(line)
+    assert capsys.readouterr().err == f"note: {line['note']}\n"
+    (note,) = opened(masked(), out).notes
+    assert "in 4 updates at lr 0.3 no gate can close (at least 19 are needed" in note
+    assert planned(masked(), rate=1e9)["notes"] == [note]
+    assert opened(masked(lr=1.4), pipeline.scratch() / "long-enough").notes == ()
+    assert opened(pruning(), pipeline.scratch() / "no-masks").notes == ()
 
 
 def test_validation_draws_nothing():
@@ -323,13 +378,8 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit():
     for at in (2, 3, 4, 6):
         out = pipeline.scratch() / f"masked-stopped-{at}"
 
-        class Stop(Hook):
-            def after_step(self, training, at=at):
-                if training.step == at + 1:
-                    raise Killed
-
         with pytest.raises(Killed):
-            run(out, masked({"save__every": at}), Stop())
+            run(out, masked({"save__every": at}), KilledAt(at + 1))
         run(out, masked({"save__every": at}))
         one, other = weights(whole), weights(out)
         assert one.keys() == other.keys() and all(one[n].equal(other[n]) for n in one), at

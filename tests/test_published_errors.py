@@ -17,8 +17,8 @@ import tiny
 import torch
 from test_every_method import request_for, run
 
-from prunus import METHODS
 from prunus.eliminate import stay_after_swaps
+from prunus.methods import ONE_SHOT
 from prunus.oneshot import one_shot_
 from prunus.rotation import Gram
 from prunus.solve import factor, inverse_upper, sparsegpt
@@ -67,11 +67,11 @@ def test_windows_beyond_the_first_128_count():
     assert any(not torch.equal(kept, masks[1][name]) for name, kept in masks[0].items())
 
 
-@pytest.mark.parametrize("name", [n for n, row in METHODS.items() if {"kv_heads", "intermediate"} <= set(row.axes)])
+@pytest.mark.parametrize("name", [n for n, row in ONE_SHOT.items() if {"kv_heads", "intermediate"} <= set(row.axes)])
 def test_the_order_of_the_windows_does_not_matter(name):
     """B10 a (the first sample is lost), B12 (gradients of the step before are not cleared), B15 (only the last counts)."""
     model, turned = pipeline.model("llama_gqa4"), replace(WINDOWS, ids_NT=WINDOWS.ids_NT.flip(0))
-    for options in ({"score": "second"}, {"score": "mix"}) if "score" in METHODS[name].options else ({},):
+    for options in ({"score": "second"}, {"score": "mix"}) if "score" in ONE_SHOT[name].options else ({},):
         asked = {"options": {**request_for(name, model.config)["options"], **options}}
         one, other = (run(name, copy.deepcopy(model), windows, **asked) for windows in (WINDOWS, turned))
         assert one.keep == other.keep
@@ -80,7 +80,7 @@ def test_the_order_of_the_windows_does_not_matter(name):
 # -- KV groups (B12) ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n, row in METHODS.items() if "kv_heads" in row.axes])
+@pytest.mark.parametrize("name", [n for n, row in ONE_SHOT.items() if "kv_heads" in row.axes])
 @pytest.mark.parametrize("case", ["llama", "llama_gqa4"])
 def test_a_kv_group_is_scored_with_its_own_query_heads(name, case):
     """B12, LLM-Pruner and Adapt-Pruner: group g is given the heads g, g + k, ...; attention gives it g * r to g * r + r - 1.
@@ -98,7 +98,7 @@ def test_a_kv_group_is_scored_with_its_own_query_heads(name, case):
     outcome = run(name, model, WINDOWS)
     kept = [outcome.keep.units.get(f"layers.{i}.kv_heads") for i in range(tiny.LAYERS)]
     assert any(kept) and all(1 in units for units in kept if units is not None)
-    if outcome.scores is not None and METHODS[name].needs_text:  # magnitudes do not see where a head leads
+    if outcome.scores is not None and ONE_SHOT[name].needs_text:  # magnitudes do not see where a head leads
         for i in range(tiny.LAYERS):
             assert outcome.scores.values[f"layers.{i}.kv_heads"].nonzero().flatten().tolist() == [1]
 

@@ -10,14 +10,13 @@ import pytest
 import tiny
 import torch
 from shrinking import events, log, pruning, run, tied
-from test_train import SEQ, Killed, asked, weights
+from training import SEQ, Killed, KilledAt, asked, weights
 
 from prunus.anatomy import Anatomy
 from prunus.axes import kind_of
 from prunus.distributed import ALONE
 from prunus.errors import UserError
 from prunus.train.learner import Learner
-from prunus.train.loop import Hook
 from prunus.train.loss import IGNORED
 from prunus.train.opening import prepare as opened
 from prunus.train.shapes import config_of, fresh
@@ -126,13 +125,22 @@ def test_sums_are_those_of_the_sampled_tokens(name):
     assert all(t.equal(before[n]) for n, t in activations.sums.items())
 
 
-@pytest.mark.parametrize("name", ["llama_gqa4", "qwen2", "phi3", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("llama_gqa4", "kv_heads"),
+        ("qwen2", "kv_heads"),
+        ("phi3", "kv_heads"),
+        ("gemma2", "kv_heads"),
+        ("llama_gqa4", "heads"),
+    ],
+)
 @torch.no_grad()
-def test_what_is_left_errs_less_on_what_was_seen(name):
+def test_what_is_left_errs_less_on_what_was_seen(name, heads):
     activations, _, learner = seen(name, ActivationsPart(average=0.0, every=1), updates=1)
     anatomy, standing = activations.anatomy, Standing.of(activations.anatomy)
     units = {n: (1, a.size - 1) for n, a in anatomy.axes.items() if kind_of(n) == "intermediate"}
-    units |= {n: (1,) for n, a in anatomy.axes.items() if kind_of(n) == "kv_heads" and a.size > 1} | {"hidden": (0, 3, 9)}
+    units |= {n: (1,) for n, a in anatomy.axes.items() if kind_of(n) == heads and a.size > 1} | {"hidden": (0, 3, 9)}
     standing.drop(units)
     before = {n: p.detach().double().clone() for n, p in learner.trained.items()}
     means = {n: activations.mean(n) for n in activations.points}
@@ -244,13 +252,8 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(name, at):
     assert record["figures"]["pruning"]["met"] and record["figures"]["flops"]["scoring"] > 0
     out = pipeline.scratch() / f"repaired-{name}-{at}"
 
-    class Stop(Hook):
-        def after_step(self, training):
-            if training.step == at:
-                raise Killed
-
     with pytest.raises(Killed):
-        run(out, tied(**PARTS[name]), Stop())
+        run(out, tied(**PARTS[name]), KilledAt(at))
     run(out, tied(**PARTS[name]))
     one, other = weights(whole), weights(out)
     assert one.keys() == other.keys() and all(one[n].equal(other[n]) for n in one)
@@ -292,7 +295,7 @@ def test_repair_lessens_what_a_cut_costs():
     ("part", "said"),
     [
         ({"axes": ["intermediate"], "repair": {"stem": "gain"}}, "mends cuts of hidden, which axes leaves out"),
-        ({"axes": ["hidden"], "repair": {"kind": "least-squares"}}, "mends cuts of kv_heads and intermediate"),
+        ({"axes": ["hidden"], "repair": {"kind": "least-squares"}}, "mends cuts of kv_heads, heads and intermediate"),
         ({"activations": {"every": 2}}, "activations are looked at for"),
         ({"activations": {"every": SEQ + 1}, "repair": {"stem": "gain"}}, f"more than the {SEQ} tokens"),
         ({"repair": {"kind": "ridge"}}, r"prune\.repair\.kind"),

@@ -23,8 +23,8 @@ import pipeline
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import SEQ, asked, data, other_data, run, tiny_shape
 from torch.distributed import checkpoint as dcp
+from training import SEQ, asked, data, other_data, run, tiny_shape
 
 from prunus import record
 from prunus.train import export, saved

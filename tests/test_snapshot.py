@@ -10,7 +10,7 @@ import pipeline
 import pytest
 import torch
 from shrinking import SEQ, UPDATE, events, log, pruning, run, training_config
-from test_train import Killed, asked, weights
+from training import Killed, KilledAt, asked, weights
 
 from prunus.anatomy import Anatomy
 from prunus.errors import UserError
@@ -125,14 +125,9 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(name, tmp_path):
     for at in (3, 7):
         out = tmp_path / str(at)
 
-        class Stop(Hook):
-            def after_step(self, training, at=at):
-                if training.step == at:
-                    raise Killed
-
         recipe = taught(**PARTS[name])
         with pytest.raises(Killed):
-            run(out, recipe, Stop())
+            run(out, recipe, KilledAt(at))
         again = run(out, recipe)
         one, other = weights(whole), weights(out)
         assert one.keys() == other.keys() and all(one[n].equal(other[n]) for n in one)

@@ -18,6 +18,7 @@ from prunus import METHODS, api, checkpoint, streaming, tensorfiles, verificatio
 from prunus.errors import UserError, VerificationError
 from prunus.headers import safetensors_entries
 from prunus.keep import WeightMask
+from prunus.methods import ONE_SHOT
 from prunus.source import Source
 
 TEXT = api.TextOptions(windows=6, seq_len=pipeline.SEQ_LEN)
@@ -256,7 +257,7 @@ def refusal(code_said_err):
     return err
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.streams])
+@pytest.mark.parametrize("method", [name for name, row in ONE_SHOT.items() if not row.streams])
 def test_methods_that_need_the_whole_model_refuse(method, tmp_path):
     protect = ["--option", "protect=0,0"] if "protect" in METHODS[method].options else []
     words = ["-m", method, "-r", "0.34", *protect, "-c", pipeline.text_file(), "-o", tmp_path / "out", "--stream"]

@@ -120,6 +120,7 @@ def test_provenance(tmp_path):
         "windows": 3,
         "seq_len": 16,
     }
+    assert pack(pipeline.tokenizer(), source, windows=3, seq_len=16, stride=5).provenance()["stride"] == 5
     other = pack(pipeline.tokenizer(), source, windows=3, seq_len=16, seed=5, docs=":30")
     assert other.sha256 != windows.sha256 and other.source_sha256 == windows.source_sha256
 

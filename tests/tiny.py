@@ -163,10 +163,17 @@ def spans_rows(span: Any, units: Iterable[int]) -> list[int]:
             if u != span.only:
                 continue
             u = 0
+        u = u if span.shared is None else span.shared[u]
         for r in range(span.repeat):
             for j in range(span.block):
                 out.append(span.offset + r * span.stride + u * span.block + j)
     return out
+
+
+def gone_rows(span: Any, size: int, units: Iterable[int]) -> list[int]:
+    """Rows of units that go, less those that a unit that stays has a part in."""
+    stays = {row for u in range(size) if u not in units for row in spans_rows(span, [u])} if span.only is None else set()
+    return sorted(set(spans_rows(span, units)) - stays)
 
 
 def clone(model: Any) -> Any:

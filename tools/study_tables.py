@@ -9,7 +9,7 @@ from typing import Any
 from prunus.tables import markdown
 
 KIND = "study"
-REFERENCE = ("systems", "few-shot")  # study and arm
+REFERENCE = ("systems", "few-shot")  # study and arm; a study with such an arm of its own is compared with that
 HEADER = ["arm", "parameters", "shape", "tokens", "FLOPs", "seeds", "validation loss", "against few-shot", "commit"]
 
 
@@ -48,7 +48,6 @@ def shape(row: dict[str, Any]) -> str:
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown of all studies."""
-    reference = {place(row): loss(row) for row in rows if (row["study"], row["arm"]) == REFERENCE}
     studies: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         grid = {k: v for k, v in row["place"].items() if k != "data.seed"}
@@ -61,21 +60,23 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         "",
     ]
     for name, arms in studies.items():
+        own = arms.get(REFERENCE[1]) or studies[REFERENCE[0]][REFERENCE[1]]
+        reference = {place(row): loss(row) for row in own}
         cells = [_row(arm, found, reference) for arm, found in arms.items()]
         lines += [f"### {name}", "", *markdown(HEADER, cells), ""]
     return lines[:-1]
 
 
 def _parent(rows: list[dict[str, Any]]) -> str:
-    """What comes besides for every arm that starts from it."""
+    """What comes besides for every arm, and what all were trained on."""
     found = next((row for row in rows if row["study"] == "parent"), None)
     if found is None:
         return ""
     f, data = found["figures"], found["recipe"]["data"]
     files = ", ".join(f"{name} `{d['manifest']}`" for name, d in data.items())
     return (
-        f" Tokens and FLOPs are an arm's own; the parent's {f['tokens']:,} and {sum(f['flops'].values()):.3g} come besides, but "
-        f"for arms from fresh weights. Seeds are orders of the tokens; fresh weights are drawn once. Loss is that of "
+        " Tokens and FLOPs are an arm's own; its parent's, in the table of parents, come besides, but for arms from fresh weights. "
+        f"Seeds are orders of the tokens; fresh weights are drawn once. Loss is that of "
         f"{f['validation'][-1]['validation']['sequences']} sequences; data: {files}."
     )
 

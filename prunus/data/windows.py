@@ -34,7 +34,9 @@ class Windows:
     seed: int | None
     sha256: str  # of the token ids as little-endian int64
     source_sha256: str | None
-    num_bytes: int  # of the text under tokens 1..T-1 of every window
+    num_bytes: int  # of the text under the predicted tokens
+    num_words: int = 0  # of the same text, as white space parts them
+    stride: int | None = None  # tokens from one window's start to the next, where they overlap
 
     @property
     def num_windows(self) -> int:
@@ -51,9 +53,19 @@ class Windows:
         """N * T."""
         return self.ids_NT.numel()
 
+    def first_predicted(self, window: int) -> int:
+        """The first token of a window that counts: with a stride, what the window before has told already is only read."""
+        return 1 if self.stride is None or window == 0 else self.seq_len - self.stride
+
+    @property
+    def num_predictions(self) -> int:
+        """Tokens that count."""
+        return sum(self.seq_len - self.first_predicted(i) for i in range(self.num_windows))
+
     def provenance(self) -> dict[str, Any]:
-        """What goes into records: everything but the ids."""
-        data = {k: v for k, v in asdict(self).items() if k != "ids_NT"}
+        """What goes into records: where the ids are from, a stride where there is one."""
+        left_out = {"ids_NT", "num_words"} | ({"stride"} if self.stride is None else set())
+        data = {k: v for k, v in asdict(self).items() if k not in left_out}
         return data | {"windows": self.num_windows, "seq_len": self.seq_len}
 
     def check_fits(self, vocab_size: int, what: str) -> None:
@@ -67,37 +79,45 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     source: str,
     *,
-    windows: int,
+    windows: int | None,
     seq_len: int,
     seed: int | None = None,
     docs: str | None = None,
     field: str = "text",
+    stride: int | None = None,
     online: bool = False,
 ) -> Windows:
-    """Documents joined by a blank line, tokenised in one piece (no BOS), cut into the first `windows` full windows.
+    """Documents joined by a blank line, tokenised in one piece (no BOS), cut into the first `windows` full windows; None: all.
 
-    With a `seed` the windows are drawn without replacement from all full windows of the text instead. UserError if the
+    With a `seed` the windows are drawn without replacement from all full windows of the text instead. With a `stride` below
+    `seq_len` each begins so many tokens behind the one before, and only its last `stride` tokens are predicted. UserError if the
     text is empty or too short.
     """
-    needed = windows * seq_len
+    step = stride or seq_len
+    needed = None if windows is None else (windows - 1) * step + seq_len
     text = _read(tokenizer, source, None if seed is not None else needed, docs, field, online)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    available = len(ids) // seq_len
-    if available < windows:
+    available = max(0, (len(ids) - seq_len) // step + 1)
+    wanted = max(1, available) if windows is None else windows
+    if available < wanted:
         raise UserError(
-            f"{source}: {len(ids):,} tokens of text, but {windows} windows of {seq_len} need {needed:,}; give more text or "
-            "fewer windows"
+            f"{source}: {len(ids):,} tokens of text, but {wanted} windows of {seq_len} need {needed or seq_len:,}; give more text "
+            "or fewer windows"
         )
-    chosen = list(range(windows))
+    chosen = list(range(wanted))
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(available, generator=generator)[:windows].tolist()
-    ids_NT = torch.tensor([ids[i * seq_len : (i + 1) * seq_len] for i in chosen], dtype=torch.int64)
-    num_bytes = byte_level_bytes(tokenizer, ids_NT[:, 1:])
+        chosen = torch.randperm(available, generator=generator)[:wanted].tolist()
+    ids_NT = torch.tensor([ids[i * step : i * step + seq_len] for i in chosen], dtype=torch.int64)
+    fresh = [1 if stride is None or k == 0 else seq_len - stride for k in range(wanted)]
+    spans = [
+        (offsets[i * step + first][0], offsets[i * step + seq_len - 1][1]) for i, first in zip(chosen, fresh, strict=True)
+    ]
+    under = [text[start:end] for start, end in spans]
+    num_bytes = byte_level_bytes(tokenizer, torch.cat([row[first:] for row, first in zip(ids_NT, fresh, strict=True)]))
     if num_bytes is None:
-        spans = ((offsets[i * seq_len + 1][0], offsets[(i + 1) * seq_len - 1][1]) for i in chosen)
-        num_bytes = sum(len(text[start:end].encode()) for start, end in spans)
+        num_bytes = sum(len(part.encode()) for part in under)
     path = None if source.startswith(HUB) else Path(source).expanduser()
     return Windows(
         ids_NT=ids_NT,
@@ -107,6 +127,8 @@ def pack(
         sha256=hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest(),
         source_sha256=None if path is None else file_sha256([path]),
         num_bytes=num_bytes,
+        num_words=sum(len(part.split()) for part in under),
+        stride=stride,
     )
 
 

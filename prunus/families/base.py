@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 DIMS = ("hidden", "q", "kv", "qkv", "intermediate", "vocab", "head_dim")
-AXES = ("layers", "attention", "mlp", "kv_heads", "q_heads", "intermediate", "hidden", "vocab")
+AXES = ("layers", "attention", "mlp", "kv_heads", "q_heads", "heads", "intermediate", "hidden", "vocab")
 NormKind = Literal["rms", "layer", "bare layer"]  # RMSNorm; LayerNorm with gain and bias; LayerNorm without parameters
 
 

@@ -33,7 +33,7 @@ PHI = Family(
     norm="layer",
     out_bias_flags={"attention": (), "mlp": ()},  # the biases are always there
     per_layer_lists=(),
-    refused_if={"qk_layernorm": dict.fromkeys(("hidden", "kv_heads", "q_heads"), _QK_WHY)},
+    refused_if={"qk_layernorm": dict.fromkeys(("hidden", "kv_heads", "q_heads", "heads"), _QK_WHY)},
     final_norm="model.final_layernorm",
     head_bias=True,
 )

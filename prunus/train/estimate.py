@@ -15,11 +15,18 @@ from .loss import CHUNK
 from .opening import cutting_of
 from .recipe import Recipe
 from .shapes import config_of
+from .shrink.clocked import clocked, known
+from .shrink.cutting import Cutting
 from .shrink.forecast import ASSUMED, Forecast
+from .shrink.masks import too_short
 
 # Of the matmul rate that training reaches, unless a rate is stated. The recorded run of `nano` (results/train.jsonl) made 8.96e13
 # FLOPs in 998 seconds: 90 GFLOP/s, 55 % of what its log says the two cores, busy with other work, made of one product.
 EFFICIENCY = 0.5
+UNCLOCKED = (
+    "not counted: how much goes is known once milliseconds are measured, by the run before its first update, or now "
+    "with --latency"
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ def _kept_by(layer: LayerShape, shape: Shape, recipe: Recipe) -> int:
     query, key, mask = layer.num_attention_heads, layer.num_key_value_heads, 0
     if recipe.data.separate_documents:  # with a mask, keys and values are repeated for every query head
         key, mask = query, inside * recipe.data.seq_len
+    if layer.kv_index is not None:
+        key = query
     out = 0
     if query:  # input of q, k, v; queries and output; keys and values; log of the sums in float32
         out += mask + norm + stream * (3 if each else 1) + inside * shape.head_dim * (2 * query + 2 * key) + 4 * query
@@ -150,8 +159,13 @@ def _stream(precision: str) -> int:
     return 2 if precision == "bfloat16" else 4
 
 
-def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memory: float | None = None) -> dict[str, Any]:
-    """The estimate of a recipe as plain data; `memory` in GB of one device. UserError for what the recipe names wrongly."""
+def planned(
+    recipe: Recipe, *, devices: int = 1, rate: float | None = None, memory: float | None = None, latency: bool = False
+) -> dict[str, Any]:
+    """The estimate of a recipe as plain data; `memory` in GB of one device. UserError for what the recipe names wrongly.
+
+    Milliseconds that decide what is cut are those that this machine's table has; `latency` measures what it lacks.
+    """
     if devices < 1:
         raise UserError(f"devices: {devices} are too few; give at least 1")
     for name, value in (("rate", rate), ("memory", memory)):
@@ -161,8 +175,10 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
     config = source.config if source is not None else None
     if config is None:
         config = config_of(recipe.model.shape or "", 0, recipe.model.target_params, recipe.model.enlarge)
-    anatomy, cutting = Anatomy.of(config), cutting_of(recipe, config)
-    cuts = None if cutting is None else Forecast(cutting, recipe)
+    anatomy = Anatomy.of(config)
+    cutting = _clocked(cutting_of(recipe, config), recipe.dtype, latency)
+    unknown = cutting is not None and cutting.part.clocked and not cutting.clocks
+    cuts = None if cutting is None or unknown else Forecast(cutting, recipe)
     part = recipe.teacher
     teacher = None if part is None or part.cache or part.snapshot else Source.open(part.source or "").anatomy
     vocab_size, read = anatomy.shape.vocab_size, recipe.steps * recipe.batch_tokens
@@ -176,8 +192,11 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
         "tokens": recipe.tokens,
         "steps": recipe.steps,
         "basis": basis,
+        "notes": list(filter(None, [too_short(recipe)])),
         "flops": round(found.flops_per_token * recipe.tokens),
-        "pruning": None
+        "pruning": {"unknown": UNCLOCKED}
+        if unknown
+        else None
         if cuts is None
         else {
             "params": cuts.end.num_params,
@@ -187,6 +206,14 @@ def planned(recipe: Recipe, *, devices: int = 1, rate: float | None = None, memo
         },
         "teacher_cache": None if part is None or part.cache is None else bytes_of(read, part.top_k or 0, vocab_size),
     } | plain
+
+
+def _clocked(cutting: Cutting | None, dtype: str, measure: bool) -> Cutting | None:
+    """With the milliseconds that decide, as far as they are known."""
+    if cutting is None or not cutting.part.timed:
+        return cutting
+    table = known(cutting.part, cutting.config, cutting.anatomy, dtype, measure=measure)
+    return cutting if table is None else clocked(cutting, table)
 
 
 def _adapter_params(anatomy: Anatomy, rank: int) -> int:

@@ -35,13 +35,9 @@ class Teacher:
     def __call__(self, ids_BT: Tensor, *, at: int = 0, **positions: Tensor) -> Mix:
         """Its logits are made chunk by chunk, when the student's are."""
         hidden_ND = self.learner.hidden(ids_BT, **positions).flatten(0, 1)
-        head: Any = self.learner.model.get_output_embeddings()
-        weight_VD, cap = head.weight.detach().to(hidden_ND.dtype), self.learner.cap
 
         def logits(part: slice) -> Tensor:
-            raw = (hidden_ND[part] @ weight_VD.T).float()
-            raw = raw if head.bias is None else raw + head.bias
-            return raw if cap is None else cap * torch.tanh(raw / cap)
+            return self.learner.logits(hidden_ND[part])
 
         k, temperature = self.top_k, self.temperature
         if k is None:
@@ -59,12 +55,17 @@ class Learner(nn.Module):
         self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
         decoder: Any = model.get_decoder()
         self.decode = torch.compile(decoder, dynamic=False) if compiled else decoder
-        self.trained: dict[str, nn.Parameter] = {}
-        self.name_trained_()
+        self.held: dict[str, nn.Parameter] = {}
+        self.name_held_()
 
-    def name_trained_(self) -> None:
-        """Note by name what is updated. A model that is shared out shows its parts only until it is first run: note them before."""
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def name_held_(self) -> None:
+        """Note weights by name. A model that is shared out shows its parts only until it is first run: note them before."""
+        self.held = dict(self.model.named_parameters())
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is updated, by name."""
+        return {name: p for name, p in self.held.items() if p.requires_grad}
 
     def forward(
         self, ids_BT: Tensor, targets_BT: Tensor, *, teacher: Taught | None = None, at: int = 0, **positions: Tensor
@@ -81,6 +82,14 @@ class Learner(nn.Module):
         hidden_ND = self.hidden(ids_BT).flatten(0, 1)
         head: Any = self.model.get_output_embeddings()
         return head_nll(hidden_ND, head.weight, targets_BT.flatten(), head.bias, self.cap).reshape(targets_BT.shape)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """What the head makes of hidden states, float32 or wider [N, V]; without gradients of the head."""
+        head: Any = self.model.get_output_embeddings()
+        raw = hidden_ND @ head.weight.detach().to(hidden_ND.dtype).T
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        raw = raw if head.bias is None else raw + head.bias.detach()
+        return raw if self.cap is None else self.cap * torch.tanh(raw / self.cap)
 
     def read(self, what: Callable[[PreTrainedModel], T]) -> T:
         """What a function finds when it runs the model; weights that are shared out are there for it."""

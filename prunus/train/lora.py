@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anatomy import Anatomy
+from ..distributed import local, whole
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from .learner import Learner
     from .parts import LoraPart
 
 
@@ -36,6 +39,18 @@ def attach_(model: PreTrainedModel, anatomy: Anatomy, part: LoraPart, seed: int)
         return peft.get_peft_model(model, config)
 
 
-def merged(wrapper: Any) -> PreTrainedModel:
-    """The plain model with the adapters in its weights; the wrapper is used up."""
-    return wrapper.merge_and_unload()
+@torch.no_grad()
+def merge_(learner: Learner, wrapper: Any) -> dict[str, Tensor]:
+    """Changes `learner`: its model is the plain one with the adapters in its weights, W + (B A) alpha / rank; those by name.
+
+    The wrapper is used up. Of a model that is shared out, a process adds to its own rows of W, which want its own rows of B.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    adapted: list[Any] = [module for module in wrapper.modules() if isinstance(module, LoraLayer)]
+    for module in adapted:
+        (name,) = module.active_adapters
+        inner, outer = module.lora_A[name].weight, module.lora_B[name].weight
+        local(module.base_layer.weight).add_(local(outer) @ whole(inner) * module.scaling[name])
+    learner.model = wrapper.unload()
+    return {name: learner.held.get(name, p) for name, p in learner.model.named_parameters()}

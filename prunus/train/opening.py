@@ -22,7 +22,8 @@ from .loop import Clock
 from .parts import NO_TOKENIZER
 from .recipe import Recipe
 from .shapes import checkpoint_of, config_of, is_folder
-from .shrink.pruner import Cutting
+from .shrink.cutting import Cutting
+from .shrink.masks import too_short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,11 @@ class Run:
     def anatomy(self) -> Anatomy:
         """Of the model that is trained."""
         return Anatomy.of(self.config)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before it begins."""
+        return (*self.feeds.notes, *filter(None, [too_short(self.recipe)]))
 
     @property
     def teacher_flops(self) -> int | None:

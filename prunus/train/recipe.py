@@ -109,6 +109,11 @@ class Recipe(Strict):
         """Updates; what the budget leaves over a whole number of them is not used."""
         return self.tokens // self.batch_tokens
 
+    @property
+    def dtype(self) -> str:
+        """Of weights."""
+        return "bfloat16" if self.precision == "bfloat16" else "float32"
+
     def rates(self, peak: float) -> Schedule:
         """The learning rate by tokens of the run."""
         asked = self.schedule

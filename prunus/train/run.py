@@ -24,16 +24,16 @@ from .. import heap, measure, record
 from ..anatomy import Anatomy
 from ..distributed import World
 from ..errors import UserError
+from ..latency import Table
 from ..place import locked, staged_files
-from ..source import DTYPES
 from . import lora, optim, saved
-from .assembly import learner_of, optimizer_of, tensors_of
+from .assembly import learner_of, model_of, optimizer_of, tensors_of
 from .export import export
 from .loop import Hook, Sparse, Training, train_, validate
 from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, RECIPE, RECORD, Run
 from .recipe import Recipe
-from .shapes import fresh
-from .shrink.clocked import price_of
+from .shrink.clocked import clock_of, clocked, table_of
+from .shrink.cutting import Cutting
 from .shrink.masks import Masks
 from .shrink.pruner import Pruner
 from .stopping import StoppedError, asked_to_stop
@@ -57,12 +57,13 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
     recipe, out = run.recipe, run.out
     with World.joined() as world, locked(out) if world.first else nullcontext(), heap.kept():
         _check_shares(recipe, world)
-        done = world.agree(_begin(run) if world.first else None)
+        cutting, table = _clocked(run, world)
+        done = world.agree(_begin(run, table) if world.first else None)
         if done is not None:
             return done
         tried = None
         if recipe.optimizer.lr == "sweep":
-            tried = swept(recipe, out, lambda rate: _training(run, hooks, rate, world), say)
+            tried = swept(recipe, out, lambda rate: _training(run, hooks, rate, world), say, world)
         rate = tried.best if tried is not None else float(recipe.optimizer.lr)
 
         def tell(line: Mapping[str, Any]) -> None:
@@ -71,11 +72,8 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
                 say(line)
 
         spending, pruner = _Spending(run), None
-        if run.cutting is not None:
-            arrive = partial(_left, run, tried)
-            cutting, dtype = run.cutting, "bfloat16" if recipe.precision == "bfloat16" else "float32"
-            clocked = price_of(cutting.part, cutting.goal, cutting.config, cutting.anatomy, out, dtype, world)
-            pruner = (Pruner if cutting.part.masks is None else Masks)(cutting, recipe, tell, arrive, clocked)
+        if cutting is not None:
+            pruner = (Pruner if cutting.part.masks is None else Masks)(cutting, recipe, tell, partial(_left, run, tried))
         training = _training(run, (spending, *hooks, *([pruner] if pruner else [])), rate, world)
         _resume_(run, training, pruner)
         if pruner is not None:
@@ -136,9 +134,6 @@ def _check_shares(recipe: Recipe, world: World) -> None:
         raise UserError(
             f"prune.pace.samples: {world.size} processes cannot share {pace.samples} sequences; give at least {world.size}"
         )
-    if (recipe.lora is not None or recipe.optimizer.lr == "sweep") and not world.alone:
-        what = "lora" if recipe.lora is not None else "optimizer.lr: sweep"
-        raise UserError(f"{what}: is for one process only yet; start one")
 
 
 def _line(run: Run, training: Training, pruner: Pruner | None, speed: float, share: float) -> dict[str, Any]:
@@ -170,9 +165,25 @@ def _validated(run: Run, training: Training) -> dict[str, Any]:
     return line
 
 
-def _begin(run: Run) -> dict[str, Any] | None:
-    """Write the recipe down; the record, if the run is at its end."""
+def _clocked(run: Run, world: World) -> tuple[Cutting | None, Table | None]:
+    """What is cut, with milliseconds measured in one process for all, where they decide; nothing is written into the folder yet.
+
+    UserError for a target that they put out of reach.
+    """
+    cutting = run.cutting
+    if cutting is None or not cutting.part.timed:
+        return cutting, None
+    found = table_of(cutting.part, run.config, run.anatomy, run.recipe.dtype, run.out) if world.first else None
+    table = world.agree(found)
+    assert table is not None
+    return clocked(cutting, table), table
+
+
+def _begin(run: Run, table: Table | None) -> dict[str, Any] | None:
+    """Write down the recipe, and the milliseconds that it goes by; the record, if the run is at its end."""
     run.out.mkdir(parents=True, exist_ok=True)
+    if table is not None:
+        table.saved({})
     if not (run.out / RECIPE).exists():
         with staged_files(run.out / RECIPE) as (stage,):
             stage.write_text(json.dumps(run.recipe.plain(), indent=1) + "\n", encoding="utf-8")
@@ -192,13 +203,9 @@ def _training(run: Run, hooks: tuple[Hook, ...], lr: float, world: World) -> Tra
     """The run's live parts."""
     recipe = run.recipe
     torch.manual_seed(recipe.seed)  # for dropout, where a model has it
-    dtype = DTYPES["bfloat16" if recipe.precision == "bfloat16" else "float32"]
-    if run.source is not None:
-        model = run.source.load(str(dtype).removeprefix("torch."))
-    else:
-        model = fresh(run.config, init=recipe.model.init, seed=recipe.seed, dtype=dtype)
+    model, fill = model_of(recipe, run.source, run.config, world)
     run.adapters = None if recipe.lora is None else lora.attach_(model, run.anatomy, recipe.lora, recipe.seed)
-    learner = learner_of(recipe, model, run.anatomy, world)
+    learner = learner_of(recipe, model, run.anatomy, world, fill)
     if run.mask is not None:
         sparse = Sparse(learner.trained, {name: world.part(kept) for name, kept in run.mask.kept.items()})
         sparse.after_step(None)
@@ -297,8 +304,7 @@ def _finish(run: Run, training: Training, pruner: Pruner | None, tried: Sweep | 
     """Save the model, load it in a clean process, write ledger and record."""
     weights: Mapping[str, Tensor] = training.learner.trained
     if run.adapters is not None:
-        training.learner.model = lora.merged(run.adapters)
-        weights = dict(training.learner.model.named_parameters())
+        weights = lora.merge_(training.learner, run.adapters)
     verified = _exported(run, training, weights, run.out)
     if training.world.first:
         _write_ledger(run, training, pruner, tried, run.out)
@@ -365,8 +371,16 @@ def _recorded(
         "share_of_peak": last["share_of_peak"],
         "processes": training.world.size,
         "verified": verified,
-        "pruning": None if pruner is None else pruner.told(),
+        "pruning": None if pruner is None else _pruned(run, pruner),
     }
     recipe = {"command": KIND, "recipe": run.recipe.named(), "data": run.feeds.identity()}
     with staged_files(run.out / RECORD) as (stage,):
         return record.append(stage, KIND, recipe, figures)
+
+
+def _pruned(run: Run, pruner: Pruner) -> dict[str, Any]:
+    """What became of the cutting; where milliseconds were the target, the saved model's own beside what the table says of it."""
+    told = pruner.told()
+    if pruner.asked.part.clocked:
+        told["clock_ms"] = getattr(clock_of(run.out / MODEL, run.recipe.dtype), told["measure"])
+    return told

@@ -107,7 +107,7 @@ def _scaled(config: PreTrainedConfig, params: int) -> PreTrainedConfig:
     """
     shape = Anatomy.of(config).shape
     first = shape.layers[0]
-    if any(layer != first for layer in shape.layers) or not first.num_key_value_heads or not first.intermediate_size:
+    if not shape.is_uniform:
         raise UserError("model.target_params: only a shape whose layers are alike can be scaled; drop it")
     groups, per_group = first.num_key_value_heads, first.num_attention_heads // first.num_key_value_heads
     ratio = first.intermediate_size / shape.hidden_size
@@ -156,11 +156,16 @@ def fresh(config: PreTrainedConfig, *, init: str, seed: int, dtype: torch.dtype)
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    anatomy = Anatomy.of(config)
     if init == "depth-scaled":
-        scale = (2 * anatomy.shape.num_hidden_layers) ** -0.5
+        anatomy = Anatomy.of(config)
         with torch.no_grad():
-            for name, tensor in anatomy.tensors.items():
-                if tensor.is_matrix and tensor.layer is not None and tensor.param.dims[0] == ("hidden",):
-                    model.get_parameter(name).mul_(scale)
+            for name, p in model.named_parameters():
+                p.mul_(depth_scale(anatomy, name))
     return model.to(dtype)
+
+
+def depth_scale(anatomy: Anatomy, name: str) -> float:
+    """What a tensor is multiplied by where weights are depth-scaled."""
+    tensor = anatomy.tensors[name]
+    writes = tensor.is_matrix and tensor.layer is not None and tensor.param.dims[0] == ("hidden",)
+    return (2 * anatomy.shape.num_hidden_layers) ** -0.5 if writes else 1.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..distributed import ALONE, World
 from ..errors import UserError
 from ..place import staged_files
 from .loop import Training, train_
@@ -44,24 +45,35 @@ def prefix(recipe: Recipe) -> int:
     return min(recipe.steps, max(math.ceil(_SHARE * recipe.steps), warm + _BEYOND))
 
 
-def swept(recipe: Recipe, out: Path, begin: Callable[[float], Training], say: Callable[[Mapping[str, Any]], None]) -> Sweep:
-    """Try every rate; `begin(rate)` is a fresh run. Rates that were tried before, by a run that was stopped, are known."""
+def swept(
+    recipe: Recipe,
+    out: Path,
+    begin: Callable[[float], Training],
+    say: Callable[[Mapping[str, Any]], None],
+    world: World = ALONE,
+) -> Sweep:
+    """Try every rate; `begin(rate)` is a fresh run. Rates that were tried before, by a run that was stopped, are known.
+
+    Losses are those of whole updates, so that all processes come to the same choice; the first writes and says.
+    """
     steps, path = prefix(recipe), out / SWEEP
-    losses = _read(path, steps)
+    losses = world.agree(_read(path, steps) if world.first else {})
     for rate in RATES:
         if rate in losses:
             continue
         seen: list[float] = []
+        beginning = begin(rate)
         try:
-            train_(begin(rate), steps, lambda training, seen=seen: seen.append(training.last["loss"]))  # type: ignore[misc]
+            train_(beginning, steps, lambda training, seen=seen: seen.append(training.last["loss"]))  # type: ignore[misc]
         except UserError:  # no number: too high a rate
             losses[rate] = None
         else:
             tail = seen[-max(1, round(_SCORED * steps)) :]
             losses[rate] = sum(tail) / len(tail)
-        with staged_files(path) as (stage,):
-            stage.write_text(json.dumps({"steps": steps, "losses": list(losses.items())}) + "\n", encoding="utf-8")
-        say({"step": steps, "sweep": {"lr": rate, "loss": losses[rate]}})
+        if world.first:
+            with staged_files(path) as (stage,):
+                stage.write_text(json.dumps({"steps": steps, "losses": list(losses.items())}) + "\n", encoding="utf-8")
+            say({"step": steps, "sweep": {"lr": rate, "loss": losses[rate]}})
     return Sweep(steps, losses)
 
 

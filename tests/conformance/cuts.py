@@ -22,6 +22,12 @@ def _heads(axis: str, size: Sizes) -> dict[str, tuple[int, ...]]:
     return {f"layers.0.{axis}": tuple(range(1, n)), f"layers.1.{axis}": (n - 1,)}
 
 
+def _ragged(size: Sizes) -> dict[str, tuple[int, ...]]:
+    """Layer 0 loses its first query head, layer 1 all but the second and the last two, layer 2 none."""
+    n = size("layers.0.heads")
+    return {"layers.0.heads": tuple(range(1, n)), "layers.1.heads": (1, n - 2, n - 1)}
+
+
 def _gone(axis: str, layers: Iterable[int]) -> dict[str, tuple[int, ...]]:
     return {f"layers.{i}.{axis}": () for i in layers}
 
@@ -51,6 +57,8 @@ CUTS: dict[str, Callable[[Sizes], dict[str, tuple[int, ...]]]] = {
     "kv_heads_per_layer": lambda size: _heads("kv_heads", size),
     "q_heads": lambda size: _every_layer("q_heads", size, 1),
     "q_heads_per_layer": lambda size: _heads("q_heads", size),
+    "heads": lambda size: _every_layer("heads", size, 1),
+    "heads_per_layer": _ragged,
     "intermediate": lambda size: _every_layer("intermediate", size, 1),
     "intermediate_per_layer": lambda size: {
         "layers.0.intermediate": (0, 7, 23),
@@ -61,10 +69,10 @@ CUTS: dict[str, Callable[[Sizes], dict[str, tuple[int, ...]]]] = {
     "everything": _everything,
 }
 # What a stock config can say, where its validator lets it; a config of ours otherwise.
-UNIFORM = {"layers_middle", "layers_first", "kv_heads", "q_heads", "intermediate", "hidden", "hidden_odd"}
+UNIFORM = {"layers_middle", "layers_first", "kv_heads", "q_heads", "heads", "intermediate", "hidden", "hidden_odd"}
 FOLDED_AXES = {"hidden"}  # of every family with RMSNorm; olmo2 adds its heads, whose norms span all of them
 LAYER_NORM = {"olmo", "phi", "phi_tied", "phi_qk", "gpt_neox", "gpt_neox_sequential"}  # cutting the stem is inexact
-_DERIVED_HEADS = {"hidden", "kv_heads", "q_heads"}  # where a config takes the size of a head from hidden_size
+_DERIVED_HEADS = {"hidden", "kv_heads", "q_heads", "heads"}  # where a config takes the size of a head from hidden_size
 REFUSED = dict.fromkeys(("phi_qk", "gpt_neox", "gpt_neox_sequential"), _DERIVED_HEADS)  # case -> kinds of axes it lacks
 
 
@@ -75,6 +83,7 @@ def sizes(case: str) -> Sizes:
     known = {
         "kv_heads": kv_heads,
         "q_heads": config.num_attention_heads // kv_heads,
+        "heads": config.num_attention_heads,
         "intermediate": config.intermediate_size,
     }
     return lambda name: known[name.rsplit(".", 1)[-1]]
@@ -91,7 +100,7 @@ def keep_of(case: str, cut: str) -> Keep:
     return Keep(_units(case, cut)).validated(Anatomy.of(tiny.tiny_config(case)))
 
 
-_HEADS = {"kv_heads", "kv_heads_per_layer", "q_heads", "q_heads_per_layer", "everything"}
+_HEADS = {"kv_heads", "kv_heads_per_layer", "q_heads", "q_heads_per_layer", "heads", "heads_per_layer", "everything"}
 _ONLY = {  # variants of a family that is there in full: the cuts that they are there for
     "llama_tied": {"hidden", "hidden_odd", "layers_middle", "everything"},
     "llama_mha": _HEADS - {"q_heads", "q_heads_per_layer"},  # one query head a group
@@ -111,7 +120,7 @@ def pairs(cuts: Iterable[str] = CUTS, cases: Iterable[str] = tiny.CASES) -> list
 
 def folds(case: str, cut: str) -> bool:
     """Whether the cut runs through an RMSNorm's gains."""
-    through_norms = FOLDED_AXES | ({"kv_heads", "q_heads"} if case == "olmo2" else set())
+    through_norms = FOLDED_AXES | ({"kv_heads", "q_heads", "heads"} if case == "olmo2" else set())
     through = cut == "everything" or cut.removesuffix("_per_layer").removesuffix("_odd") in through_norms
     return through and case not in LAYER_NORM
 

@@ -14,7 +14,16 @@ from prunus import cut, hf
 from prunus.anatomy import Anatomy
 from prunus.errors import UserError
 
-CUTS = ("layers_first", "sublayers", "kv_heads_per_layer", "q_heads", "intermediate_per_layer", "hidden", "everything")
+CUTS = (
+    "layers_first",
+    "sublayers",
+    "kv_heads_per_layer",
+    "q_heads",
+    "heads_per_layer",
+    "intermediate_per_layer",
+    "hidden",
+    "everything",
+)
 
 
 def built(dense, keep):
@@ -59,7 +68,9 @@ def test_counts_of_cut_models(case, cut_name, dense_of):
     assert anatomy.flops(7) == counted_flops(model, 7)
 
 
-@pytest.mark.parametrize(("case", "cut_name"), pairs(("kv_heads_per_layer", "q_heads", "sublayers", "everything")))
+@pytest.mark.parametrize(
+    ("case", "cut_name"), pairs(("kv_heads_per_layer", "q_heads", "heads_per_layer", "sublayers", "everything"))
+)
 def test_kv_bytes_are_those_of_the_cache(case, cut_name, dense_of):
     anatomy, model = built(dense_of(case), keep_of(case, cut_name))
     length = 3  # shorter than the sliding window, behind which a cache holds no more tokens
@@ -71,13 +82,13 @@ def test_kv_bytes_are_those_of_the_cache(case, cut_name, dense_of):
     assert held == length * (anatomy.kv_bytes_per_token(8) + markers)
 
 
-AXES = ("layers", "attention", "mlp", "kv_heads", "q_heads", "intermediate", "hidden", "vocab")
+AXES = ("layers", "attention", "mlp", "kv_heads", "q_heads", "heads", "intermediate", "hidden", "vocab")
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_spans_lie_inside_and_claim_every_dimension_once(case):
-    """Inner axes partition their dimension; q_heads partitions it a second way. Head norms and what no axis cuts are
-    unclaimed.
+    """Inner axes partition their dimension; q_heads partitions it a second way, and heads a third, which share KV heads.
+    Head norms and what no axis cuts are unclaimed.
     """
     anatomy = Anatomy.of(tiny.tiny_config(case))
     refused = REFUSED.get(case, set())
@@ -89,6 +100,7 @@ def test_spans_lie_inside_and_claim_every_dimension_once(case):
         for span in axis.spans:
             size = anatomy.tensors[span.param].shape[span.dim]
             rows = [row for u in range(axis.size) for row in tiny.spans_rows(span, [u])]
+            rows = rows if span.shared is None else sorted(set(rows))
             assert all(0 <= row < size for row in rows), (name, span)
             claimed.setdefault((span.param, span.dim), {}).setdefault(name, []).extend(rows)
     for param, tensor in anatomy.tensors.items():
@@ -96,7 +108,9 @@ def test_spans_lie_inside_and_claim_every_dimension_once(case):
             owners = claimed.get((param, dim), {})
             for name, rows in owners.items():
                 assert len(rows) == len(set(rows)), (name, param, dim)  # no two units share a row
-            inner = {n: r for n, r in owners.items() if not n.endswith(("layers", ".attention", ".mlp", ".q_heads"))}
+            inner = {
+                n: r for n, r in owners.items() if not n.endswith(("layers", ".attention", ".mlp", ".q_heads", ".heads"))
+            }
             over_a_head = param.endswith(("q_norm.weight", "k_norm.weight")) and size == tiny.HEAD_DIM
             if over_a_head or ".q_layernorm." in param or ".k_layernorm." in param or tensor.param.dims[dim] in unclaimed:
                 assert not inner
@@ -136,7 +150,7 @@ def test_readers_are_the_matrices_that_leave_a_sub_layer(case):
     anatomy = Anatomy.of(tiny.tiny_config(case))
     attention, mlp = OUTPUTS[case]
     for i in range(tiny.LAYERS):
-        for axis in {"kv_heads", "q_heads"} - REFUSED.get(case, set()):
+        for axis in {"kv_heads", "q_heads", "heads"} - REFUSED.get(case, set()):
             assert anatomy.reader(f"layers.{i}.{axis}").param == attention.format(i)
         assert anatomy.reader(f"layers.{i}.intermediate").param == mlp.format(i)
 

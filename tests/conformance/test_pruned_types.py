@@ -87,34 +87,40 @@ for folder in sys.argv[1:]:
 
 
 def test_remote_code_loads_without_prunus(dense_of, tmp_path):
-    """The folder alone, in a process that cannot import prunus."""
-    model = per_layer_model(dense_of("llama"), "llama", "everything")
-    saved(model, tmp_path / "model")
-    shutil.copy(pruned.__file__, tmp_path / "model" / "modeling_pruned.py")
-    config_file = tmp_path / "model" / "config.json"
-    config = json.loads(config_file.read_text())
-    config["auto_map"] = {
-        "AutoConfig": "modeling_pruned.PrunedLlamaConfig",
-        "AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM",
-    }
-    config_file.write_text(json.dumps(config))
-    torch.save({"ids": IDS, "logits": tiny.logits_of(model, IDS)}, tmp_path / "wanted.pt")
+    """The folders alone, in a process that cannot import prunus; of the second, query heads share KV heads unevenly."""
+    wanted = {}
+    for cut_name in ("everything", "heads_per_layer"):
+        model, folder = per_layer_model(dense_of("llama"), "llama", cut_name), tmp_path / cut_name
+        saved(model, folder)
+        shutil.copy(pruned.__file__, folder / "modeling_pruned.py")
+        config_file = folder / "config.json"
+        config = json.loads(config_file.read_text())
+        config["auto_map"] = {
+            "AutoConfig": "modeling_pruned.PrunedLlamaConfig",
+            "AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM",
+        }
+        config_file.write_text(json.dumps(config))
+        wanted[str(folder)] = tiny.logits_of(model, IDS), tiny.greedy_by_hand(model, IDS, 3)
+    torch.save({"ids": IDS, "folders": wanted}, tmp_path / "wanted.pt")
     script = """
 import sys
 sys.modules["prunus"] = None  # importing it would raise
 import torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-wanted = torch.load(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float64).eval()
-with torch.no_grad():
-    logits = model(input_ids=wanted["ids"]).logits
-assert torch.equal(logits, wanted["logits"]), (logits - wanted["logits"]).abs().max()
-out = model.generate(wanted["ids"], do_sample=False, max_new_tokens=3, pad_token_id=0)
-print(type(model).__module__)
+wanted = torch.load(sys.argv[1])
+for folder, (logits, text) in wanted["folders"].items():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        out = model(input_ids=wanted["ids"], use_cache=True)
+    assert torch.equal(out.logits, logits), (folder, (out.logits - logits).abs().max())
+    cached = model.generate(wanted["ids"], do_sample=False, max_new_tokens=3, pad_token_id=0)
+    assert torch.equal(cached, text), folder
+    print(type(model).__module__, [layer.keys.shape[1] for layer in out.past_key_values.layers])
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "model", tmp_path / "wanted.pt"],
+        [sys.executable, "-c", script, tmp_path / "wanted.pt"],
         capture_output=True,
         text=True,
         check=False,
@@ -122,7 +128,9 @@ print(type(model).__module__)
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("transformers_modules")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith("transformers_modules") for line in lines)
+    assert lines[1].endswith(" [4, 2, 4]")  # KV heads in the cache
 
 
 def test_the_file_that_travels_imports_nothing_of_prunus():

@@ -26,7 +26,7 @@ OUTPUT_BIAS = {"llama_bias", "seed_oss_bias", "phi", "phi_tied", "phi_qk", "gpt_
 def is_fixed_point(case, cut_name):
     if inexact(case, cut_name):
         return False
-    if cut_name.startswith("q_heads") or (cut_name == "everything" and case != "llama_mha"):
+    if cut_name.startswith(("q_heads", "heads", "everything")) and case != "llama_mha":  # where groups have one query head
         return False
     whole = cut_name.startswith(("layers", "attention", "mlp", "sublayers"))
     return not (whole and case in OUTPUT_BIAS)
@@ -90,11 +90,19 @@ def dead_entries(tensors, anatomy, keep):
         axis = anatomy.axes[name]
         dropped = [u for u in range(axis.size) if u not in kept]
         for span in axis.spans:
-            rows = torch.tensor(tiny.spans_rows(span, dropped), dtype=torch.int64)
+            rows = torch.tensor(tiny.gone_rows(span, axis.size, dropped), dtype=torch.int64)
             yield tensors[span.param].index_select(span.dim, rows)
 
 
-CUTS = ("layers_middle", "sublayers", "kv_heads_per_layer", "q_heads_per_layer", "intermediate_per_layer", "hidden")
+CUTS = (
+    "layers_middle",
+    "sublayers",
+    "kv_heads_per_layer",
+    "q_heads_per_layer",
+    "heads_per_layer",
+    "intermediate_per_layer",
+    "hidden",
+)
 
 
 @pytest.mark.parametrize(("case", "cut_name"), [p for p in pairs((*CUTS, "everything")) if not inexact(*p)])
@@ -147,8 +155,9 @@ def test_adamw_steps_after_the_cut_agree(case, cut_name, dense_of):
     if folds(case, cut_name):
         return  # a folded gain is another parametrisation: AdamW takes steps of another size in it
     sliced_losses = train(sliced, with_slots(sliced, carried), WARM_UP, STEPS)
-    # 0.0 measured for all but gemma3, whose q_norm gradients (see EXACT) leave 1e-13
-    assert sliced_losses == pytest.approx(zeroed_losses, rel=1e-10)
+    # 0.0 measured for all but gemma3, whose q_norm gradients (see EXACT) leave 1e-13, and 1e-8 where query heads go
+    rounded = case == "gemma3" and cut_name == "heads_per_layer"
+    assert sliced_losses == pytest.approx(zeroed_losses, rel=EXACT if rounded else 1e-10)
     _, forgetful = both_ways(dense, keep)
     forgetful_losses = train(forgetful, adamw(forgetful), WARM_UP, STEPS)
     assert forgetful_losses[-1] != pytest.approx(zeroed_losses[-1], rel=1e-5)  # the moments are at stake

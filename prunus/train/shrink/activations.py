@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy
-from ...compensate import INPUT_OF
+from ...axes import kind_of
 from ...distributed import World
 from ...solve import factor
 from ...statistics import reading_points
@@ -43,11 +43,11 @@ def wanted(part: PrunePart) -> frozenset[str]:
 
 def points(anatomy: Anatomy, kinds: Collection[str]) -> dict[str, list[str]]:
     """The first of the matrices that read one input -> all of them, of the inputs of these kinds of axes."""
-    segments = {"hidden"} & set(kinds) | {INPUT_OF[kind][1] for kind in INNER if kind in kinds}
+    inner = {anatomy.reader(name).param for name in anatomy.axes if kind_of(name) in INNER and kind_of(name) in kinds}
     out = {}
     for layer in range(anatomy.shape.num_hidden_layers):
         for (_, segment), matrices in reading_points(anatomy, layer).items():
-            if segment in segments:
+            if (segment == "hidden" and "hidden" in kinds) or inner & set(matrices):
                 out[matrices[0]] = matrices
     return out
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...anatomy import Anatomy
+from .cutting import Cutting
 from .goal import INNER, reachable, shrunk, size_of
-from .pruner import Cutting
 
 if TYPE_CHECKING:
     from ..recipe import Recipe

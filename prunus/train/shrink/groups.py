@@ -12,8 +12,8 @@ import numpy as np
 from ...anatomy import Anatomy
 from ...axes import kind_of
 from ...keep import Keep
-from .goal import INNER, Goal, measure_of
-from .part import PrunePart
+from .goal import INNER, NO_CLOCKS, Clocks, Goal, measure_of
+from .part import TIMED, PrunePart
 
 if TYPE_CHECKING:
     from .saliency import Table
@@ -98,12 +98,12 @@ class Standing:
 class Chooser:
     """Names the next group to go. Deterministic: ties go to the axis named first, and to the lower index."""
 
-    def __init__(self, part: PrunePart, goal: Goal, seq_len: int, clocked: Callable[[Anatomy], float] | None = None) -> None:
+    def __init__(self, part: PrunePart, goal: Goal, seq_len: int, clocks: Clocks = NO_CLOCKS) -> None:
         self.part, self.goal = part, goal
         self.together: Mapping[str, int] = {kind: part.units.get(kind, 1) for kind in part.axes}
-        self.price: Callable[[Anatomy], float] | None = clocked
-        if clocked is None and part.per not in ("none", "elements"):
-            self.price = measure_of(part.per, seq_len)
+        self.price: Callable[[Anatomy], float] | None = None
+        if part.per not in ("none", "elements"):
+            self.price = clocks[part.per] if part.per in TIMED else measure_of(part.per, seq_len)
 
     def next(self, standing: Standing, table: Table, least: int) -> tuple[Group, dict[str, float]] | None:
         """(the group, every kind's saliency over its price); None if nothing is left. The measure does not fall below `least`,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,21 @@ from torch import Tensor
 from ...anatomy import Anatomy
 from ...axes import kind_of
 from ...cut import SLOT_POWER
-from ...gates import Gates, Rates, Z
+from ...gates import Gates, Rates, Z, least_updates
 from ...keep import Keep
 from ...scaling import attach_, fold_, places
 from .. import optim
 from ..loop import Training
 from .goal import size_of
 from .groups import Group
-from .part import PrunePart
+from .part import MasksPart, PrunePart
 from .pruner import Pruner
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+
+_DOUBT = 2 / 3  # of gates that are all alike: above it they have not sorted units
 
 
 class Masks(Pruner):
@@ -36,7 +42,7 @@ class Masks(Pruner):
         """The update after which the model is cut."""
         part = self.asked.part.masks
         assert part is not None
-        return max(1, math.ceil(part.end * self.recipe.steps))
+        return updates_of(part, self.recipe)
 
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
@@ -106,7 +112,10 @@ class Masks(Pruner):
         fold_(named, anatomy, self.where, z, run.world)
         for slot, moments in optim.slots(run.optimizer, named).items():
             fold_(moments, anatomy, self.where, z, run.world, SLOT_POWER[slot])
-        self.ended = {"expected": gates.expected(), "target": gates.targets}
+        self.ended = {"expected": gates.expected(), "target": gates.targets, "undecided": gates.undecided()}
+        if note := missed(gates):
+            self.ended = {**self.ended, "note": note}
+            self.tell({"step": run.step, "tokens": run.tokens, "note": note})
         self.gates = None
         gone = [group for kind in gates.sizes for group in groups_of(anatomy, kind, kept)]
         for group in gone:
@@ -149,6 +158,39 @@ class Masks(Pruner):
         """Changes gates: as they were saved."""
         if self.gates is not None:
             self.gates.restore(tensors, self.steps)
+
+
+def updates_of(part: MasksPart, recipe: Recipe) -> int:
+    """How many updates gates learn for."""
+    return max(1, math.ceil(part.end * recipe.steps))
+
+
+def too_short(recipe: Recipe) -> str | None:
+    """What to say before a run in which no gate can close, so that the cut would close open ones."""
+    part = None if recipe.prune is None else recipe.prune.masks
+    if part is None or (last := updates_of(part, recipe)) >= (least := least_updates(part.lr)):
+        return None
+    return (
+        f"prune.masks: in {last:,} update{'s' * (last != 1)} at lr {part.lr:g} no gate can close (at least {least:,} are needed, "
+        "several times as many are better), so the cut will close open ones, which costs loss; raise tokens, masks.end or masks.lr"
+    )
+
+
+def missed(gates: Gates) -> str | None:
+    """What to say of gates that are cut before they came to the target."""
+    far, expected = gates.far(), gates.expected()
+    if not far and gates.doubt() <= _DOUBT:
+        return None
+    if not far:
+        return (
+            f"prune.masks: {gates.steps:,} updates did not sort units (gates are {gates.doubt():.0%} as undecided as if all were "
+            "alike), so the cut is hardly what they learned and costs loss; raise tokens or masks.end"
+        )
+    sizes = ", ".join(f"{kind} at {expected[kind]:.1f} instead of {gates.targets[kind]:,}" for kind in far)
+    return (
+        f"prune.masks: {gates.steps:,} updates did not bring the gates to the target ({sizes}), so the cut is not what they "
+        "learned and costs loss; raise tokens or masks.end"
+    )
 
 
 def gates_of(part: PrunePart, anatomy: Anatomy, rates: Rates, seed: int) -> Gates:

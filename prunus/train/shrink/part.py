@@ -14,9 +14,9 @@ SIZES = {  # field of a target -> kind of axis
     "num_key_value_heads": "kv_heads",
     "num_hidden_layers": "layers",
 }
-MEASURES = ("params", "ratio", "flops", "kv_bytes")
-TIMED = ("prefill_ms", "decode_ms")  # prices by this machine's clock
-AxisKind = Literal["kv_heads", "intermediate", "hidden", "layers"]
+TIMED = ("prefill_ms", "decode_ms")  # by this machine's clock
+MEASURES = ("params", "ratio", "flops", "kv_bytes", *TIMED)
+AxisKind = Literal["kv_heads", "heads", "intermediate", "hidden", "layers"]
 
 
 PACE_FIELDS = {  # kind of pace -> the fields that it goes by
@@ -34,6 +34,8 @@ class TargetPart(Strict):
     ratio: float | None = Field(default=None, gt=0, lt=1, description="share of the blocks' parameters that goes")
     flops: int | None = Field(default=None, ge=1, description="forward FLOPs of a token, at data.seq_len")
     kv_bytes: int | None = Field(default=None, ge=1, description="bytes of KV cache a token, two a number")
+    prefill_ms: float | None = Field(default=None, gt=0, description="milliseconds of a prompt, measured on this machine")
+    decode_ms: float | None = Field(default=None, gt=0, description="milliseconds of a token more, measured likewise")
     hidden_size: int | None = Field(default=None, ge=1)
     intermediate_size: int | None = Field(default=None, ge=1)
     num_key_value_heads: int | None = Field(default=None, ge=1)
@@ -45,6 +47,11 @@ class TargetPart(Strict):
         if len(measures) + bool(self.sizes) != 1:
             raise ValueError(f"give one of {', '.join(MEASURES)}, or sizes such as hidden_size; not several, and not none")
         return self
+
+    @property
+    def measure(self) -> str | None:
+        """The one that is named; None for sizes."""
+        return next((name for name in MEASURES if getattr(self, name) is not None), None)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -193,6 +200,8 @@ class PrunePart(Strict):
             self._fits_adaptive()
         elif self.amplitude != PrunePart.model_fields["amplitude"].default:
             raise ValueError(f"amplitude {self.amplitude} is of allocate: adaptive alone; drop it")
+        if "heads" in self.axes:
+            self._fits_heads()
         if self.masks is not None:
             self._fits_masks()
         if self.order and not sizes:
@@ -216,6 +225,17 @@ class PrunePart(Strict):
         return self
 
     @property
+    def clocked(self) -> bool:
+        """Whether the target is milliseconds."""
+        return self.target is not None and self.target.measure in TIMED
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """Milliseconds that decide: as the price of groups, or as the target."""
+        measure = None if self.target is None else self.target.measure
+        return tuple(name for name in TIMED if name in (self.per, measure))
+
+    @property
     def looks(self) -> bool:
         """Whether what matrices read is of use."""
         return self.saliency.metric == "obc" or (self.repair.kind, self.repair.stem) != ("none", "none")
@@ -228,12 +248,29 @@ class PrunePart(Strict):
                 "saliency.metric: obc goes by what matrices read, and the embedding reads none; give matrices output"
             )
 
+    def _fits_heads(self) -> None:
+        """Single query heads share KV heads: what is said of units that share nothing is not said of them."""
+        if "kv_heads" in self.axes:
+            raise ValueError("axes: heads and kv_heads both cut query heads, one by one or by groups; name one of them")
+        if self.masks is not None:
+            raise ValueError("masks are learned for whole KV groups; put kv_heads into axes instead of heads")
+        if self.target is not None and (self.target.sizes or self.target.kv_bytes is not None or self.clocked):
+            raise ValueError(
+                "target: which KV heads are left is not known before, if heads go one by one; give params, ratio or flops"
+            )
+        if self.per in ("kv_bytes", *TIMED):
+            raise ValueError(
+                f"per: {self.per} of a single query head is nothing until its KV head goes; give params or flops"
+            )
+        if self.saliency.matrices == "all":
+            raise ValueError("saliency.matrices: the weights of KV heads are no single query head's; give output")
+
     def _fits_repair(self) -> None:
         if self.repair.stem != "none" and "hidden" not in self.axes:
             raise ValueError(f"repair.stem: {self.repair.stem} mends cuts of hidden, which axes leaves out; drop it")
-        if self.repair.kind != "none" and not {"kv_heads", "intermediate"} & set(self.axes):
+        if self.repair.kind != "none" and not {"kv_heads", "heads", "intermediate"} & set(self.axes):
             raise ValueError(
-                "repair.kind: least-squares mends cuts of kv_heads and intermediate, which axes leaves out; drop it"
+                "repair.kind: least-squares mends cuts of kv_heads, heads and intermediate, which axes leaves out; drop it"
             )
         if not self.looks and self.activations != ActivationsPart():
             raise ValueError("activations are looked at for repair and for saliency.metric obc; name one, or drop them")
@@ -244,7 +281,7 @@ class PrunePart(Strict):
         if self.pace.kind == "steps":
             raise ValueError("allocate: adaptive takes a share at every cut, not groups; use pace.kind curve")
         if stray := sorted(set(self.axes) - {"kv_heads", "intermediate"}):
-            raise ValueError(f"allocate: adaptive shares out heads and channels; take {stray[0]} out of axes")
+            raise ValueError(f"allocate: adaptive shares out KV groups and channels; take {stray[0]} out of axes")
         if self.per != "params":
             raise ValueError(f"allocate: adaptive shares out parameters, and per: {self.per} has no say; drop it")
         if self.units or self.floor:

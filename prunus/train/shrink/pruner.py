@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...anatomy import Anatomy
-from ...errors import UserError
 from ...hf import Target, target_for
 from ...keep import Keep
 from ..loop import Hook, Training, accumulate_
 from .activations import Activations, wanted
 from .adaptive import Cosines, shares
 from .carried import Carried
-from .clocked import Clocked, check_clock
-from .goal import Goal, check_pace
+from .cutting import Cutting
 from .groups import Chooser, Group, Standing
-from .pace import Pace
-from .part import PacePart, PrunePart, TargetPart
 from .repair import repair_
 from .resize import slice_, zero_units_
 from .saliency import Saliency, Table
@@ -33,50 +28,6 @@ Tell = Callable[[Mapping[str, Any]], None]
 Arrive = Callable[["Pruner", Training, float], None]  # at a stop: the share of the source that it is named by
 
 
-@dataclass(frozen=True)
-class Cutting:
-    """What a recipe asks for, checked against the model that it starts from; no weight is read."""
-
-    part: PrunePart
-    config: Any
-    anatomy: Anatomy
-    goal: Goal
-    pace: Pace
-
-    @classmethod
-    def of(cls, recipe: Recipe, config: Any, before: int | None = None) -> Cutting | None:
-        """None for a recipe that prunes nothing; UserError for one that cannot be carried out.
-
-        `before`: the FFN width that was enlarged, which a recipe without a target comes back to.
-        """
-        part = recipe.prune
-        if part is None:
-            return None
-        if part.target is None:
-            part = part.model_copy(update={"target": TargetPart(intermediate_size=before)})
-        anatomy = Anatomy.of(config)
-        goal = Goal.of(part, anatomy, recipe.data.seq_len)
-        pace = Pace(pace_of(part), recipe.steps * recipe.batch_tokens, recipe.batch_tokens, recipe.rates(1.0))
-        check_pace(part, anatomy, goal, pace)
-        check_clock(part, anatomy)
-        if part.pace.kind == "once" and part.pace.samples > recipe.steps * recipe.sequences:
-            raise UserError(
-                f"prune.pace.samples: {part.pace.samples:,} sequences are more than the {recipe.steps * recipe.sequences:,} that "
-                "the run trains on afterwards; give fewer"
-            )
-        if part.looks and part.activations.every > recipe.data.seq_len:
-            raise UserError(
-                f"prune.activations.every: {part.activations.every} is more than the {recipe.data.seq_len} tokens of a sequence, "
-                "so that some updates would show nothing; give at most that"
-            )
-        return cls(part, config, anatomy, goal, pace)
-
-
-def pace_of(part: PrunePart) -> PacePart:
-    """As it is given; what masks learn goes at once when their phase ends."""
-    return part.pace if part.masks is None else PacePart(start=part.masks.end, end=part.masks.end, rounds=1)
-
-
 @dataclass
 class Pruner(Hook):
     """A run's cutting on its way. `tell` hears of every event, `arrive` when a stop is reached and sliced."""
@@ -85,7 +36,6 @@ class Pruner(Hook):
     recipe: Recipe
     tell: Tell = lambda line: None
     arrive: Arrive = lambda pruner, run, share: None
-    clocked: Clocked | None = None  # what units cost where milliseconds are the price
     kept: Keep = field(default_factory=Keep)  # of the source, in the tensors as they are
     groups: int = 0  # gone so far
     passed: int = 0  # stops
@@ -94,7 +44,7 @@ class Pruner(Hook):
 
     def __post_init__(self) -> None:
         self.standing = Standing.of(self.asked.anatomy)
-        self.chooser = Chooser(self.asked.part, self.asked.goal, self.recipe.data.seq_len, self.clocked)
+        self.chooser = Chooser(self.asked.part, self.asked.goal, self.asked.seq_len, self.asked.clocks)
         self.target = Target(self.asked.config, self.asked.anatomy)
         self.saliency: Saliency | None = None
         self.cosines: Cosines | None = None
@@ -124,8 +74,7 @@ class Pruner(Hook):
 
     def after_backward(self, run: Training) -> None:
         """One of several micro-batches is in."""
-        once = self.asked.pace.part.kind == "once" and not run.step
-        if self.saliency is not None and (once or self._watches(run)):
+        if self.saliency is not None and self._watches(run):
             self.saliency.see_part()
 
     def before_clip(self, run: Training) -> None:
@@ -155,12 +104,15 @@ class Pruner(Hook):
     def _look(self, run: Training) -> None:
         """Whether the next forward passes are looked at: those that the next cut goes by."""
         pace, update = self.asked.pace, self.recipe.batch_tokens
-        once = pace.part.kind == "once" and not run.step and not self.groups
+        once = self._before_the_only_cut(run)
         if self.cosines is not None:
             self.cosines.look(once or pace.cuts(run.tokens, run.tokens + update))
         if self.activations is not None:
             soon = pace.cuts(run.tokens, run.tokens + self.activations.memory * update)
             self.activations.look(once or (soon and not self.done), run.step)
+
+    def _before_the_only_cut(self, run: Training) -> bool:
+        return self.asked.pace.part.kind == "once" and not run.step and not self.groups
 
     def _count_looks(self, sequences: int) -> None:
         if self.activations is not None and self.activations.looking:
@@ -177,10 +129,12 @@ class Pruner(Hook):
         return self.asked.goal.measure(self.standing.now)
 
     def _watches(self, run: Training) -> bool:
-        """Whether this update's gradients will have a say: all of them in a running mean, else the last before a cut."""
+        """Whether gradients that come in now will have a say: all of them in a running mean, else the last before a cut."""
         pace, update = self.asked.pace, self.recipe.batch_tokens
-        if pace.part.kind == "once" or self.done:
+        if self.done:
             return False
+        if pace.part.kind == "once":
+            return self._before_the_only_cut(run)
         return bool(self.asked.part.saliency.average) or pace.cuts(run.tokens, run.tokens + update)
 
     def _watch(self, run: Training) -> None:
@@ -215,7 +169,9 @@ class Pruner(Hook):
                 self.snapshot.take_(run, self.target, self.kept)
             self._apply(run, gone)
             reached = self.measured <= stop
-            if reached or self._dead >= self.asked.part.slice_at * self.target.anatomy.num_params:
+            # a query head without weights still gives the mean of its KV head's values, and would learn: it is no fixed point
+            restless = any(group.kind == "heads" for group, _ in gone)
+            if reached or restless or self._dead >= self.asked.part.slice_at * self.target.anatomy.num_params:
                 self._slice(run)
             while self.passed < len(goal.stops) and self.measured <= goal.stops[self.passed]:
                 self.passed += 1  # one group may pass two that lie close
@@ -274,7 +230,7 @@ class Pruner(Hook):
                 },
                 "saliency": gone[0][1],
                 "params": now.num_params,
-                "measure": self.asked.goal.measure(now),
+                "measure": self.asked.goal.plain(self.asked.goal.measure(now)),
                 "shape": now.shape.describe(),
             },
             "loss_before": run.last.get("loss"),
@@ -338,8 +294,9 @@ class Pruner(Hook):
             "source_params": self.asked.anatomy.num_params,
             "shape": self.target.anatomy.shape.describe(),
             "model_type": self.target.config.model_type,
-            "measured": self.measured,
-            "target": goal.value,
+            "measure": goal.name,
+            "measured": goal.plain(self.measured),
+            "target": goal.plain(goal.value),
             "met": self.done,
             "groups": self.groups,
         }

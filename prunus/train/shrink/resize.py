@@ -30,7 +30,7 @@ def zero_units_(training: Training, anatomy: Anatomy, units: Units) -> None:
     places: list[Mapping[str, Tensor]] = [named, *optim.slots(training.optimizer, named).values()]
     for name, gone in units.items():
         for span in anatomy.axes[name].spans:
-            rows = span.rows(gone).reshape(-1)
+            rows = span.gone(gone)
             if not len(rows):
                 continue
             for tensors in places:

@@ -9,7 +9,7 @@ Shapes: a matrix is [out, in]; under torchrun a process holds some of its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,6 +29,7 @@ from .part import SaliencyPart
 
 # weight, gradient, Fisher information, room of the same shape -> saliency of every weight, in the room
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_AT_ONCE = 1 << 18  # weights of a matrix that are looked at together: they and all that is made of them stay in cache
 
 
 def _first(w: Tensor, g: Tensor, _: Tensor, room: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class Saliency(Carried):
     ) -> None:
         self.part, self.anatomy, self.kinds, self.world = part, anatomy, tuple(kinds), world
         self.named = {name: p for name, p in named.items() if name in set(_matrices(anatomy, part.matrices))}
-        scored = [*INNER, *(k for k in kinds if k == "hidden")] if "layers" in kinds else list(kinds)
+        scored = _scored(anatomy, kinds)
         self.held: dict[str, Held] = {}
         for name, p in self.named.items():
             spans = tuple(
@@ -187,7 +188,7 @@ class Saliency(Carried):
                 self.held[name].mean = self.held[name].along(torch.zeros(rows.shape, dtype=torch.float32))
         self.count = 0
         self._fisher: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
+        self._total: dict[str, Tensor] = {}  # gradients of the update so far, while micro-batches are seen one by one
 
     @property
     def by_itself(self) -> bool:
@@ -198,40 +199,68 @@ class Saliency(Carried):
 
     @torch.no_grad()
     def see_part(self) -> None:
-        """After each of several micro-batches: its own squared gradient, where the rule wants the Fisher information."""
+        """After each of several micro-batches: its own squared gradient, where the rule wants the Fisher information.
+
+        The gradient is taken off the parameter, so that the next micro-batch's comes alone; `see` gives the sum back. What is
+        held meanwhile is what autograd would hold, and the Fisher information.
+        """
         if self.by_itself or not RULES[self.part.metric][1]:
             return
         for name in self.held:
-            gradient = self._gradient(name)
-            if name not in self._fisher:
-                self._fisher[name], self._before[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-            own = gradient - self._before[name]
-            self._fisher[name].addcmul_(own, own)
-            self._before[name].copy_(gradient)
+            p = self.named[name]
+            if p.grad is None:
+                continue
+            own = local(p.grad)
+            if name not in self._total:
+                self._total[name], self._fisher[name] = p.grad, own.square()
+            else:
+                local(self._total[name]).add_(own)
+                self._fisher[name].addcmul_(own, own)
+            p.grad = None
 
     @torch.no_grad()
     def see(self, run: Training, tokens: int) -> None:
         """Once an update, before gradients are clipped. `tokens`: of the update, whose mean loss the gradients are of."""
         if self.by_itself:
             return
-        rule, curved = RULES[self.part.metric]
-        found = {}
+        for name, total in self._total.items():
+            self.named[name].grad = total
+        self._total.clear()
+        sums: dict[str, Tensor] = {}  # of what is not kept weight by weight
         for name, held in self.held.items():
-            w, g = local(self.named[name].detach()), self._gradient(name)
-            room = torch.empty_like(g)
-            fisher = room
-            if curved:  # a micro-batch's gradient, as part of the update's mean, squares to F / tokens, times its share
-                fisher = self._fisher[name].mul_(tokens) if name in self._fisher else g.square().mul_(tokens)
-            found[name] = held.along(rule(w.float(), g.float(), fisher.float(), room.float()))
-        self._totalled_(found)
-        for name, held in self.held.items():
-            if self.part.average and self.count:
-                held.mean.lerp_(found[name], 1 - self.part.average)
-            else:
-                held.mean.copy_(found[name])
+            found = sums.setdefault(name, torch.zeros_like(held.mean)) if not held.whole else held.mean
+            for part, saliency in self._by_gradient(name, tokens):
+                if held.whole:
+                    self._average_(found[part], saliency)
+                elif held.spans[0][1].dim == 0:
+                    found[part] = held.along(saliency)
+                else:
+                    found += held.along(saliency)
+        self._totalled_(sums)
+        for name, found in sums.items():
+            self._average_(self.held[name].mean, found)
         self.count += 1
-        self._fisher.clear()
-        self._before.clear()
+
+    def _by_gradient(self, name: str, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of a matrix and the saliency of their weights, a few at a time; its Fisher information is used up."""
+        rule, curved = RULES[self.part.metric]
+        w, g, fisher = local(self.named[name].detach()), self._gradient(name), self._fisher.pop(name, None)
+        rows = max(1, _AT_ONCE // w.shape[1] if self.held[name].whole else len(w))  # sums are made faster of a whole matrix
+        for first in range(0, len(w), rows):
+            part = slice(first, first + rows)
+            own = g[part].float()
+            room = torch.empty_like(own)
+            information = room
+            if curved:  # a micro-batch's gradient, as part of the update's mean, squares to F / tokens, times its share
+                information = (g[part].square() if fisher is None else fisher[part]).mul_(tokens).float()
+            yield part, rule(w[part].float(), own, information, room)
+
+    def _average_(self, mean: Tensor, found: Tensor) -> None:
+        """Changes a mean of what was seen before; `count` tells whether anything was."""
+        if self.part.average and self.count:
+            mean.lerp_(found, 1 - self.part.average)
+        else:
+            mean.copy_(found)
 
     def _totalled_(self, found: dict[str, Tensor]) -> None:
         """Changes sums over rows, of which every process has some: from here on all have the same."""
@@ -337,6 +366,14 @@ class Saliency(Carried):
         """Changes self, see `Carried`; as many updates were seen."""
         super().cut_from(before, rows, renamed)
         self.count = before.count
+
+
+def _scored(anatomy: Anatomy, kinds: Collection[str]) -> list[str]:
+    """Kinds of axes that are summed up: a layer is worth what its heads and channels are, each counted once."""
+    if "layers" not in kinds:
+        return list(kinds)
+    heads = "heads" if "heads" in kinds or "kv_heads" in anatomy.refused else "kv_heads"
+    return [heads, "intermediate", *(k for k in kinds if k == "hidden")]
 
 
 def _row_sliced(held: Held) -> bool:

@@ -1,0 +1,187 @@
+"""Models side by side on the same texts and tasks: perplexity, zero-shot scores, and what of a difference is chance."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import checkpoint
+from . import record as records
+from .api import EVALUATION, TextOptions, dtype_named, positions
+from .data.tokenizer import fingerprint
+from .data.windows import Windows
+from .errors import UserError, unknown
+from .evaluation import Perplexity, perplexity
+from .generations import check_chat, continuations
+from .job import Progress, no_progress
+from .network import offline
+from .source import Source
+from .tasks.run import Asked, Result, results, table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROTOCOLS: Mapping[str, tuple[TextOptions, str]] = {
+    "sixteen": (EVALUATION, "the first 16 windows of 1,024 tokens"),
+    "gptq": (TextOptions(0, 2048), "every full window of 2,048 tokens (GPTQ, SparseGPT, Wanda; text joined by blank lines)"),
+    "papers": (TextOptions(256, 8192), "256 windows of 8,192 tokens (Small LLMs: pruning vs. training from scratch, appendix E)"),
+    "strided": (replace(EVALUATION, windows=32, stride=512), "32 windows of 1,024 tokens, 512 apart: a token has 512 before it"),
+}  # fmt: skip
+
+
+def protocol(name: str | None) -> TextOptions | None:
+    """What a name stands for; UserError for one that is none."""
+    if name is None:
+        return None
+    if name not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
+    return PROTOCOLS[name][0]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What models are asked. `texts` are files or `datasets:` names, all cut as `options` say."""
+
+    texts: tuple[str, ...] = ()
+    options: TextOptions = EVALUATION
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    limit: int | None = None  # the first rows of a task
+    prompts: tuple[str, ...] = ()  # what models write behind them is told, not scored
+    new_tokens: int = 64
+    chat: bool = False
+    dtype: str = "float32"
+    online: bool = False
+
+    def checked(self) -> Asked | None:
+        """The tasks with their rows; UserError for a question that cannot be asked."""
+        dtype_named(self.dtype)
+        if not self.texts and not self.tasks and not self.prompts:
+            raise UserError("eval: nothing to score; give --text FILE, --tasks NAMES, --prompts FILE, or several of them")
+        if self.new_tokens < 1:
+            raise UserError(f"new_tokens: {self.new_tokens} tokens behind a prompt are too few; give at least 1")
+        if not self.tasks:
+            if self.task_data is not None or self.limit is not None:
+                raise UserError("tasks: --task-data and --limit belong to --tasks; name some, or drop them")
+            return None
+        return Asked.of(self.tasks, self.task_data, self.limit, online=self.online)
+
+
+@dataclass
+class Found:
+    """What one model said."""
+
+    source: Source
+    texts: list[tuple[Perplexity, Windows]] = field(default_factory=list)
+    tasks: dict[str, Result] = field(default_factory=dict)
+    written: list[str] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """The model's figures."""
+        opened = self.source
+        out: dict[str, Any] = {
+            "model": opened.label,
+            "weights_sha256": opened.sha256,
+            "params": opened.anatomy.num_params,
+            "texts": [figures.to_json() | {"text": windows.provenance()} for figures, windows in self.texts],
+        }
+        if self.tasks:
+            out |= table(self.tasks)
+        if self.written:
+            out["written"] = self.written
+        if opened.kind == "folder" and (opened.path / checkpoint.MANIFEST).exists():
+            made = checkpoint.read_manifest(opened.path)
+            out |= {"method": made.method["request"], "ratios": made.ratios, "calibration": made.calibration}
+        return out
+
+
+def appraise(
+    sources: Sequence[str], question: Question, *, progress: Progress = no_progress, record: Path | None = None
+) -> dict[str, Any]:
+    """Score models on the same texts, each with its own tokenizer, and on the same items; the first is the one asked about.
+
+    Returns the figures of every model, and of several what sets the first apart from each other one, window by window and item
+    by item. `record` appends one run record a model.
+    """
+    offline(question.online)
+    if record is not None:
+        records.check_place(record)
+    asked = question.checked()
+    opened = [Source.open(source, online=question.online) for source in sources]
+    for source in opened:  # all are checked before any is read
+        source.anatomy.checked()
+        if question.texts:
+            question.options.checked("evaluation", positions(source))
+        if question.chat:
+            check_chat(source.tokenizer(), source.label)
+    found = [_ask(source, question, asked, progress) for source in opened]
+    rows = [one.row() for one in found]
+    for one, row in zip(found, rows, strict=True):
+        if record is not None:
+            records.append(record, "eval", _recipe(one, question), row)
+    out: dict[str, Any] = {"dtype": question.dtype, "models": rows, "notes": [] if asked is None else asked.notes()}
+    out |= {"prompts": question.prompts} if question.prompts else {}
+    if len(found) > 1:
+        out["against"] = [_apart(found[0], other) for other in found[1:]]
+    return out
+
+
+def _recipe(one: Found, question: Question) -> dict[str, Any]:
+    texts = [windows.provenance() for _, windows in one.texts]
+    recipe: dict[str, Any] = {"command": "eval", "model": one.source.label, "texts": texts, "dtype": question.dtype}
+    recipe |= {"tasks": {name: dict(r.key) for name, r in one.tasks.items()}} if one.tasks else {}
+    written = {"prompts": question.prompts, "new_tokens": question.new_tokens, "chat": question.chat}
+    return recipe | ({"written": written} if question.prompts else {})
+
+
+def _ask(source: Source, question: Question, asked: Asked | None, progress: Progress) -> Found:
+    """One model's answers; its weights are read once, and only if something is left to compute."""
+    found, tokenizer = Found(source), source.tokenizer()
+    loaded: list[PreTrainedModel] = []
+
+    def model() -> PreTrainedModel:
+        if not loaded:
+            loaded.append(source.load(question.dtype))
+        return loaded[0]
+
+    label = source.label[:16]
+    for text in question.texts:
+        windows = question.options.pack(tokenizer, text, question.online)
+        windows.check_fits(source.anatomy.shape.vocab_size, text)
+        stage = f"{label} {windows.source}"[:24]
+        found.texts.append((perplexity(model(), windows, progress=partial(progress, stage)), windows))
+    if asked is not None:
+        told = {"weights_sha256": source.sha256, "tokenizer": fingerprint(tokenizer), "dtype": question.dtype}
+        found.tasks = results(asked, lambda: (model(), tokenizer), told, progress=partial(progress, f"{label} tasks"))
+    if question.prompts:
+        found.written = continuations(
+            model(), tokenizer, question.prompts, new_tokens=question.new_tokens, chat=question.chat,
+            progress=partial(progress, f"{label} writes"),
+        )  # fmt: skip
+    return found
+
+
+def _apart(one: Found, other: Found) -> dict[str, Any]:
+    """How the first model differs: of texts nats a token, by windows where both read the same ones."""
+    texts = []
+    for (mine, windows), (theirs, others) in zip(one.texts, other.texts, strict=True):
+        same = windows.sha256 == others.sha256
+        texts.append(
+            {"source": windows.source, **(_loss_apart(mine, theirs, windows) if same else {"loss": None, "error": None})}
+        )
+    out: dict[str, Any] = {"model": other.source.label, "texts": texts}
+    return out | (table(one.tasks, other.tasks)["against"] if one.tasks else {})
+
+
+def _loss_apart(mine: Perplexity, theirs: Perplexity, windows: Windows) -> dict[str, Any]:
+    """Mean difference of the loss a token and its standard error over windows; windows that overlap are no independent sample."""
+    each = [
+        (a - b) / (windows.seq_len - windows.first_predicted(i))
+        for i, (a, b) in enumerate(zip(mine.window_nll, theirs.window_nll, strict=True))
+    ]
+    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 and windows.stride is None else None
+    return {"loss": (mine.nll - theirs.nll) / windows.num_predictions, "error": error}

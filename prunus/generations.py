@@ -1,0 +1,87 @@
+"""What models write behind the same prompts, for the eye: greedy, so that the same command shows the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FIELDS = ("prompt", "instruction", "text")  # of a JSON object that holds a prompt
+
+
+def prompts(path: Path) -> tuple[str, ...]:
+    """Prompts of a file: lines of text, or objects of a .jsonl or .json file; UserError if there are none."""
+    if not path.is_file():
+        raise UserError(f"prompts: {path}: no such file or folder")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: {path} cannot be read as text ({error})") from None
+    found: list[Any]
+    try:
+        if path.suffix == ".json":
+            found = json.loads(text)
+        elif path.suffix == ".jsonl":
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            found = [{"prompt": line} for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise UserError(f"prompts: {path} is no JSON ({error})") from None
+    if not isinstance(found, list) or not found:
+        raise UserError(f"prompts: {path} has none; give a line, or an object with {' or '.join(FIELDS)}, for each")
+    return tuple(_prompt(row, f"{path}, prompt {i}") for i, row in enumerate(found, 1))
+
+
+def _prompt(row: Any, place: str) -> str:
+    value = next((row[name] for name in FIELDS if name in row), None) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"prompts: {place} has no {', '.join(FIELDS[:-1])} or {FIELDS[-1]} with text in it")
+    return value
+
+
+def check_chat(tokenizer: PreTrainedTokenizerBase, label: str) -> None:
+    """UserError for a tokenizer that cannot speak as a chat."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"chat: the tokenizer of {label} has no chat template; drop --chat")
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[str],
+    *,
+    new_tokens: int,
+    chat: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """What the model writes greedily behind each prompt, at most `new_tokens` tokens; as an answer in a chat if `chat`."""
+    out = []
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    for i, prompt in enumerate(asked):
+        read: Any
+        if chat:
+            said = [{"role": "user", "content": prompt}]
+            read = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        else:
+            read = tokenizer(prompt, return_tensors="pt")
+        ids = read["input_ids"]
+        made: Any = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            max_length=None,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        out.append(str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)))
+        progress(i + 1, len(asked))
+    return out

@@ -1,0 +1,104 @@
+"""prunus on tiny models, for tests, which hold it against loops in float64 over plain forward passes.
+
+Tolerances: the library takes activations in float32,
+where a product of 80 tokens is off by some 1e-7; least squares on them (condition 1e3 to 1e4, damped) by some 1e-5.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pipeline
+import tiny
+import torch
+from pipeline import plan_for
+from test_taylor import CHANNELS_ALONE
+
+from prunus.job import Job
+from prunus.oneshot import one_shot_
+
+WINDOWS = pipeline.windows(5)
+CLOSE = 1e-5  # the families' norms compute in float32, so gradients agree to some 1e-7 of their size
+FITTED = 1e-4  # errors of least squares on float32 sums
+DAMP = 0.02  # of the mean variance, for what the windows did not show
+# GQA with 1, 2 and 4 query heads a group, MQA, tied and untied, biases, parallel blocks, norms behind sub-layers, fused ones
+CASES = [
+    "llama", "llama_tied", "llama_mha", "llama_gqa4", "llama_mqa", "llama_bias", "qwen2", "phi", "gpt_neox", "gemma2",
+    "olmo2", "phi3",
+]  # fmt: skip
+
+
+def seen(config):
+    """The text's windows, and three eighths as many of the vocabulary in random order."""
+    length = WINDOWS.ids_NT.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [torch.randperm(config.vocab_size, generator=generator) for _ in range(9)]
+    return torch.cat([WINDOWS.ids_NT, torch.cat(vocabulary)[: 2 * length].view(2, length)])
+
+
+def ratio_for(case):
+    """Where only channels can go there is less to take."""
+    return 0.15 if case in CHANNELS_ALONE else 0.35
+
+
+def job_for(model, batch_size=2, **request):
+    plan = plan_for(model, method="prunus", **({"ratio": 0.15, "multiple_of": 1} | request))
+    return Job(plan, model, dict(model.named_parameters()), WINDOWS, batch_size)
+
+
+def prune(case_or_model, ratio=None, **request):
+    """(outcome, the dense model)."""
+    model = pipeline.model(case_or_model) if isinstance(case_or_model, str) else case_or_model
+    consumed = copy.deepcopy(model)
+    ratio = ratio or ratio_for(case_or_model)
+    plan = plan_for(consumed, method="prunus", ratio=ratio, **({"multiple_of": 1} | request))
+    return one_shot_(plan, consumed, WINDOWS, batch_size=2), model
+
+
+def readers(anatomy):
+    """(axis, the module that reads it) in the order in which they are cut."""
+    names = [f"layers.{i}.{kind}" for i in range(tiny.LAYERS) for kind in ("kv_heads", "intermediate")]
+    axes = [anatomy.axes[name] for name in names if name in anatomy.axes]
+    return [(axis, anatomy.reader(axis.name).param.removesuffix(".weight")) for axis in axes]
+
+
+def naive_fisher(model, ids, modules):
+    """Module -> E[g g^T], token by token: one window's summed loss, plain autograd over the whole model."""
+    model = copy.deepcopy(model)
+    seen = {}
+    for name in modules:
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, n=name: seen.__setitem__(n, out))
+    total = dict.fromkeys(modules, 0.0)
+    for ids_T in ids:
+        logits = model(input_ids=ids_T[None], use_cache=False).logits[0].double()
+        loss = torch.nn.functional.cross_entropy(logits[:-1], ids_T[1:], reduction="sum")
+        for name, gradient in zip(modules, torch.autograd.grad(loss, [seen[name] for name in modules]), strict=True):
+            for g_D in gradient[0].double():
+                total[name] = total[name] + torch.outer(g_D, g_D)
+    return {name: value / (len(ids) * (ids.shape[1] - 1)) for name, value in total.items()}
+
+
+def naive_curve(x, weight, fisher, unit_rows, affine):
+    """Size -> nats a token: units go by trial, what is left is solved anew by lstsq on the activations themselves.
+
+    The damping is rows of its own under them. As in the library a twentieth of the units that go goes between two trials.
+    """
+    tokens = len(x)
+    z = x - x.mean(0) if affine else x
+    z = torch.cat([z, math.sqrt(DAMP * float(z.square().sum(0).mean())) * torch.eye(z.shape[1], dtype=z.dtype)])
+    target = z @ weight.T
+
+    def nats(units):
+        inputs = torch.cat([unit_rows[u] for u in units])
+        e_ND = z[:, inputs] @ torch.linalg.lstsq(z[:, inputs], target).solution - target
+        return float(torch.einsum("nd,de,ne->", e_ND, fisher, e_ND)) / 2 / tokens
+
+    alive, found = list(range(len(unit_rows))), {len(unit_rows): 0.0}
+    at_once = math.ceil((len(alive) - 1) / 20)
+    while len(alive) > 1:
+        tried = {u: nats([v for v in alive if v != u]) for u in alive}
+        for u in sorted(alive, key=lambda u, tried=tried: tried[u])[: min(at_once, len(alive) - 1)]:
+            alive.remove(u)
+            found[len(alive)] = nats(alive)
+    return found

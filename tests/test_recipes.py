@@ -1,0 +1,190 @@
+"""Recipes, and grids of them: whole as they ship, refused where something is wrong."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pipeline
+import pytest
+import torch
+from pipeline import cli
+from training import (
+    asked,
+    finished,
+    tiny_shape,
+    tokenizer,
+)
+
+from prunus.errors import UserError
+from prunus.train import recipe as recipes
+from prunus.train import study
+from prunus.train.opening import prepare as opened
+from prunus.train.run import StoppedError
+
+# -- recipes and wrong inputs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(recipes.shipped()))
+def test_recipes_that_ship_are_whole(name):
+    made = recipes.read(name, ["optimizer.lr=1e-4", "save.every=7"])
+    assert made.optimizer.lr == 1e-4 and made.save.every == 7 and recipes.parse(made.plain(), name) == made
+    assert made.hash != recipes.read(name).hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["optimiser.lr=1"], r"field 'optimiser' does not exist \(did you mean 'optimizer'\?\)"),
+        (["optimizer.lrr=1"], r"field 'optimizer.lrr' does not exist \(did you mean 'lr'\?\)"),
+        (["optimizer.lr=-1"], "optimizer: lr -1.0 is no learning rate"),
+        (["optimizer.lr=x"], "field 'optimizer.lr"),
+        (["optimizer.betas=[0.9, 1.5]"], r"optimizer: betas \[0.9, 1.5\] must both lie in \[0, 1\)"),
+        (["tokens=100"], "tokens 100 are fewer than one update of 8,192"),
+        (["batch_tokens=1000"], "batch_tokens 1000 is no multiple of data.seq_len 256"),
+        (["schedule.total=1000"], "schedule.total 1,000 ends before the run does"),
+        (["model.source=a"], "give either source"),
+        (["data.domains.3.folder=x"], "names place 3 of a list of 1"),
+        (["tokens"], "--set: 'tokens' is not NAME=VALUE"),
+        (["tokens.x=1"], "goes through 'tokens', which is no table"),
+    ],
+)
+def test_recipes_that_are_refused(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        recipes.read("scratch", changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__range": "train"}, "unknown range of"),
+        ({"tokens": 10**6}, "budget: .* tokens are asked for, but domain 'tokens' is used up after"),
+        ({"data__domains": [{"folder": "/nowhere"}]}, r"data.domains.0: .*nowhere: no such"),
+        ({"data__seq_len": 128, "batch_tokens": 256, "tokens": 512}, "data.seq_len: 128 is more than the 64 positions"),
+        ({"model": {"source": "nowhere"}}, "nowhere"),
+        ({"model": {"shape": "nanno", "tokenizer": "T"}}, "unknown shape 'nanno'"),
+        ({"model__tokenizer": "/nowhere"}, "/nowhere: no such file or folder; give a folder with tokenizer.json"),
+        ({"model__shape": {"hidden_size": 8}}, "model.shape: it has no model_type"),
+        ({"model__shape": {**tiny_shape(), "vocab_size": 20}}, "a vocabulary of 20 is too small for the tokenizer's 300"),
+        ({"model__mask": "/nowhere"}, "model.mask: /nowhere has no prunus/mask.safetensors"),
+        ({"teacher": {"source": "OTHER"}}, "teacher.source: .* has another vocabulary"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(tmp_path, changes, message):
+    changes = json.loads(json.dumps(changes).replace('"T"', json.dumps(str(tokenizer()))))
+    if changes.get("teacher"):
+        changes["teacher"]["source"] = str(other_vocabulary())
+    with pytest.raises(UserError, match=message):
+        opened(asked(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@functools.cache
+def other_vocabulary() -> Path:
+    import checkpoints
+
+    made = pipeline.model("llama", dtype=torch.float32, vocab_size=290)
+    return checkpoints.save_folder(pipeline.scratch() / "other-vocabulary", made, pipeline.tokenizer(290))
+
+
+def test_one_mask_for_layers_that_see_less_is_refused(tmp_path):
+    shape = tiny_shape() | {"model_type": "mistral", "sliding_window": 8}
+    with pytest.raises(UserError, match=r"data\.separate_documents: this model sees 8 tokens back in some layers"):
+        opened(asked(model__shape=shape, data__separate_documents=True), tmp_path / "run")
+
+
+def test_a_folder_of_another_run_is_not_touched(tmp_path):
+    with pytest.raises(UserError, match=r"holds a run of another recipe \(optimizer.lr differs\)"):
+        opened(asked(optimizer__lr=0.5), finished())
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="is there already and holds no run of prunus"):
+        opened(asked(), tmp_path / "there")
+
+
+def test_the_command_line(tmp_path):
+    (tmp_path / "r.yaml").write_text(json.dumps(asked(validate__every=0).plain()))
+    code, out, err = cli("train", tmp_path / "r.yaml", "--out", tmp_path / "runs" / "a", "--tokens", 256, "--json")
+    assert code == 0, err
+    assert json.loads(out)["figures"]["tokens"] == 256
+    code, out, err = cli("runs", tmp_path / "runs")
+    assert code == 0 and "done" in out and "a" in out
+    code, out, _ = cli("runs", tmp_path / "runs", "--json")
+    assert json.loads(out)["runs"][0]["tokens"] == 256
+    assert cli("recipe", "schema")[0] == 0 and cli("recipe", "list")[0] == 0
+    assert cli("recipe", "show", "scratch", "--set", "tokens=16384")[0] == 0
+    code, _, err = cli("train", "scrach", "--out", tmp_path / "b")
+    assert code == 2 and "recipe 'scrach' does not exist (did you mean 'scratch'?)" in err
+    code, _, err = cli("train", "scratch", "--out", tmp_path / "b", "--tokens", "4X")
+    assert code == 2 and "--tokens: '4X' is no number" in err
+
+
+# -- studies --------------------------------------------------------------------------------------------------------------
+
+
+def study_file(tmp_path, **changes):
+    plain = asked(validate__every=8, save__every=0).plain()
+    (tmp_path / "base.yaml").write_text(json.dumps(plain))
+    base = str(tmp_path / "base.yaml")
+    arms = {"low": {"recipe": base, "set": {"optimizer.lr": 1e-3}}, "high": {"recipe": base, "set": {"optimizer.lr": 1e-2}}}
+    written = {"name": "rates", "arms": arms, "grid": {"tokens": [128, 256], "data.seed": [0, 1]}} | changes
+    (tmp_path / "study.yaml").write_text(json.dumps(written))
+    return tmp_path / "study.yaml"
+
+
+def test_a_study_runs_every_cell_once_and_goes_on(tmp_path, monkeypatch):
+    file = study_file(tmp_path)
+    code, out, err = cli("study", "plan", file, "--json")
+    assert code == 0 and json.loads(out)["tokens"] == 2 * 2 * (128 + 256), err
+    real, seen = study.execute, []
+
+    def some(run_, **keywords):
+        if len(seen) == 3:
+            raise StoppedError(130, 1)
+        seen.append(run_.out.name)
+        return real(run_, **keywords)
+
+    monkeypatch.setattr(study, "execute", some)
+    assert cli("study", "run", file, "--out", tmp_path / "out")[0] == 130
+    monkeypatch.undo()
+    code, out, err = cli("study", "run", file, "--out", tmp_path / "out", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["ran"] == 5 and len(result["rows"]) == 8 and not result["failed"], err
+    names = [row["run"] for row in result["rows"]]
+    assert names[0] == "low_tokens=128_seed=0" and len(set(names)) == 8
+    lines = [json.loads(text) for text in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert [(line["arm"], line["place"]["tokens"], line["place"]["data.seed"]) for line in lines][:3] == [
+        ("low", 128, 0), ("low", 128, 1), ("low", 256, 0),
+    ]  # fmt: skip
+    assert cli("study", "run", file, "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_run_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
+    real = study.execute
+
+    def some(run_, **keywords):
+        if run_.out.name.startswith("low"):
+            raise UserError("the loss of step 1 is no number")
+        return real(run_, **keywords)
+
+    monkeypatch.setattr(study, "execute", some)
+    code, out, _ = cli("study", "run", study_file(tmp_path, grid={}), "--out", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(out)["failed"] == {"low": "the loss of step 1 is no number"}
+    assert [row["run"] for row in json.loads(out)["rows"]] == ["high"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"tokens": [1]}}, "arm 'low': .*tokens 1 are fewer than one update"),
+        ({"grid": {"tokens": [128, 128]}}, "two runs are called 'low_tokens=128'"),
+        ({"arms": {}}, "arms: "),
+        ({"arm": 1}, "arm: extra inputs are not permitted"),
+        ({"set": {"optimizer.lrr": 1}}, r"arm 'low': .*field 'optimizer.lrr' does not exist"),
+    ],
+)
+def test_studies_that_are_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        study.cells(study_file(tmp_path, **changes))

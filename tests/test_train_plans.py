@@ -1,0 +1,197 @@
+"""Before a run: shapes and their fresh weights, the rate by trying, what it will take."""
+
+from __future__ import annotations
+
+import json
+
+import pipeline
+import pytest
+import tiny
+import torch
+from pipeline import cli
+from training import (
+    SEQ,
+    Killed,
+    asked,
+    run,
+    same,
+    tiny_shape,
+    weights,
+    weights_of,
+)
+
+from prunus.anatomy import Anatomy
+from prunus.errors import UserError
+from prunus.hf import target_for
+from prunus.keep import Keep
+from prunus.ledger import Ledger
+from prunus.train import estimate, sweep
+from prunus.train import recipe as recipes
+from prunus.train.learner import Learner, boundaries, recompute_
+from prunus.train.opening import prepare as opened
+from prunus.train.shapes import SHAPES, config_of, fresh
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_named_shapes_can_be_built(name):
+    config = config_of(name, 300)
+    assert config.model_type == "llama" and config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("params", [3_148_224, 10_000_000, 60_000_000])
+def test_a_shape_is_scaled_to_a_size(params):
+    """Within one per cent, with the same query heads a group and about the same FFN for the stem; its own size changes nothing."""
+    config = config_of("nano", 300, params)
+    assert abs(Anatomy.of(config).num_params / params - 1) <= 0.01
+    assert config.num_attention_heads == 3 * config.num_key_value_heads and config.num_hidden_layers == 6
+    assert config.hidden_size == 96 * config.num_key_value_heads and config.head_dim == 32
+    assert 0.5 < config.intermediate_size / config.hidden_size / (512 / 192) < 2
+    if params == 3_148_224:
+        assert config.to_dict() == config_of("nano", 300).to_dict()
+    fresh(config, init="standard", seed=0, dtype=torch.float32)
+
+
+def test_a_size_that_no_width_has_is_refused():
+    with pytest.raises(UserError, match=r"no width of this shape comes within 1 % of 9,000 parameters; change the shape"):
+        config_of("nano", 300, 9_000)
+    folder, _, _ = pipeline.saved("per-layer")
+    with pytest.raises(UserError, match="only a shape whose layers are alike can be scaled"):
+        config_of(str(folder), 300, 9_000)
+    with pytest.raises(UserError, match="target_params scales a shape; a source's weights have their sizes"):
+        asked(model={"source": str(folder), "target_params": 5})
+
+
+def test_fresh_weights_of_a_checkpoints_shape(tmp_path):
+    """What a cut model is compared with: its very sizes, its tokenizer, and none of its weights."""
+    folder, _, _ = pipeline.saved("per-layer")
+    run(tmp_path / "run", asked(model={"shape": str(folder)}, tokens=2 * 4 * SEQ))
+    ours, theirs = weights(tmp_path / "run"), weights_of(folder)
+    matrices = [name for name in theirs if name.endswith("_proj.weight")]
+    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
+    assert all(tiny.relative(ours[name], theirs[name]) > 0.5 for name in matrices)
+    assert asked(model={"shape": str(folder)}).named()["model"]["shape"] == folder.name
+    with pytest.raises(UserError, match="model: a shape brings no tokenizer"):
+        opened(asked(model={"shape": "nano"}), tmp_path / "other")
+
+
+def test_depth_scaled_weights():
+    config = tiny.tiny_config("llama")
+    plain, scaled = (fresh(config, init=init, seed=1, dtype=torch.float32) for init in ("standard", "depth-scaled"))
+    scale = (2 * tiny.LAYERS) ** -0.5
+    for name, p in plain.named_parameters():
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert torch.allclose(scaled.get_parameter(name), p * scale if writes else p)
+
+
+# -- the rate by trying -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_takes_the_lowest_loss_and_is_on_the_ledger(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "RATES", (1e-9, 1e-2))
+    recipe = asked(optimizer__lr="sweep", validate__every=0)
+    figures = run(tmp_path / "run", recipe)["figures"]
+    assert figures["lr"] == 1e-2 and figures["sweep"]["steps"] == 8 == sweep.prefix(recipe)
+    ledger = Ledger.read(tmp_path / "run" / "ledger.json")
+    assert [stage.name for stage in ledger.stages] == ["lr sweep", "run"]
+    assert ledger.stages[0].tokens == 2 * ledger.stages[1].tokens == 2 * 8 * 4 * SEQ
+    assert ledger.stages[0].flops["train"] == 2 * ledger.stages[1].flops["train"]
+    run(tmp_path / "plain", asked(optimizer__lr=1e-2, validate__every=0))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+
+
+def test_rates_that_were_tried_are_not_tried_again(tmp_path):
+    tried = []
+
+    def begin(rate):
+        tried.append(rate)
+        raise Killed
+
+    (tmp_path / "sweep.json").write_text(json.dumps({"steps": 8, "losses": [[1e-5, 2.0], [3e-5, None]]}))
+    with pytest.raises(Killed):
+        sweep.swept(asked(), tmp_path, begin, lambda line: None)
+    assert tried == [1e-4]
+
+
+def test_the_best_rate_by_hand():
+    assert sweep.Sweep(1, {1e-3: 2.0, 1e-5: 2.0, 1e-4: None}).best == 1e-5
+    with pytest.raises(UserError, match="the loss is no number at any of"):
+        _ = sweep.Sweep(1, {1e-3: None}).best
+
+
+def test_a_beginning_goes_past_the_warm_up():
+    """5 % of 10,000 steps are warm-up; 200 more follow. A short run is tried whole."""
+    long = asked(tokens=10_000 * 4 * SEQ)
+    assert sweep.prefix(long) == 700 and sweep.prefix(asked()) == 8
+
+
+# -- what a run will take -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_by_hand():
+    """nano in float32: weights, gradients and two moments are four bytes a parameter each; speed is rate over FLOPs."""
+    recipe = recipes.read("scratch")
+    anatomy = Anatomy.of(config_of("nano", 0))
+    found = estimate.estimate(recipe, anatomy, rate=1e9)
+    assert found.weights == found.gradients == 4 * anatomy.num_params and found.moments == 8 * anatomy.num_params
+    assert found.tokens_per_s == pytest.approx(1e9 * 256 / (3 * anatomy.flops(256)))
+    assert found.hours == pytest.approx(4_000_000 / found.tokens_per_s / 3600)
+    shared = estimate.estimate(recipe, anatomy, devices=4, rate=1e9)
+    assert shared.moments == 2 * anatomy.num_params and shared.activations == found.activations
+    assert shared.tokens_per_s == pytest.approx(4 * found.tokens_per_s)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16-autocast", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [
+        ({"hidden_size": 64, "num_key_value_heads": 2, "intermediate_size": 160}, []),
+        ({"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 512}, ["data.separate_documents=true"]),
+        ({"hidden_size": 64, "num_key_value_heads": 2, "intermediate_size": 160}, ["checkpoint_activations=true"]),
+        ({"hidden_size": 64, "num_key_value_heads": 2, "intermediate_size": 160, "heads": (0, 2, 3, 5, 6)}, []),
+    ],
+)
+def test_what_is_kept_for_the_way_back(shape, more, precision):
+    """Against what autograd saves, each storage once. The formula leaves out what all positions share, such as rotary tables."""
+    recipe = recipes.read("scratch", [f"precision={precision}", "data.seq_len=64", "batch_tokens=128", *more])
+    config = config_of(tiny_shape() | {name: size for name, size in shape.items() if name != "heads"}, 0)
+    if "heads" in shape:  # three of them read one KV head, two the other
+        heads = Keep({f"layers.{i}.heads": shape["heads"] for i in range(config.num_hidden_layers)})
+        config = target_for(config, Anatomy.of(config), heads).config
+    model = fresh(
+        config, init="standard", seed=0, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32
+    ).train()
+    if recipe.checkpoint_activations:
+        recompute_(model)
+    parameters, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids, starts = tiny.tokens(2, 65), torch.zeros(2, 64, dtype=torch.bool)
+    starts[:, [0, 20]] = True
+    positions = boundaries(starts) if recipe.data.separate_documents else {}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        Learner(model, precision=precision)(ids[:, :-1], ids[:, 1:], **positions)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    anatomy = Anatomy.of(config)
+    said = estimate.kept(anatomy, recipe, 2 * 64)
+    if recipe.checkpoint_activations:  # the block that is computed again is not there yet
+        block = 128 * estimate._kept_by(anatomy.shape.layers[0], anatomy.shape, recipe)
+        copies = 2 * sum(t.numel for t in anatomy.tensors.values() if t.layer == 0 and t.is_matrix)
+        said -= block + (copies if precision == "bfloat16-autocast" else 0)
+    assert said == pytest.approx(found, rel=0.02)
+
+
+def test_a_plan_says_where_a_run_does_not_fit():
+    code, out, err = cli("plan", "scratch", "--train", "--memory", "0.01", "--rate", "1e9", "--json")
+    assert code == 0 and not json.loads(out)["fits"] and "it needs" in json.loads(out)["mend"], err
+    code, out, err = cli("plan", "scratch", "--train", "--set", "model.shape=micro", "--rate", "1e9")
+    assert code == 0 and "tokens/s" in out, err
+    code, _, err = cli("plan", "scratch", "--train", "--devices", "0")
+    assert code == 2 and "devices: 0 are too few" in err
+    code, _, err = cli("plan", pipeline.folder())
+    assert code == 2 and "Missing option '--method'" in err
