@@ -261,14 +261,22 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(name, at):
 
 
 def test_zeroed_is_sliced_along_the_way():
-    """As without repair: the same losses and weights but for rounding (1e-4 after eight updates)."""
+    """As without repair: the same losses and weights but for rounding (1e-4 after eight updates).
+
+    Of the matrices that were solved for, 1e-3: heads that are nearly collinear raise a rounding of the Gram matrix (1e-7) by its
+    condition, which damping holds to some 1e4; the losses hardly see it, as it lies where the inputs are small.
+    """
     part = {k: v for k, v in PARTS["inner"].items() if k != "slice_at"}
     outs = [pipeline.scratch() / f"repaired-sliced-at-{at}" for at in (0, 1)]
     for at, out in zip((0.0, 1.0), outs, strict=True):
         run(out, tied(slice_at=at, **part))
     one, other = (weights(out) for out in outs)
     assert [e["pruned"]["units"] for e in events(outs[0])] == [e["pruned"]["units"] for e in events(outs[1])]
-    assert all((one[name] - other[name]).abs().max() < 1e-4 for name in one)
+    for name in one:
+        bound = 1e-3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1e-4
+        assert (one[name] - other[name]).abs().max() < bound, name
+    first, second = ([line["loss"] for line in log(out) if "loss" in line] for out in outs)
+    assert first == pytest.approx(second, abs=1e-4)
 
 
 def test_repair_lessens_what_a_cut_costs():

@@ -112,7 +112,8 @@ def test_copies_of_kv_heads_are_a_stock_model_of_the_same_logits(case, dense_of)
     # where a config refuses 32 channels with 5 heads, the checkpoint stays of our type, or is of another stock one
     assert stock.config.model_type == {"llama_bias": "seed_oss", "gemma3": "pruned_gemma3_text"}.get(case, case)
     assert [layer.num_key_value_heads for layer in anatomy.shape.layers] == [5, 5, 5] and not anatomy.shape.is_ragged
-    assert torch.equal(tiny.logits_of(stock, IDS), tiny.logits_of(ragged, IDS))
+    # the same sums; a product with more rows may take another kernel, so rounding of float64
+    assert tiny.relative(tiny.logits_of(stock, IDS), tiny.logits_of(ragged, IDS)) < 1e-12
     assert tiny.greedy_cached(stock, IDS, 3).tolist() == tiny.greedy_by_hand(ragged, IDS, 3).tolist()
 
 
