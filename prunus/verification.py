@@ -85,15 +85,20 @@ def reload_probe(
             "threads": torch.get_num_threads(),
         }
         request.write_text(json.dumps(data))
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        result = subprocess.run(
-            [sys.executable, "-IB", reload.__file__, str(request)], capture_output=True, text=True, env=environment
-        )
+        result = clean_process(request)
         if result.returncode:
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise VerificationError(f"{folder.name}: the saved checkpoint does not load in a clean process: {last[:500]}")
         answer = json.loads(result.stdout.strip().splitlines()[-1])
         return Probe(ids, load_file(logits)["logits"], answer["generated"], dtype), answer
+
+
+def clean_process(request: Path) -> subprocess.CompletedProcess[str]:
+    """`reload.py` in a process that knows nothing of this one."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [sys.executable, "-IB", reload.__file__, str(request)], capture_output=True, text=True, env=environment
+    )
 
 
 def check_saved(folder: Path, expected: Probe, on_disk: Sequence[str] = ()) -> dict[str, Any]:

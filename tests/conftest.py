@@ -13,10 +13,32 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import warm
+
+from prunus import reload, verification
 
 torch.set_num_threads(1)
 _cache = tempfile.TemporaryDirectory(prefix="prunus-cache-")
 os.environ["PRUNUS_CACHE"] = _cache.name  # the user's latency table is none of a test's business
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm():
+    """Checkpoints are reloaded in forks of a clean process; `cold` goes back to fresh interpreters."""
+    forks = warm.Forks(reload.__file__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "clean_process", forks)
+        yield
+    forks.close()
+
+
+COLD = verification.clean_process
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    monkeypatch.setattr(verification, "clean_process", COLD)
+
 
 CORPUS = [
     "the cat sat on the mat and the dog sat on the log",

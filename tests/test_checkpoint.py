@@ -429,7 +429,7 @@ def test_a_folder_that_appears_meanwhile_is_not_touched(tmp_path):
 # -- looking back -------------------------------------------------------------------------------------------------------
 
 
-def test_verify_in_a_clean_process():
+def test_verify_in_a_clean_process(cold):
     folder, _, _ = pipeline.saved("per-layer")
     found = checkpoint.verify(folder)
     assert found["class"] == "PrunedLlamaForCausalLM" and found["generated_equal"] is True

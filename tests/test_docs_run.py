@@ -22,6 +22,8 @@ import torch
 from test_docs import ROOT, commands
 from test_tasks import rows_of
 
+from prunus.data.shards import MANIFEST
+from prunus.data.tokenizer import fingerprint, open_tokenizer
 from prunus.ledger import Ledger
 from prunus.tasks.table import TASKS
 
@@ -29,10 +31,16 @@ SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size 
     "hidden_size=468": "hidden_size=60",
     "hidden_size=432": "hidden_size=56",
     "intermediate_size=1280": "intermediate_size=112",
+    "hidden_size: 480, intermediate_size: 1280": "hidden_size: 60, intermediate_size: 112",
     "--tokens 1M": "--tokens 16k --set compile=false",
     "--tokens 4M": "--tokens 8k",
     "--tokens 200k": "--tokens 8k --set compile=false",
-    "--target-params 100M": "--target-params 1M --tokens 66k --set precision=float32",
+    "num_hidden_layers=24": "num_hidden_layers=10",
+    "--target-params 100M": "--target-params 380k --tokens 66k --set precision=float32",
+    "--out runs/sheared-llama": "--out runs/sheared-llama --tokens 66k --set precision=float32",
+    "teacher.top_k=64": "teacher.top_k=64 --tokens 8k --set compile=false",
+    "--cost decode-ms": "--cost prefill-ms",  # to decode with a channel more costs so small a model nothing
+    "--multiple-of 8 --allocate": "--multiple-of 2 --allocate",
     "[1000000, 2000000]": "[8192, 16384]",
     "generations=10": "generations=2",
     "quickstart": "quickstart --source ./SmolLM2-135M",
@@ -47,9 +55,9 @@ QUICK = ("README.md", "docs/data.md")  # the others take minutes in all
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Thirty blocks of heads as SmolLM2 has them, an eighth as wide."""
+    """Twelve blocks of heads as SmolLM2 has them, an eighth as wide."""
     config = tiny.tiny_config(
-        "llama_tied", vocab_size=pipeline.VOCAB, hidden_size=72, intermediate_size=128, head_dim=8, num_hidden_layers=30,
+        "llama_tied", vocab_size=pipeline.VOCAB, hidden_size=72, intermediate_size=128, head_dim=8, num_hidden_layers=12,
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048,
     )  # fmt: skip
     dense = tiny.grown(config, dtype=torch.float32)
@@ -69,7 +77,7 @@ def desk(model, tmp_path, monkeypatch):
     for name in MODELS:
         shutil.copytree(model, tmp_path / name)
     (tmp_path / "c4.jsonl").write_text("".join(json.dumps({"text": doc}) + "\n" for doc in texts(0, 400)), encoding="utf-8")
-    (tmp_path / "wiki.txt").write_text("\n\n".join(texts(1, 200)), encoding="utf-8")
+    (tmp_path / "wiki.txt").write_text("\n\n".join(texts(1, 60)), encoding="utf-8")
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(texts(2, 300)), encoding="utf-8")
     for name, task in TASKS.items():
         (tmp_path / "tasks" / name).mkdir(parents=True)
@@ -99,13 +107,24 @@ def made_room(words: list[str]) -> None:
             shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
     if "./out" in words[1:2] and not Path("out").exists():
         must("prune", "SmolLM2-135M", "-m", "flap", "-r", "0.2", "-c", "c4.jsonl", "-o", "out")
+    if "runs/other" in words and not Path("runs/other").exists():
+        shutil.copytree("runs/nano", "runs/other")
     for before, word in pairwise(words):
         if before in ("-o", "--out"):
             continue
-        if word.startswith("./tokens") and not Path("tokens").exists() and words[0] != "data":
-            must("data", "prepare", "c4.jsonl", "--tokenizer", "SmolLM2-135M", "--out", "tokens")
-        if word == "./tokenizer" and not Path("tokenizer").exists():
+        told = word + (Path(word).read_text() if word.endswith(".yaml") and Path(word).exists() else "")
+        if "./tokenizer" in told and not Path("tokenizer").exists():
             must("data", "tokenizer", "stories.txt", "--vocab-size", "320", "-o", "tokenizer")
+        if "./tokens" in told and words[0] != "data":
+            made_tokens("tokenizer" if "./tokenizer" in (*words, *told.split()) else "SmolLM2-135M")
+
+
+def made_tokens(tokenizer: str) -> None:
+    """`./tokens` by the tokenizer of the command that reads it: a page may train a model of its own and then cut the big one."""
+    made = Path("tokens", MANIFEST)
+    if not made.exists() or json.loads(made.read_text())["tokenizer_sha256"] != fingerprint(open_tokenizer(tokenizer)):
+        shutil.rmtree("tokens", ignore_errors=True)
+        must("data", "prepare", "c4.jsonl", "--tokenizer", tokenizer, "--out", "tokens")
 
 
 def must(*words: object) -> None:

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import torch
+import warm
 
+from prunus import reload, verification
 from prunus.errors import UserError
 from prunus.train import export, opening, recipe, run
 from prunus.train.loop import Hook
 
 torch.set_num_threads(1)
 verify = export.check_saved
+verification.clean_process = warm.Forks(reload.__file__)
 
 
 class StopError(Exception):

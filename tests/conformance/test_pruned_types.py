@@ -126,7 +126,12 @@ for folder, (logits, text) in wanted["folders"].items():
         text=True,
         check=False,
         cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "MKL_CBWR": os.environ["MKL_CBWR"]},
+        env={
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "/usr/bin:/bin",
+            "MKL_CBWR": os.environ["MKL_CBWR"],
+        },
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
