@@ -52,7 +52,9 @@ def test_two_cut_as_one(name):
         assert list(found["weights"]) == list(alone["weights"])
         for tensor, value in alone["weights"].items():
             same = rows.get(tensor, slice(None))
-            torch.testing.assert_close(found["weights"][tensor][same], value[same], rtol=1e-4, atol=1e-5)
+            # updates by the inverse of a Gram matrix raise the rounding of its sums by its condition, some 1e4 with damping
+            rtol, atol = (1e-4, 1e-5) if alone["mask"] is None else (1e-3, 1e-3)
+            torch.testing.assert_close(found["weights"][tensor][same], value[same], rtol=rtol, atol=atol)
         if alone["losses"] is not None:
             assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     for tensor, value in first["weights"].items():
