@@ -111,7 +111,7 @@ def appraise(
     if record is not None:
         records.check_place(record)
     asked = question.checked()
-    opened = [Source.open(source, online=question.online) for source in sources]
+    opened = [Source.open(source, online=question.online, quantized=True) for source in sources]
     for source in opened:  # all are checked before any is read
         source.anatomy.checked()
         if question.texts:

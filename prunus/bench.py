@@ -100,7 +100,9 @@ def counted(source: Source, dtype: str, context: int) -> dict[str, Any]:
         "prefill_flops": prompt,
         "prefill_context": context,
         "flops_per_token": prompt / context,
-        "weight_bytes": anatomy.weight_bytes(width),
+        "weight_bytes": sum(file.stat().st_size for file in source.weight_files)
+        if source.is_quantized
+        else anatomy.weight_bytes(width),
         "kv_bytes_per_token": anatomy.kv_bytes_per_token(width),
     }
 
@@ -225,7 +227,7 @@ def _peak(told: Connection, path: str, dtype: str, batch: int, context: int, new
     warnings.filterwarnings("ignore")
     unit = 1 if sys.platform == "darwin" else 1024
     before = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    source = Source.open(path)
+    source = Source.open(path, quantized=True)
     generate_s(source.load(dtype), _prompts(source, batch, context), new_tokens)
     told.send((before, unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
@@ -256,7 +258,7 @@ def run(
     offline(online=False)
     if record is not None:
         records.check_place(record)
-    sources = [Source.open(path) for path in paths]
+    sources = [Source.open(path, quantized=True) for path in paths]
     asked.checked(sources)
     for source in sources:
         source.anatomy.checked()
@@ -266,7 +268,7 @@ def run(
         row: dict[str, Any] = {"model": source.label, "weights_sha256": source.sha256}
         row |= counted(source, asked.dtype, max(asked.contexts))
         row["widths"] = [vars(found) for found in measure.slow_widths(source.anatomy.shape, DTYPES[asked.dtype])]
-        rows.append(row | {"zeros": zeros(model, source.anatomy), "cells": []})
+        rows.append(row | {"zeros": None if source.is_quantized else zeros(model, source.anatomy), "cells": []})
     cells = [(t, b, c) for t in asked.threads for b in asked.batches for c in asked.contexts]
     for i, (threads, batch, context) in enumerate(cells):
         for row, cell in zip(rows, _cell(sources, models, asked, threads, batch, context), strict=True):

@@ -10,15 +10,20 @@ import typer
 from .cli_options import JsonOpt, OnlineOpt, tell
 from .errors import UserError, unknown
 
-FORMATS = ("gguf",)
+FORMATS = {"gguf": "f16", "onnx": "f32"}  # with the type that is written unless another is asked for
 
 
 def export(
     source: Annotated[str, typer.Argument(help="A Hugging Face folder, such as one that prunus wrote.", metavar="DIR")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing: say which engines can serve it.")] = False,
-    form: Annotated[str, typer.Option("--format", "-f", help="gguf: for llama.cpp and what is built on it.")] = "gguf",
-    kind: Annotated[str, typer.Option("--type", help="Of matrices: f32, f16, bf16 or q8_0.")] = "f16",
+    form: Annotated[
+        str, typer.Option("--format", "-f", help="gguf: for llama.cpp and what is built on it; onnx: for ONNX Runtime.")
+    ] = "gguf",
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="Of matrices. gguf: f32, f16 (as without it), bf16, q8_0; onnx: f32, int8, q8, q4."),
+    ] = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Write FILE.Modelfile for ollama beside it.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     as_json: JsonOpt = False,
@@ -36,10 +41,38 @@ def export(
         return
     if out is None:
         raise UserError("Missing option '--out', the file to write; --check writes none")
-    from .export import gguf_file
+    opened, out, kind = Source.open(source), out.expanduser(), kind or FORMATS[form]
+    if form == "onnx":
+        if modelfile:
+            raise UserError("--modelfile: ollama runs GGUF files, not ONNX; drop it, or use --format gguf")
+        from .export import onnx_file
 
-    plan = gguf_file.Plan.of(Source.open(source), kind)
-    tell(gguf_file.export(plan, out.expanduser(), modelfile=modelfile, overwrite=overwrite), as_json, show_bench.exported)
+        written = onnx_file.export(onnx_file.Plan.of(opened, kind), out, overwrite=overwrite)
+    else:
+        from .export import gguf_file
+
+        written = gguf_file.export(gguf_file.Plan.of(opened, kind), out, modelfile=modelfile, overwrite=overwrite)
+    tell(written, as_json, show_bench.exported)
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="A Hugging Face folder, such as one that prunus wrote.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    scheme: Annotated[
+        str, typer.Option("--scheme", "-s", help="8w8a: weights and activations in 8 bits; int8, int4: weights alone.")
+    ] = "8w8a",
+    group_size: Annotated[int | None, typer.Option("--group-size", help="int4: weights that share a scale (32).")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of all else: float32, bfloat16 or float16.")] = "bfloat16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that prunus quantize wrote.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write a checkpoint in fewer bits through torchao, and prove in a clean process that it is the one that was made."""
+    from . import quantize as quantizing
+    from . import show_bench
+    from .source import Source
+
+    plan = quantizing.Plan.of(Source.open(source), scheme, group_size, dtype)
+    tell(quantizing.quantize(plan, out.expanduser(), overwrite=overwrite), as_json, show_bench.quantized)
 
 
 def card(

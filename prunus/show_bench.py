@@ -54,10 +54,27 @@ def measured(result: dict[str, Any]) -> None:
 
 def exported(result: dict[str, Any]) -> None:
     """A file for another engine."""
-    out = new_console()
-    kinds = ", ".join(f"{count} {kind}" for kind, count in result["tensors"].items())
+    out, size = new_console(), f"{result['bytes'] / 1e6:,.1f} MB"
+    if "tensors" in result:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result["tensors"].items())
+        told = f"{result['architecture']}, {size}, tensors {kinds}"
+    else:
+        found = result["verified"]
+        told = (
+            f"{result['type']}, {size}; in ONNX Runtime {found['onnxruntime']} logits differ by at most "
+            f"{found['max_logit_difference']:.2g} of {found['max_logit']:.2g}, and {found['same_tokens']} of {found['tokens']} "
+            "greedy tokens are the same"
+        )
+    out.print(f"{result['out']}: {result['format']}, {told}", markup=False)
+    print_notes(out, result["notes"])
+
+
+def quantized(result: dict[str, Any]) -> None:
+    """A folder of fewer bits."""
+    out, group = new_console(), f" in groups of {result['group_size']}" if result["group_size"] else ""
     out.print(
-        f"{result['out']}: {result['format']}, {result['architecture']}, {result['bytes'] / 1e6:,.1f} MB, tensors {kinds}",
+        f"{result['out']}: {result['scheme']}{group}, {result['matrices']} matrices, {result['bytes'] / 1e6:,.1f} MB "
+        f"(before {result['bytes_before'] / 1e6:,.1f}), everything else {result['dtype']}; the same in a clean process",
         markup=False,
     )
     print_notes(out, result["notes"])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, StrictDataclassError)
+QUANTIZED = "quantized.json"  # how a folder with fewer bits was made
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What llama.cpp calls a pre-tokenizer, where transformers' conversion drops it: these split digits one by one first.
 _SPLITS_DIGITS = ("smollm",)
@@ -41,8 +43,11 @@ class Source:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def open(cls, name: str, *, online: bool = False) -> Source:
-        """Find and check a source; UserError says what is missing or broken and how to mend it."""
+    def open(cls, name: str, *, online: bool = False, quantized: bool = False) -> Source:
+        """Find and check a source; UserError says what is missing or broken and how to mend it.
+
+        Weights of few bits can be run but not cut or trained, so who opens them says that it only runs them.
+        """
         path = Path(name).expanduser()
         if path.is_file():
             if path.suffix != ".gguf":
@@ -55,7 +60,22 @@ class Source:
             source = cls(name, _snapshot(name, online), "hub")
         if source.kind != "gguf":
             source._check_folder()
+            if source.is_quantized and not quantized:
+                raise UserError(
+                    f"{name}: its weights are quantised ({source._quantization.get('quant_method')}), which eval and measure can "
+                    "run, and nothing can cut, train or export; give the folder that it was made from"
+                )
         return source
+
+    @cached_property
+    def _quantization(self) -> dict[str, Any]:
+        found = None if self.kind == "gguf" else _json(self.path / "config.json").get("quantization_config")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the folder's matrices are held in few bits (a GGUF file's are, but they are read as what they stand for)."""
+        return bool(self._quantization)
 
     @property
     def label(self) -> str:
@@ -110,7 +130,7 @@ class Source:
     def anatomy(self) -> Anatomy:
         """Axes and counts, from the config alone."""
         anatomy = Anatomy.of(self.config)
-        if self.kind != "gguf":
+        if self.kind != "gguf" and not self.is_quantized:  # whose tensors have names of the library that packed them
             self._check_shapes(anatomy)
         return anatomy
 
@@ -205,6 +225,8 @@ class Source:
             where = {"gguf_file": self.path.name, "quantization_config": GgufConfig(dequantize=True)}
             path = str(self.path.parent)
         self.anatomy.checked()
+        if self.is_quantized:
+            self._check_quantized(dtype)
         try:
             with quiet():
                 model = AutoModelForCausalLM.from_pretrained(path, config=self.config, dtype=DTYPES[dtype], **where)
@@ -214,8 +236,18 @@ class Source:
             model.config = self.config
             model.generation_config._from_model_config = False
         for name, tensor in hf.weights(model, self.anatomy).items():
-            check_finite(tensor, f"{self.name}: '{name}'")
+            if type(tensor) is torch.Tensor:  # few bits cannot hold anything else
+                check_finite(tensor, f"{self.name}: '{name}'")
         return model.eval()
+
+    def _check_quantized(self, dtype: str) -> None:
+        method, made = self._quantization.get("quant_method"), str(self.config.dtype).removeprefix("torch.")
+        if method != "torchao":
+            raise UserError(f"{self.name}: its weights are quantised by {method}; only what prunus quantize wrote is read")
+        if find_spec("torchao") is None:
+            raise UserError(f"{self.name}: its weights are quantised by torchao; pip install 'prunus[quantize]'")
+        if made != dtype:
+            raise UserError(f"{self.name}: its scales and its other weights are {made}; give --dtype {made}")
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The fast tokenizer; UserError if there is none or if it knows more tokens than the model."""

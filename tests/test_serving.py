@@ -24,7 +24,7 @@ def test_rows_have_their_sources():
     for name, engine in ENGINES.items():
         assert engine.source and engine.date >= "2026" and engine.version, name
         assert all(rule.reason and rule.mend and rule.source for rule in engine.rules), name
-    assert {name for name, engine in ENGINES.items() if engine.ran} == {"transformers", "llama.cpp"}
+    assert {name for name, engine in ENGINES.items() if engine.ran} == {"transformers", "llama.cpp", "ONNX Runtime"}
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_rows_have_their_sources():
         ({}, set()),
         ({"differ": True}, {"vLLM", "SGLang", "TensorRT-LLM"}),
         ({"differ": True, "family": "qwen2"}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
-        ({"differ": True, "uneven": True}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
+        ({"differ": True, "uneven": True}, {"llama.cpp", "ONNX Runtime", "vLLM", "SGLang", "TensorRT-LLM"}),
         ({"differ": True, "turned": True}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
         ({"family": "gemma"}, {"llama.cpp"}),
         ({"head_dim": 65}, {"vLLM"}),

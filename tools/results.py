@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import shipping_tables
 import study_tables
 
 from prunus import record, tables
@@ -122,6 +123,7 @@ def page(records: list[dict[str, Any]]) -> str:
         lines += ["## Cutting while training", "", *study_tables.tables(studies), ""]
     if pruning := [r for r in records if r["kind"] == study_tables.COST_KIND]:
         lines += ["## What cutting while training costs", "", *study_tables.cost_table(pruning), ""]
+    lines += shipping_tables.parts(records)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -82,6 +82,16 @@ ENGINES: Mapping[str, Engine] = {
         ),
         "tests/test_gguf.py (slow)", "2026-11-23",
     ),
+    "ONNX Runtime": Engine(
+        "1.32.0", True, "prunus export --format onnx; --type q8 for a processor",
+        (
+            Rule(
+                lambda f: f.uneven, "KV heads shared unevenly are not written", "prunus.unshared(model)",
+                "prunus/export/onnx_file.py",
+            ),
+        ),
+        "every graph is run and compared when it is written; tests/test_onnx.py", "2026-11-23",
+    ),
     "vLLM": Engine(
         "read 2026-11", False, "vllm serve DIR, if its list of models has the architecture",
         (
