@@ -162,8 +162,8 @@ def _converted(plan: Plan) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
     keep = [f"{plan.source.anatomy.family.head}", *plan.left]
-    config = TorchAoConfig(SCHEMES[plan.scheme].config(plan.group_size or GROUP), modules_to_not_convert=keep)
     with quiet():
+        config = TorchAoConfig(SCHEMES[plan.scheme].config(plan.group_size or GROUP), modules_to_not_convert=keep)
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(plan.source.path), config=plan.source.config, dtype=DTYPES[plan.dtype], quantization_config=config,
             local_files_only=True, trust_remote_code=False, use_safetensors=True,
