@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -330,6 +331,9 @@ def main() -> None:
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")  # imported wherever they are installed, they tell of kernels for GPUs
+
+
 def _terminated(signum: int, frame: Any) -> None:
     raise SystemExit(143)
 
@@ -337,6 +341,8 @@ def _terminated(signum: int, frame: Any) -> None:
 def run(arguments: list[str]) -> int:
     """Run with these arguments and return the exit code."""
     offline(online="--online" in arguments)  # before anything heavy is imported
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         check_processes(arguments)

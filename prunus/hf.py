@@ -33,12 +33,6 @@ SUBLAYERS = ("attention", "mlp")
 LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
-_TALKATIVE = (
-    "torchao",
-    "torch.utils._pytree",
-)  # of libraries for GPUs, when transformers imports torchao because it is there
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and warnings around a call whose outcome we check ourselves."""
@@ -47,8 +41,6 @@ def quiet() -> Iterator[None]:
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

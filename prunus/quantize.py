@@ -159,10 +159,10 @@ def quantize(plan: Plan, out: Path, *, overwrite: bool = False) -> dict[str, Any
 
 def _converted(plan: Plan) -> PreTrainedModel:
     """The model with its blocks' matrices in few bits; everything else in the plan's dtype."""
-    from transformers import AutoModelForCausalLM, TorchAoConfig
-
     keep = [f"{plan.source.anatomy.family.head}", *plan.left]
-    with quiet():
+    with quiet():  # importing them, too, which imports torchao
+        from transformers import AutoModelForCausalLM, TorchAoConfig
+
         config = TorchAoConfig(SCHEMES[plan.scheme].config(plan.group_size or GROUP), modules_to_not_convert=keep)
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(plan.source.path), config=plan.source.config, dtype=DTYPES[plan.dtype], quantization_config=config,
