@@ -317,6 +317,7 @@ def quickstart(
 
 app.command()(cli_train.train)
 app.command()(cli_train.teach)
+app.command()(cli_train.tune)
 app.command()(cli_train.runs)
 app.add_typer(cli_train.recipes)
 app.add_typer(cli_train.studies)

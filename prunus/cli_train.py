@@ -63,6 +63,30 @@ def _count(option: str, text: str) -> int:
         raise UserError(f"{option}: '{text}' is no number; write for example 200000, 200k or 4M") from error
 
 
+def tune(
+    source: Annotated[str, typer.Argument(help="A Hugging Face folder, such as one that prunus wrote.", metavar="DIR")],
+    data: Annotated[Path, typer.Option("--data", help="Rows with instruction, output and perhaps input: JSON or JSONL.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="A .yaml file, or one that ships: alpaca.")] = "alpaca",
+    changes: SetOpt = None,
+    record: Annotated[Path | None, typer.Option("--record", help="Append a JSON line with recipe and figures.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that prunus tune wrote.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Teach a checkpoint to follow instructions, through TRL: the loss of answers alone, the chat template kept."""
+    from . import show_train
+    from .progress import Progress
+    from .source import Source
+    from .train import tuning
+
+    asked = tuning.read(recipe, changes or ())
+    with Progress() as progress:
+        made = tuning.tune(
+            Source.open(source), data, asked, out.expanduser(), overwrite=overwrite, progress=progress, to=record
+        )
+    tell(made, as_json, show_train.tuned)
+
+
 def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; one that is there goes on.")],
     recipe: Annotated[str | None, RECIPE] = None,

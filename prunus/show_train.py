@@ -151,3 +151,12 @@ def taught(result: Mapping[str, Any]) -> None:
     """What `prunus teach` wrote."""
     print(f"{result['out']}: {result['tokens']:,} tokens of {result['teacher']}, {big(result['bytes'], 'B')}")
     print(f"train with --set teacher.cache={result['out']}")
+
+
+def tuned(result: Mapping[str, Any]) -> None:
+    """What `prunus tune` wrote."""
+    f = result["figures"]
+    print(
+        f"{result['out']}: {f['rows']:,} rows, {f['tokens']:,} tokens, {f['updates']} updates; answers of {f['held_out']} rows "
+        f"held out: loss {f['loss_before']:.4f} before, {f['loss_after']:.4f} after"
+    )

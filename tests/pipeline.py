@@ -177,7 +177,7 @@ def verify_here(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any] = 
     def reload_probe(
         folder: Path, ids: list[list[int]], dtype: str, *, new_tokens: int, on_disk: Any
     ) -> tuple[Any, dict[str, Any]]:
-        loaded = Source.open(str(folder)).load(dtype)
+        loaded = Source.open(str(folder), quantized=True).load(dtype)
         return change(verification.probe(loaded, new_tokens)), {
             "problems": {},
             "class": type(loaded).__name__,

@@ -38,6 +38,8 @@ SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size 
     "num_hidden_layers=24": "num_hidden_layers=10",
     "--target-params 100M": "--target-params 380k --tokens 66k --set precision=float32",
     "--out runs/sheared-llama": "--out runs/sheared-llama --tokens 66k --set precision=float32",
+    "--group-size 32": "--group-size 8",
+    "tune ./out": "tune ./out --set held_out=4 --set batch=4",
     "teacher.top_k=64": "teacher.top_k=64 --tokens 8k --set compile=false",
     "--cost decode-ms": "--cost prefill-ms",  # to decode with a channel more costs so small a model nothing
     "--multiple-of 8 --allocate": "--multiple-of 2 --allocate",
@@ -84,6 +86,8 @@ def desk(model, tmp_path, monkeypatch):
         lines = "".join(json.dumps(row) + "\n" for row in rows_of(name, 4))
         (tmp_path / "tasks" / name / f"{task.split}.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("the cat\nold trees\n", encoding="utf-8")
+    rows = [{"instruction": "the cat", "output": "sat on the mat"}] * 12
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     (tmp_path / "scratch").mkdir()
     Ledger(stages=[]).write(tmp_path / "scratch" / "ledger.json")
     monkeypatch.chdir(tmp_path)
@@ -102,7 +106,7 @@ def scaled(line: str) -> str:
 def made_room(words: list[str]) -> None:
     """Every command is an example of its own: what it writes anew is not there, and what an earlier page wrote is."""
     for option in ("-o", "--out"):
-        if option in words and words[0] in ("prune", "compare-methods", "train", "data", "quickstart", "export"):
+        if option in words and words[0] in ("prune", "compare-methods", "train", "data", "quickstart", "export", "quantize", "tune"):
             made = Path(words[words.index(option) + 1])
             shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
     if "./out" in words[1:2] and not Path("out").exists():

@@ -32,7 +32,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "train.shrink.goal train.shrink.carried train.shrink.activations train.shrink.saliency train.shrink.groups "
     "train.shrink.clocked train.shrink.adaptive train.shrink.repair train.shrink.resize "
     "train.shrink.snapshot train.shrink.cutting train.shrink.pruner train.shrink.masks train.shrink.forecast",
-    "train.opening train.estimate train.searched train.teaching train.run train.shearing train.listing train.study",
+    "train.opening train.estimate train.searched train.teaching train.run train.shearing train.tuning train.listing train.study",
     "tasks tasks.table tasks.local tasks.paired tasks.tree tasks.harness tasks.run generations appraisal",
     "plots report checkpoint_plots shrink_plots train_plots comparison",
     "bench export export.vocabulary export.gguf_file export.onnx_file quantize export.card export.hub export.serving",

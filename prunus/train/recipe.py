@@ -177,12 +177,12 @@ def changed(data: dict[str, Any], where: str, changes: Sequence[str], fields: Ma
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"--set: the value of '{change}' is not YAML") from error
-        _put(data, key, value)
+        put(data, key, value)
     for key, value in (fields or {}).items():
         if key == "target_params":
             prunes = isinstance(data.get("prune"), dict)
             key, value = ("prune.target", {"params": value}) if prunes else ("model.target_params", value)
-        _put(data, key, value)
+        put(data, key, value)
     return parse(data, where)
 
 
@@ -191,7 +191,7 @@ def parse(data: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error, data)}") from error
+        raise UserError(f"{where}: {sentence(error, data)}") from error
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _load(name: str) -> dict[str, Any]:
     return data
 
 
-def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
+def put(data: dict[str, Any], dotted: str, value: Any) -> None:
     """Changes `data`: the field at a dotted name; numbers are places in lists."""
     at: Any = data
     *parents, last = dotted.split(".")
@@ -238,12 +238,12 @@ def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
     at[last] = value
 
 
-def _sentence(error: ValidationError, data: Any) -> str:
-    """The first mistake in words, with the nearest known name for a field that does not exist."""
+def sentence(error: ValidationError, data: Any, model: type[BaseModel] | None = None) -> str:
+    """The first mistake in words, with the nearest known name for a field of `model` (a recipe) that does not exist."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(first["loc"][:-1], model or Recipe)
         return f"field '{place}' does not exist{nearest(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"field '{place}' is missing"
@@ -253,9 +253,8 @@ def _sentence(error: ValidationError, data: Any) -> str:
     return f"field '{place}': {json.dumps(first['input'], default=str)[:80]} is wrong: {text[:1].lower() + text[1:]}"
 
 
-def _fields_at(location: Sequence[Any]) -> list[str]:
+def _fields_at(location: Sequence[Any], model: Any) -> list[str]:
     """Names of the fields of the table at a place."""
-    model: Any = Recipe
     for part in location:
         if isinstance(part, int):
             continue
