@@ -43,6 +43,8 @@ def evaluate(
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="With --prompts: how much they write at most.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="With --prompts: as answers in a chat.")] = False,
+    first: Annotated[int | None, typer.Option("--first", help="With --prompts: only so many of them.")] = None,
+    page: Annotated[Path | None, typer.Option("--page", help="With --prompts: also write a Markdown page.")] = None,
     baseline: Annotated[
         list[str] | None, typer.Option("--baseline", help="Another model to score on the same windows and items.")
     ] = None,
@@ -73,12 +75,19 @@ def evaluate(
         if options != api.TextOptions(16, 1024, None, documents, field):
             raise UserError("protocol: it says how windows are cut; drop --windows, --seq-len, --stride and --seed")
         options = replace(known, documents=documents, field=field)
+    read = () if prompts is None else generations.prompts(prompts, first)
+    if prompts is None and (first is not None or page is not None):
+        raise UserError("prompts: --first and --page belong to --prompts; name a file, or drop them")
+    if page is not None:
+        generations.check_page(page)
     question = appraisal.Question(
         tuple(text or ()), options, named(tasks) if tasks is not None else (), task_data, limit,
-        () if prompts is None else generations.prompts(prompts), new_tokens, chat, dtype, online,
+        read, new_tokens, chat, dtype, online,
     )  # fmt: skip
     with Progress(quiet=as_json) as progress:
         result = appraisal.appraise([source, *(baseline or [])], question, progress=progress, record=record)
+    if page is not None:
+        generations.write_page(page, read, {row["model"]: row["written"] for row in result["models"]}, new_tokens=new_tokens)
     tell(result, as_json, show.evaluation)
 
 

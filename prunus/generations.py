@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import UserError
+from .place import staged_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
 FIELDS = ("prompt", "instruction", "text")  # of a JSON object that holds a prompt
 
 
-def prompts(path: Path) -> tuple[str, ...]:
-    """Prompts of a file: lines of text, or objects of a .jsonl or .json file; UserError if there are none."""
+def prompts(path: Path, first: int | None = None) -> tuple[str, ...]:
+    """Prompts of a file, or the first of them: lines of text, or objects of a .jsonl or .json file; UserError if there are none."""
+    if first is not None and first < 1:
+        raise UserError(f"first: {first} prompts are none; give at least 1")
     if not path.is_file():
         raise UserError(f"prompts: {path}: no such file or folder")
     try:
@@ -37,7 +41,7 @@ def prompts(path: Path) -> tuple[str, ...]:
         raise UserError(f"prompts: {path} is no JSON ({error})") from None
     if not isinstance(found, list) or not found:
         raise UserError(f"prompts: {path} has none; give a line, or an object with {' or '.join(FIELDS)}, for each")
-    return tuple(_prompt(row, f"{path}, prompt {i}") for i, row in enumerate(found, 1))
+    return tuple(_prompt(row, f"{path}, prompt {i}") for i, row in enumerate(found[:first], 1))
 
 
 def _prompt(row: Any, place: str) -> str:
@@ -45,6 +49,31 @@ def _prompt(row: Any, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"prompts: {place} has no {', '.join(FIELDS[:-1])} or {FIELDS[-1]} with text in it")
     return value
+
+
+def check_page(path: Path) -> None:
+    """UserError, before any work, for a page that is there already or whose folder is not."""
+    if path.exists():
+        raise UserError(f"page: {path} already exists; give another name, or remove it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"page: {path.absolute().parent} is no folder to write a page in")
+
+
+def write_page(path: Path, asked: Sequence[str], written: Mapping[str, Sequence[str]], *, new_tokens: int) -> None:
+    """A Markdown page: under every prompt what each model wrote. Texts stand in fences that nothing in them can close."""
+    lines = [f"# {len(asked)} prompts, {len(written)} models", "", f"Greedy, at most {new_tokens} tokens.", ""]
+    for i, prompt in enumerate(asked):
+        lines += [f"## {i + 1}", "", *_fenced(prompt), ""]
+        for model, answers in written.items():
+            lines += [f"**{model.replace('*', '').replace('`', '')}**", "", *_fenced(answers[i]), ""]
+    with staged_files(path) as (stage,):
+        stage.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _fenced(text: str) -> list[str]:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}text", text, fence]
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, label: str) -> None:

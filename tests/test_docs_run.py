@@ -106,7 +106,16 @@ def scaled(line: str) -> str:
 def made_room(words: list[str]) -> None:
     """Every command is an example of its own: what it writes anew is not there, and what an earlier page wrote is."""
     for option in ("-o", "--out"):
-        if option in words and words[0] in ("prune", "compare-methods", "train", "data", "quickstart", "export", "quantize", "tune"):
+        if option in words and words[0] in (
+            "prune",
+            "compare-methods",
+            "train",
+            "data",
+            "quickstart",
+            "export",
+            "quantize",
+            "tune",
+        ):
             made = Path(words[words.index(option) + 1])
             shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
     if "./out" in words[1:2] and not Path("out").exists():

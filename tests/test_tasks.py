@@ -314,7 +314,41 @@ def test_models_write_behind_the_same_prompts(tmp_path, capsys):
     assert cli.run(arguments) == 0
     out = capsys.readouterr().out
     assert "[bold]under a moon" in out
+    page = tmp_path / "page.md"
+    assert cli.run([*arguments, "--first", "1", "--page", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("## ") == 1 and "the cat sings" in text and "under a moon" not in text
+    for model in told["models"]:
+        assert f"**{model['model']}**\n\n```text\n{model['written'][0]}\n```" in text
+    capsys.readouterr()
+    assert cli.run([*arguments, "--page", str(page)]) == 2 and "page.md already exists" in capsys.readouterr().err
+    assert cli.run([*arguments, "--first", "0"]) == 2 and "0 prompts are none" in capsys.readouterr().err
+    assert (
+        cli.run(["eval", one, "--text", str(file), "--first", "1"]) == 2 and "belong to --prompts" in capsys.readouterr().err
+    )
     assert cli.run([*arguments, "--chat"]) == 2 and "has no chat template; drop --chat" in capsys.readouterr().err
+
+
+def test_nothing_closes_a_fence(tmp_path):
+    from prunus.generations import write_page
+
+    write_page(tmp_path / "p.md", ["a\n```\n# not a heading"], {"m": ["````"]}, new_tokens=3)
+    lines = (tmp_path / "p.md").read_text(encoding="utf-8").splitlines()
+    assert lines[4:] == [
+        "## 1",
+        "",
+        "````text",
+        "a",
+        "```",
+        "# not a heading",
+        "````",
+        "",
+        "**m**",
+        "",
+        "`````text",
+        "````",
+        "`````",
+    ]
 
 
 @pytest.mark.parametrize(
