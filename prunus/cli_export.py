@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import JsonOpt, OnlineOpt, tell
+from .cli_options import DtypeOpt, FieldOpt, JsonOpt, OnlineOpt, SourceArg, tell
 from .errors import UserError, unknown
 
 FORMATS = {"gguf": "f16", "onnx": "f32"}  # with the type that is written unless another is asked for
@@ -73,6 +73,34 @@ def quantize(
 
     plan = quantizing.Plan.of(Source.open(source), scheme, group_size, dtype)
     tell(quantizing.quantize(plan, out.expanduser(), overwrite=overwrite), as_json, show_bench.quantized)
+
+
+def trim(
+    source: SourceArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    text: Annotated[
+        list[str] | None, typer.Option("--text", "-t", help="Text of the kind that the model will read; may be given again.")
+    ] = None,
+    coverage: Annotated[
+        float, typer.Option("--coverage", help="The share of its tokens that must stay as they are.")
+    ] = 0.999,
+    field: FieldOpt = "text",
+    dtype: DtypeOpt = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that prunus trim wrote.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Cut the vocabulary to what a corpus uses: embedding, head and tokenizer; text of kept tokens is read as before."""
+    from . import show_bench
+    from . import trim as trimming
+    from .progress import Progress
+    from .source import Source
+
+    with Progress(quiet=as_json) as progress:
+        made = trimming.trim(
+            Source.open(source), text or (), coverage, out.expanduser(),
+            field=field, dtype=dtype, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    tell(made, as_json, show_bench.trimmed)
 
 
 def card(

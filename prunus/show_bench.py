@@ -69,6 +69,17 @@ def exported(result: dict[str, Any]) -> None:
     print_notes(out, result["notes"])
 
 
+def trimmed(result: dict[str, Any]) -> None:
+    """A smaller vocabulary."""
+    r = result
+    new_console().print(
+        f"{r['out']}: {r['vocab']:,} of {r['vocab_before']:,} tokens, {r['params']:,} of {r['params_before']:,} parameters; "
+        f"{r['covered']:.3%} of {r['corpus_tokens']:,} tokens of the text are kept as they are, and {r['same_documents']:,} "
+        "documents of these alone are read as before; compare bits per byte (prunus eval), not perplexity",
+        markup=False,
+    )
+
+
 def quantized(result: dict[str, Any]) -> None:
     """A folder of fewer bits."""
     out, group = new_console(), f" in groups of {result['group_size']}" if result["group_size"] else ""
