@@ -39,6 +39,7 @@ SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size 
     "--target-params 100M": "--target-params 380k --tokens 66k --set precision=float32",
     "--out runs/sheared-llama": "--out runs/sheared-llama --tokens 66k --set precision=float32",
     "--group-size 32": "--group-size 8",
+    "--coverage 0.99": "--coverage 0.2",
     "tune ./out": "tune ./out --set held_out=4 --set batch=4",
     "teacher.top_k=64": "teacher.top_k=64 --tokens 8k --set compile=false",
     "--cost decode-ms": "--cost prefill-ms",  # to decode with a channel more costs so small a model nothing
@@ -52,6 +53,7 @@ SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size 
     "--threads 1,2 --batches 1,4 --contexts 128,512": "",
 }
 MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "parent", "cut")
+WRITES = "prune compare-methods train data quickstart export quantize tune trim".split()  # a place that must be free
 QUICK = ("README.md", "docs/data.md")  # the others take minutes in all
 
 
@@ -106,16 +108,7 @@ def scaled(line: str) -> str:
 def made_room(words: list[str]) -> None:
     """Every command is an example of its own: what it writes anew is not there, and what an earlier page wrote is."""
     for option in ("-o", "--out"):
-        if option in words and words[0] in (
-            "prune",
-            "compare-methods",
-            "train",
-            "data",
-            "quickstart",
-            "export",
-            "quantize",
-            "tune",
-        ):
+        if option in words and words[0] in WRITES:
             made = Path(words[words.index(option) + 1])
             shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
     if "./out" in words[1:2] and not Path("out").exists():
