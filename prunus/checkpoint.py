@@ -137,6 +137,16 @@ def check_destination(out: Path, *, overwrite: bool, needed_bytes: int) -> None:
         raise UserError(f"{out}: needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
 
 
+def check_own(out: Path, marker: str, command: str, *, overwrite: bool, needed_bytes: int) -> None:
+    """The same for a folder of another command, which is known by a file that it leaves there."""
+    if not out.exists():
+        check_destination(out, overwrite=False, needed_bytes=needed_bytes)
+    elif not overwrite:
+        raise UserError(f"{out}: already exists; give another --out, or --overwrite to replace it")
+    elif not (out / marker).is_file():
+        raise UserError(f"{out}: is not a folder that prunus {command} wrote, so --overwrite will not replace it")
+
+
 def standing(path: Path) -> Path:
     """The nearest thing above `path` that exists."""
     parent = path.absolute().parent

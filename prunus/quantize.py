@@ -128,12 +128,7 @@ class Plan:
 
 def quantize(plan: Plan, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Write the folder and prove it; VerificationError leaves nothing behind."""
-    if not out.exists():
-        checkpoint.check_destination(out, overwrite=False, needed_bytes=plan.source.anatomy.weight_bytes(2))
-    elif not overwrite:
-        raise UserError(f"{out}: already exists; give another --out, or --overwrite to replace it")
-    elif not (out / QUANTIZED).is_file():
-        raise UserError(f"{out}: is not a folder that prunus quantize wrote, so --overwrite will not replace it")
+    checkpoint.check_own(out, QUANTIZED, "quantize", overwrite=overwrite, needed_bytes=plan.source.anatomy.weight_bytes(2))
     tokenizer = plan.source.tokenizer()
     with checkpoint.staged(out, overwrite=overwrite) as stage:
         model = _converted(plan)

@@ -189,12 +189,7 @@ def trim(
         raise UserError(f"coverage: {coverage:g} is no share of a text; give more than 0 and at most 1, such as 0.999")
     if not texts:
         raise UserError("text: nothing to count tokens in; give --text FILE, of the kind that the model will read")
-    if not out.exists():
-        checkpoint.check_destination(out, overwrite=False, needed_bytes=source.anatomy.weight_bytes(4))
-    elif not overwrite:
-        raise UserError(f"{out}: already exists; give another --out, or --overwrite to replace it")
-    elif not (out / TRIMMED).is_file():
-        raise UserError(f"{out}: is not a folder that prunus trim wrote, so --overwrite will not replace it")
+    checkpoint.check_own(out, TRIMMED, "trim", overwrite=overwrite, needed_bytes=source.anatomy.weight_bytes(4))
     tokenizer, anatomy = source.tokenizer(), source.anatomy
     backend: Any = tokenizer
     parts = json.loads(backend.backend_tokenizer.to_str())

@@ -133,8 +133,61 @@ def evaluate_tables(rows: list[Row]) -> list[str]:
     return lines[:-1]
 
 
+def text_tables(rows: list[Row]) -> list[str]:
+    """Models that were scored on texts alone, the largest first."""
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if not row["recipe"].get("tasks"):
+            texts = tuple((t["text"]["source"], t["text"]["windows"], t["text"]["seq_len"]) for t in row["figures"]["texts"])
+            groups[row["recipe"]["dtype"], *texts].append(row)
+    lines = []
+    for (dtype, *texts), some in groups.items():
+        header = ["model", "parameters"]
+        for source, windows, seq_len in texts:
+            header += [f"{source}, {windows} windows of {seq_len:,}: perplexity", "bits/byte"]
+        cells = [
+            [
+                named(r), f"{r['figures']['params']:,}",
+                *(cell for t in r["figures"]["texts"] for cell in (number(t["perplexity"]), f"{t['bits_per_byte']:.4f}")),
+            ]
+            for r in sorted(some, key=lambda r: -r["figures"]["params"])
+        ]  # fmt: skip
+        commits = ", ".join(sorted({r["commit"] or "unknown" for r in some}))
+        lines += [f"`prunus eval`, {dtype}; commit {commits}.", "", *markdown(header, cells), ""]
+    return lines[:-1]
+
+
+def tune_tables(rows: list[Row]) -> list[str]:
+    """Runs of `prunus tune`."""
+    header = [
+        "model",
+        "rows",
+        "epochs",
+        "lr",
+        "tokens",
+        "updates",
+        "minutes",
+        "answers held out: loss before",
+        "after",
+        "commit",
+    ]
+    cells = []
+    for row in rows:
+        f, recipe = row["figures"], row["recipe"]["recipe"]
+        cells.append(
+            [
+                row["recipe"]["source"], f"{f['rows']:,}", f"{recipe['epochs']:g}", f"{recipe['lr']:g}", f"{f['tokens']:,}",
+                str(f["updates"]), f"{f['seconds'] / 60:.1f}", f"{f['loss_before']:.4f}", f"{f['loss_after']:.4f}",
+                row["commit"] or "",
+            ]
+        )  # fmt: skip
+    return [f"`prunus tune`, one seed, data `{rows[0]['recipe']['data']}`.", "", *markdown(header, cells)]
+
+
 PARTS = (
     ("eval", "Scores", score_tables),
+    ("eval", "Texts alone", text_tables),
+    ("tune", "Instruction tuning", tune_tables),
     ("evaluate-speed", "Speed of evaluation", evaluate_tables),
     ("measure", "What models cost to run", cost_tables),
     ("quantize-speed", "Fewer bits", form_tables),

@@ -148,12 +148,7 @@ def tune(
         raise UserError(
             "tune: single weights of this checkpoint are cut, and tuning would fill them again; use sparse-retrain first"
         )
-    if not out.exists():
-        checkpoint.check_destination(out, overwrite=False, needed_bytes=source.anatomy.weight_bytes(4))
-    elif not overwrite:
-        raise UserError(f"{out}: already exists; give another --out, or --overwrite to replace it")
-    elif not (out / TUNED).is_file():
-        raise UserError(f"{out}: is not a folder that prunus tune wrote, so --overwrite will not replace it")
+    checkpoint.check_own(out, TUNED, "tune", overwrite=overwrite, needed_bytes=source.anatomy.weight_bytes(4))
     if to is not None:
         record.check_place(to)
     rows = rows_of(data)
