@@ -5,6 +5,7 @@ Shapes: B prompts, T tokens of each.
 
 from __future__ import annotations
 
+import logging
 import lzma
 import multiprocessing
 import os
@@ -225,6 +226,7 @@ def _peak(told: Connection, path: str, dtype: str, batch: int, context: int, new
 
     offline(online=False)
     warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     unit = 1 if sys.platform == "darwin" else 1024
     before = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     source = Source.open(path, quantized=True)

@@ -75,10 +75,10 @@ def speed(
     }
 
 
-def gemm_rate(seconds: float = 0.15) -> float:
-    """FLOP/s of this machine's float32 matmul at a middling size: the floor that plans are estimated from."""
+def gemm_rate(seconds: float = 0.15, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of this machine's matmul at a middling size: the floor that plans are estimated from."""
     generator = torch.Generator().manual_seed(0)  # its own: measuring may change no run
-    a, b = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
+    a, b = (torch.randn(1024, 1024, generator=generator).to(dtype) for _ in range(2))
     a @ b
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:

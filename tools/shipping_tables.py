@@ -115,6 +115,32 @@ COUNTS = (
 )
 
 
+def floor_tables(rows: list[Row]) -> list[str]:
+    """`benchmarks/measure.py`: times over the least that the machine could take."""
+    lines = []
+    for row in rows:
+        f, m = row["figures"], row["machine"]
+        rates = "; ".join(
+            f"{count} threads {r['flops_per_s'] / 1e9:,.0f} GFLOP/s and {r['bytes_per_s'] / 1e9:,.1f} GB/s"
+            for count, r in f["rates"].items()
+        )
+        cells = [
+            [
+                name, *(str(c[k]) for k in ("threads", "batch", "context")),
+                *(f"{c[k]:.2f}" for k in ("prompt_times_floor", "token_times_floor")),
+            ]
+            for name, some in f["models"].items()
+            for c in some
+        ]  # fmt: skip
+        header = ["model", "threads", "batch", "tokens", "a prompt's time over its floor", "a token's"]
+        lines += [
+            f"`benchmarks/measure.py`, {row['recipe']['asked']['dtype']}: floors are products at the measured rate and bytes "
+            f"at the measured bandwidth ({rates}); {m['cpu']}; commit {row['commit']}.",
+            "", *markdown(header, cells), "",
+        ]  # fmt: skip
+    return lines[:-1]
+
+
 def evaluate_tables(rows: list[Row]) -> list[str]:
     """`benchmarks/evaluate.py`: ours against lm-eval's own loop."""
     lines = []
@@ -190,6 +216,7 @@ PARTS = (
     ("tune", "Instruction tuning", tune_tables),
     ("evaluate-speed", "Speed of evaluation", evaluate_tables),
     ("measure", "What models cost to run", cost_tables),
+    ("measure-floor", "Against the floor", floor_tables),
     ("quantize-speed", "Fewer bits", form_tables),
 )
 
