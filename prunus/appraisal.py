@@ -114,6 +114,7 @@ def appraise(
     opened = [Source.open(source, online=question.online, quantized=True) for source in sources]
     for source in opened:  # all are checked before any is read
         source.anatomy.checked()
+        source.check_dtype(question.dtype)
         if question.texts:
             question.options.checked("evaluation", positions(source))
         if question.chat:

@@ -264,6 +264,7 @@ def run(
     asked.checked(sources)
     for source in sources:
         source.anatomy.checked()
+        source.check_dtype(asked.dtype)
     models = [source.load(asked.dtype) for source in sources]
     rows: list[dict[str, Any]] = []
     for source, model in zip(sources, models, strict=True):

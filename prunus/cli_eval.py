@@ -67,6 +67,7 @@ def evaluate(
 ) -> None:
     """Perplexity on windows of text, zero-shot tasks, and several models on the same items."""
     from . import api, appraisal, generations, show
+    from .place import check_files
     from .progress import Progress
     from .tasks.local import named
 
@@ -79,7 +80,7 @@ def evaluate(
     if prompts is None and (first is not None or page is not None):
         raise UserError("prompts: --first and --page belong to --prompts; name a file, or drop them")
     if page is not None:
-        generations.check_page(page)
+        check_files(page, overwrite=False)
     question = appraisal.Question(
         tuple(text or ()), options, named(tasks) if tasks is not None else (), task_data, limit,
         read, new_tokens, chat, dtype, online,

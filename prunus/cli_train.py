@@ -80,7 +80,7 @@ def tune(
     from .train import tuning
 
     asked = tuning.read(recipe, changes or ())
-    with Progress() as progress:
+    with Progress(quiet=as_json) as progress:
         made = tuning.tune(
             Source.open(source), data, asked, out.expanduser(), overwrite=overwrite, progress=progress, to=record
         )

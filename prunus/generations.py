@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .data.text import rows_of
 from .errors import UserError
 from .place import staged_files
 
@@ -23,23 +23,8 @@ def prompts(path: Path, first: int | None = None) -> tuple[str, ...]:
     """Prompts of a file, or the first of them: lines of text, or objects of a .jsonl or .json file; UserError if there are none."""
     if first is not None and first < 1:
         raise UserError(f"first: {first} prompts are none; give at least 1")
-    if not path.is_file():
-        raise UserError(f"prompts: {path}: no such file or folder")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts: {path} cannot be read as text ({error})") from None
-    found: list[Any]
-    try:
-        if path.suffix == ".json":
-            found = json.loads(text)
-        elif path.suffix == ".jsonl":
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            found = [{"prompt": line} for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"prompts: {path} is no JSON ({error})") from None
-    if not isinstance(found, list) or not found:
+    found = rows_of(path, "prompts", line="prompt")
+    if not found:
         raise UserError(f"prompts: {path} has none; give a line, or an object with {' or '.join(FIELDS)}, for each")
     return tuple(_prompt(row, f"{path}, prompt {i}") for i, row in enumerate(found[:first], 1))
 
@@ -49,14 +34,6 @@ def _prompt(row: Any, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"prompts: {place} has no {', '.join(FIELDS[:-1])} or {FIELDS[-1]} with text in it")
     return value
-
-
-def check_page(path: Path) -> None:
-    """UserError, before any work, for a page that is there already or whose folder is not."""
-    if path.exists():
-        raise UserError(f"page: {path} already exists; give another name, or remove it")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"page: {path.absolute().parent} is no folder to write a page in")
 
 
 def write_page(path: Path, asked: Sequence[str], written: Mapping[str, Sequence[str]], *, new_tokens: int) -> None:

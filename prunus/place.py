@@ -29,6 +29,17 @@ def staged_files(*paths: Path) -> Iterator[list[Path]]:
                 stage.unlink()
 
 
+def check_files(*paths: Path, overwrite: bool) -> None:
+    """UserError, before any work, if a file is there already, or its folder is not."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the name of a file")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} already exists; use --overwrite, or another name")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{path.absolute().parent}: no such folder to write a file in")
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """One process a folder, which is made if need be; UserError for the second."""

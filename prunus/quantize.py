@@ -95,6 +95,10 @@ class Plan:
         if group is not None and group < 2:
             raise UserError(f"group_size: {group} weights are no group; give at least 2, such as {GROUP}")
         source.anatomy.checked()
+        if getattr(source.config, "stream_size", None):
+            raise UserError(
+                "quantize: its layers hand on a turned stream, whose matrices are not all linear modules; cut by another method"
+            )
         rows = {
             name.removesuffix(".weight"): tensor.shape[-1]
             for name, tensor in source.anatomy.tensors.items()

@@ -74,8 +74,8 @@ def trimmed(result: dict[str, Any]) -> None:
     r = result
     new_console().print(
         f"{r['out']}: {r['vocab']:,} of {r['vocab_before']:,} tokens, {r['params']:,} of {r['params_before']:,} parameters; "
-        f"{r['covered']:.3%} of {r['corpus_tokens']:,} tokens of the text are kept as they are, and {r['same_documents']:,} "
-        "documents of these alone are read as before; compare bits per byte (prunus eval), not perplexity",
+        f"{r['covered']:.3%} of {r['corpus_tokens']:,} tokens of the text are kept as they are, and {r['same_lines']:,} "
+        "lines of these alone are read as before; compare bits per byte (prunus eval), not perplexity",
         markup=False,
     )
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from . import hf
 from .anatomy import Anatomy
-from .errors import UserError
+from .errors import UserError, unknown
 from .headers import Entry, gguf_metadata, safetensors_entries, sha256
 from .hf import quiet
 from .tensorfiles import Stored, check_finite, same_bytes
@@ -225,8 +225,7 @@ class Source:
             where = {"gguf_file": self.path.name, "quantization_config": GgufConfig(dequantize=True)}
             path = str(self.path.parent)
         self.anatomy.checked()
-        if self.is_quantized:
-            self._check_quantized(dtype)
+        self.check_dtype(dtype)
         try:
             with quiet():
                 model = AutoModelForCausalLM.from_pretrained(path, config=self.config, dtype=DTYPES[dtype], **where)
@@ -240,7 +239,12 @@ class Source:
                 check_finite(tensor, f"{self.name}: '{name}'")
         return model.eval()
 
-    def _check_quantized(self, dtype: str) -> None:
+    def check_dtype(self, dtype: str) -> None:
+        """UserError, before any weight is read, for a dtype in which the weights cannot be had."""
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        if not self.is_quantized:
+            return
         method, made = self._quantization.get("quant_method"), str(self.config.dtype).removeprefix("torch.")
         if method != "torchao":
             raise UserError(f"{self.name}: its weights are quantised by {method}; only what prunus quantize wrote is read")

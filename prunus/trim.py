@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 TRIMMED = "trimmed.json"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's byte fallback
+_PROBE = 64  # tokens whose logits are compared
 _CHUNK = 256  # documents that are tokenised together
 
 
@@ -189,6 +190,11 @@ def trim(
         raise UserError(f"coverage: {coverage:g} is no share of a text; give more than 0 and at most 1, such as 0.999")
     if not texts:
         raise UserError("text: nothing to count tokens in; give --text FILE, of the kind that the model will read")
+    source.check_dtype(dtype)
+    if (source.path / checkpoint.EXTRA / "mask.safetensors").is_file():
+        raise UserError(
+            "trim: single weights of this checkpoint are cut, and its mask would be lost; trim first, then cut weights"
+        )
     checkpoint.check_own(out, TRIMMED, "trim", overwrite=overwrite, needed_bytes=source.anatomy.weight_bytes(4))
     tokenizer, anatomy = source.tokenizer(), source.anatomy
     backend: Any = tokenizer
@@ -213,16 +219,18 @@ def trim(
     keep = Keep({"vocab": picked.kept}).validated(anatomy)
     target = hf.target_for(model.config, anatomy, keep)
     for name, value in _named_ids(model.config).items():
-        setattr(target.config, name, [place[i] for i in value] if isinstance(value, list) else place.get(value, value))
+        setattr(
+            target.config, name, [place.get(i, i) for i in value] if isinstance(value, list) else place.get(value, value)
+        )
     generation = model.generation_config
     for name, value in _named_ids(generation).items():
-        setattr(generation, name, [place[i] for i in value] if isinstance(value, list) else place.get(value, value))
-    probed = torch.tensor([asked[:64]])
+        setattr(generation, name, [place.get(i, i) for i in value] if isinstance(value, list) else place.get(value, value))
+    probed = torch.tensor([asked[:_PROBE]])
     with torch.no_grad():
         wanted = model(input_ids=probed).logits[..., list(picked.kept)]
     cut = hf.build(target.config, slice_tensors_(dict(hf.weights(model, anatomy)), slice_plan(anatomy, keep)), generation)
     with torch.no_grad():
-        found = cut(input_ids=torch.tensor([[place[i] for i in asked[:64]]])).logits
+        found = cut(input_ids=torch.tensor([[place[i] for i in asked[:_PROBE]]])).logits
     difference = float((found - wanted).abs().max())
     if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
         raise VerificationError(f"trim: logits of the tokens that stay differ by {difference:.3g}; nothing was written")
@@ -240,7 +248,7 @@ def trim(
             "texts": [Path(text).name for text in texts], "coverage": coverage, "corpus_tokens": picked.tokens,
             "covered": picked.covered, "vocab_before": anatomy.shape.vocab_size, "vocab": after.shape.vocab_size,
             "forced": picked.forced, "params_before": anatomy.num_params, "params": after.num_params,
-            "same_documents": checked, "keep": keep.to_json()["keep"]["vocab"],
+            "same_lines": checked, "keep": keep.to_json()["keep"]["vocab"],
             "verified": check_saved(stage, probe(cut)) | {"max_difference_to_source": difference}, "versions": record.versions(),
         }  # fmt: skip
         (stage / TRIMMED).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
@@ -250,11 +258,11 @@ def trim(
 def _same_tokens(
     before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, texts: Iterable[str], place: Mapping[int, int]
 ) -> tuple[int, list[int]]:
-    """(how many documents have kept tokens alone, some kept tokens); VerificationError where one of them is read otherwise."""
+    """(how many lines have kept tokens alone, some kept tokens); VerificationError where one of them is read otherwise."""
     same, some = 0, list[int]()
-    for text in texts:
+    for text in (line for one in texts for line in one.splitlines() if line.strip()):
         ids = before(text, add_special_tokens=False)["input_ids"]
-        some += [i for i in ids[:64] if i in place] if len(some) < 64 else []
+        some += [i for i in ids if i in place][:_PROBE] if len(some) < _PROBE else []
         if all(i in place for i in ids):
             if after(text, add_special_tokens=False)["input_ids"] != [place[i] for i in ids]:
                 raise VerificationError(f"trim: '{text[:40]}' is read as other tokens than before; nothing was written")

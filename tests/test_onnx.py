@@ -113,6 +113,22 @@ def test_what_cannot_be_written(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f32", "int8", "q8"])
+def test_large_weights_stand_beside(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "_LARGE", 0)
+    out = tmp_path / "model.onnx"
+    told = onnx_file.export(onnx_file.Plan.of(Source.open(str(pipeline.folder("llama"))), kind), out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert (
+        told["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+        and "a file of the same name" in told["notes"][0]
+    )
+    assert onnx_file.Session(out).greedy([3, 4, 5], 2)
+    with pytest.raises(UserError, match="already exists"):
+        onnx_file.export(onnx_file.Plan.of(Source.open(str(pipeline.folder("llama"))), kind), out)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAMILIES)
 def test_every_family(case, tmp_path):
     told = onnx_file.export(onnx_file.Plan.of(Source.open(str(pipeline.folder(case))), "f32"), tmp_path / "model.onnx")

@@ -46,6 +46,7 @@ def trimmed(corpus, tmp_path_factory):
 def test_the_model_says_the_same_of_what_stays(case, trimmed):
     source, out, told = trimmed(case)
     assert told["vocab"] < told["vocab_before"] and told["verified"]["clean_process"] and told["covered"] >= COVERAGE
+    assert told["same_lines"] > 0  # else nothing was compared
     opened = Source.open(str(out))
     assert opened.anatomy.shape.vocab_size == told["vocab"] and opened.anatomy.num_params == told["params"]
     kept = [i for part in told["keep"].split(",") for i in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)]
@@ -169,6 +170,13 @@ def test_wrong_questions(texts, coverage, sentence, corpus, tmp_path):
     with pytest.raises(UserError, match=sentence):
         trim.trim(Source.open(str(pipeline.folder("llama"))), [str(corpus)] if texts else [], coverage, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_sparse_weights_and_wrong_dtypes_are_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="its mask would be lost"):
+        trim.trim(Source.open(str(pipeline.saved("sparse")[0])), [str(corpus)], 0.3, tmp_path / "out")
+    with pytest.raises(UserError, match="unknown dtype 'int8'"):
+        trim.trim(Source.open(str(pipeline.folder("llama"))), [str(corpus)], 0.3, tmp_path / "out", dtype="int8")
 
 
 def test_text_without_tokens(tmp_path):

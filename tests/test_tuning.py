@@ -95,8 +95,9 @@ def test_without_a_template_rows_are_alpacas():
         (["epoch=2"], r"field 'epoch' does not exist \(did you mean 'epochs'\?\)"),
         (["lr=0"], "field 'lr': 0 is wrong: input should be greater than 0"),
         (["lr"], "--set: 'lr' is not NAME=VALUE"),
-        (["batch=6"], "micro_batch: 4 does not divide batch, 6"),
-        (["held_out=20"], "20 of 20 rows leave none to learn from"),
+        (["batch=6", "max_length=56"], "micro_batch: 4 does not divide batch, 6"),
+        (["held_out=20", "max_length=56"], "20 of 20 rows leave none to learn from"),
+        (["max_length=100"], "max_length: 100 tokens are more than the 64 positions"),
         (["max_length=8", "held_out=4"], "max_length: no row to learn from has a token of its answer within 8 tokens"),
     ],
 )
@@ -108,7 +109,7 @@ def test_wrong_recipes(changes, sentence, chatty, rows, tmp_path):
 
 
 def test_unknown_recipe():
-    with pytest.raises(UserError, match=r"unknown tuning recipe 'alpacca' \(did you mean 'alpaca'\?\)"):
+    with pytest.raises(UserError, match=r"recipe 'alpacca' does not exist \(did you mean 'alpaca'\?\)"):
         tuning.read("alpacca")
 
 

@@ -44,6 +44,29 @@ def documents(source: str, *, field: str = "text", separator: str | None = None,
         raise unknown("kind of text file", suffix, [*TEXT_SUFFIXES[1:], *JSONL_SUFFIXES, *PARQUET_SUFFIXES])
 
 
+def rows_of(path: Path, what: str, *, line: str | None = None) -> list[Any]:
+    """Rows of a .json list or of a .jsonl file; with `line`, each line of any other file as an object with that field alone.
+
+    UserError, which begins with `what`, for a file that cannot be read so; a .json file that is no list has no rows.
+    """
+    if not path.is_file():
+        raise UserError(f"{what}: {path}: no such file or folder")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}: {path} cannot be read as text ({error})") from None
+    lines = [one for one in text.splitlines() if one.strip()]
+    try:
+        if path.suffix.lower() in JSONL_SUFFIXES:
+            return [json.loads(one) for one in lines]
+        if line is not None and path.suffix.lower() != ".json":
+            return [{line: one} for one in lines]
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{what}: {path} is no JSON ({error})") from None
+    return found if isinstance(found, list) else []
+
+
 def select(docs: Iterator[str], which: str | None) -> Iterator[str]:
     """The documents of a slice such as ``:100``, ``50:`` or ``-100:`` (Python's meaning); all of them for None."""
     if which is None:

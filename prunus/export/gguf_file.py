@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import record
 from ..errors import UserError, unknown
 from ..hf import PRUNED_PREFIX
-from ..place import staged_files
+from ..place import check_files, staged_files
 from ..source import Source
 from .vocabulary import Vocabulary
 
@@ -110,12 +110,7 @@ class Plan:
 def export(plan: Plan, out: Path, *, modelfile: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Write the file, whole or not at all, and beside it an ollama Modelfile if it is wanted; what is in it."""
     named = out.with_name(out.name + ".Modelfile")
-    if modelfile and named.exists() and not overwrite:
-        raise UserError(f"{named} already exists; use --overwrite, or another name")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} already exists; use --overwrite, or another name")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder to write a file in")
+    check_files(out, *([named] if modelfile else []), overwrite=overwrite)
     with staged_files(out, *([named] if modelfile else [])) as (stage, *beside):
         sizes = _write(plan, stage)
         for path in beside:

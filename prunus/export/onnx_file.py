@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .. import record, reload, verification
 from ..errors import UserError, VerificationError, unknown
 from ..hf import quiet
+from ..place import check_files
 from ..source import Source
 
 if TYPE_CHECKING:
@@ -112,11 +113,7 @@ class WithCache(nn.Module):
 def export(plan: Plan, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Write the graph, compare it with the model in ONNX Runtime, and put it in place; VerificationError leaves nothing."""
     beside = out.with_name(out.name + ".data")
-    for path in (out, *([beside] if plan.is_large else [])):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} already exists; use --overwrite, or another name")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder to write a file in")
+    check_files(out, *([beside] if plan.is_large else []), overwrite=overwrite)
     model = plan.source.load("float32")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.partial-") as folder:

@@ -164,26 +164,31 @@ def read(name: str, changes: Sequence[str] = (), fields: Mapping[str, Any] | Non
 
     The field ``target_params`` is what the model is cut down to where the recipe prunes, else the size of its fresh weights.
     """
-    return changed(_load(name), name, changes, fields)
+    return changed(load(name, shipped()), name, changes, fields)
 
 
 def changed(data: dict[str, Any], where: str, changes: Sequence[str], fields: Mapping[str, Any] | None) -> Recipe:
     """As `read`, of plain data, which is changed."""
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not (key and equals):
-            raise UserError(f"--set: '{change}' is not NAME=VALUE")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set: the value of '{change}' is not YAML") from error
-        put(data, key, value)
+    change(data, changes)
     for key, value in (fields or {}).items():
         if key == "target_params":
             prunes = isinstance(data.get("prune"), dict)
             key, value = ("prune.target", {"params": value}) if prunes else ("model.target_params", value)
         put(data, key, value)
     return parse(data, where)
+
+
+def change(data: dict[str, Any], changes: Sequence[str]) -> None:
+    """Put ``a.b=c`` changes into plain data."""
+    for one in changes:
+        key, equals, text = one.partition("=")
+        if not (key and equals):
+            raise UserError(f"--set: '{one}' is not NAME=VALUE")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set: the value of '{one}' is not YAML") from error
+        put(data, key, value)
 
 
 def parse(data: Any, where: str) -> Recipe:
@@ -194,7 +199,8 @@ def parse(data: Any, where: str) -> Recipe:
         raise UserError(f"{where}: {sentence(error, data)}") from error
 
 
-def _load(name: str) -> dict[str, Any]:
+def load(name: str, known: Mapping[str, str]) -> dict[str, Any]:
+    """Plain data of a recipe file, or of one in `known`, bare name -> YAML."""
     path = Path(name).expanduser()
     if path.suffix in _SUFFIXES:
         if not path.is_file():
@@ -204,7 +210,6 @@ def _load(name: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{name}: the recipe cannot be read: {error}") from error
     else:
-        known = shipped()
         if name not in known:
             raise UserError(
                 f"recipe '{name}' does not exist{nearest(name, known)}; known are {', '.join(known)}, or give a .yaml file"

@@ -16,17 +16,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from .. import checkpoint, record
-from ..errors import UserError, unknown
+from ..api import positions
+from ..data import text
+from ..errors import UserError
 from ..hf import quiet
 from ..job import Progress, no_progress
 from ..ledger import LEDGER, Ledger, Stage
 from ..source import Source
 from ..verification import check_saved, probe
-from .recipe import put, sentence
+from .recipe import change, load, sentence
 from .strict import Strict
 
 if TYPE_CHECKING:
@@ -66,41 +67,18 @@ def shipped() -> dict[str, str]:
 
 def read(name: str, changes: Sequence[str] = ()) -> Tuning:
     """A recipe that ships or a .yaml file, with ``a=b`` changes on top; UserError names the field."""
-    path = Path(name).expanduser()
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"{name}: no such recipe file")
-        text = path.read_text(encoding="utf-8")
-    else:
-        if name not in (known := shipped()):
-            raise unknown("tuning recipe", name, known)
-        text = known[name]
+    data = load(name, shipped())
+    change(data, changes)
     try:
-        data = yaml.safe_load(text)
-        for change in changes:
-            key, equals, value = change.partition("=")
-            if not (key and equals):
-                raise UserError(f"--set: '{change}' is not NAME=VALUE")
-            put(data, key, yaml.safe_load(value))
         return Tuning.model_validate(data)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: not YAML") from error
     except ValidationError as error:
         raise UserError(f"{name}: {sentence(error, data, Tuning)}") from error
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     """Rows of a .json or .jsonl file with `instruction`, `output` and perhaps `input`; UserError names the first that is none."""
-    if not path.is_file():
-        raise UserError(f"data: {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = (
-            [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"data: {path} is no JSON ({error})") from None
-    if not isinstance(found, list) or not found:
+    found = text.rows_of(path, "data")
+    if not found:
         raise UserError(f"data: {path} has no rows; give a list of objects with {' and '.join(_FIELDS)}")
     for i, row in enumerate(found, 1):
         for name in _FIELDS:
@@ -151,6 +129,11 @@ def tune(
     checkpoint.check_own(out, TUNED, "tune", overwrite=overwrite, needed_bytes=source.anatomy.weight_bytes(4))
     if to is not None:
         record.check_place(to)
+    known = positions(source)
+    if known is not None and recipe.max_length > known:
+        raise UserError(
+            f"max_length: {recipe.max_length} tokens are more than the {known} positions that {source.label} knows"
+        )
     rows = rows_of(data)
     if len(rows) <= recipe.held_out:
         raise UserError(f"held_out: {recipe.held_out} of {len(rows)} rows leave none to learn from; hold fewer out")
