@@ -15,7 +15,7 @@ def moved(x: torch.Tensor, by: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(22, 32, 61), (64, 24, 32), (7, 576, 192)])
+@pytest.mark.parametrize("shape", [(22, 32, 61), (64, 24, 32), (7, 576, 192), (1, 32, 61), (2, 32, 8)])
 def test_products_do_not_depend_on_the_place(shape, dtype):
     rows, inner, columns = shape
     generator = torch.Generator().manual_seed(0)
