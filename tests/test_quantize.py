@@ -104,6 +104,22 @@ def test_wrong_plans(arguments, sentence):
         quantize.Plan.of(Source.open(str(pipeline.folder("llama"))), *arguments)
 
 
+def test_turned_streams_are_refused(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    words = ("-m", "slicegpt", "--option", "rotation=per-block", "-r", 0.2, "--windows", 4, "--seq-len", 16)
+    out = tmp_path / "out"
+    assert cli("prune", pipeline.folder("llama"), *words, "-c", pipeline.text_file(), "-o", out)[0] == 0
+    with pytest.raises(UserError, match="its layers hand on a turned stream"):
+        quantize.Plan.of(Source.open(str(out)), "int8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["mistral", "qwen3", "smollm3", "gemma3", "olmo2", "phi", "phi3", "seed_oss", "gpt_neox"])
+def test_every_family(case, tmp_path):
+    told = quantize.quantize(quantize.Plan.of(Source.open(str(pipeline.folder(case))), "8w8a"), tmp_path / "out")
+    assert told["verified"]["generated_equal"]
+
+
 def test_without_torchao(monkeypatch):
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'prunus\[quantize\]'"):
