@@ -18,6 +18,8 @@ from .errors import UserError, unknown
 from .evaluation import Perplexity, perplexity
 from .generations import check_chat, continuations
 from .job import Progress, no_progress
+from .judge import Judge, verdicts
+from .judge import judge as judge_named
 from .network import offline
 from .source import Source
 from .tasks.run import Asked, Result, results, table
@@ -54,6 +56,7 @@ class Question:
     prompts: tuple[str, ...] = ()  # what models write behind them is told, not scored
     new_tokens: int = 64
     chat: bool = False
+    judge: str | None = None  # says whose answers are better: program:COMMAND or model:SOURCE
     dtype: str = "float32"
     online: bool = False
 
@@ -64,6 +67,8 @@ class Question:
             raise UserError("eval: nothing to score; give --text FILE, --tasks NAMES, --prompts FILE, or several of them")
         if self.new_tokens < 1:
             raise UserError(f"new_tokens: {self.new_tokens} tokens behind a prompt are too few; give at least 1")
+        if self.judge is not None and not self.prompts:
+            raise UserError("judge: it compares what is written behind prompts; name them with --prompts, or drop --judge")
         if not self.tasks:
             if self.task_data is not None or self.limit is not None:
                 raise UserError("tasks: --task-data and --limit belong to --tasks; name some, or drop them")
@@ -79,6 +84,7 @@ class Found:
     texts: list[tuple[Perplexity, Windows]] = field(default_factory=list)
     tasks: dict[str, Result] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
+    judged: dict[str, Any] = field(default_factory=dict)  # against each other model
 
     def row(self) -> dict[str, Any]:
         """The model's figures."""
@@ -93,6 +99,8 @@ class Found:
             out |= table(self.tasks)
         if self.written:
             out["written"] = self.written
+        if self.judged:
+            out["judged"] = self.judged
         if opened.kind == "folder" and (opened.path / checkpoint.MANIFEST).exists():
             made = checkpoint.read_manifest(opened.path)
             out |= {"method": made.method["request"], "ratios": made.ratios, "calibration": made.calibration}
@@ -119,7 +127,13 @@ def appraise(
             question.options.checked("evaluation", positions(source))
         if question.chat:
             check_chat(source.tokenizer(), source.label)
+    judge = _judge(question, opened)
     found = [_ask(source, question, asked, progress) for source in opened]
+    if judge is not None:
+        for other in found[1:]:
+            told = partial(progress, f"judge, {other.source.label}"[:24])
+            said = verdicts(judge, question.prompts, found[0].written, other.written, progress=told)
+            found[0].judged[other.source.label] = {"judge": judge.name} | said.to_json()
     rows = [one.row() for one in found]
     for one, row in zip(found, rows, strict=True):
         if record is not None:
@@ -131,11 +145,24 @@ def appraise(
     return out
 
 
+def _judge(question: Question, opened: Sequence[Source]) -> Judge | None:
+    """Who decides, checked before anybody writes."""
+    if question.judge is None:
+        return None
+    if len(opened) < 2:
+        raise UserError("judge: it compares two models; name the other with --baseline, or drop --judge")
+    found = judge_named(question.judge, question.dtype, online=question.online)
+    found.check(question.prompts, question.new_tokens)
+    return found
+
+
 def _recipe(one: Found, question: Question) -> dict[str, Any]:
     texts = [windows.provenance() for _, windows in one.texts]
     recipe: dict[str, Any] = {"command": "eval", "model": one.source.label, "texts": texts, "dtype": question.dtype}
     recipe |= {"tasks": {name: dict(r.key) for name, r in one.tasks.items()}} if one.tasks else {}
     written = {"prompts": question.prompts, "new_tokens": question.new_tokens, "chat": question.chat}
+    judges = {said["judge"] for said in one.judged.values()}
+    written |= {"judge": judges.pop()} if judges else {}
     return recipe | ({"written": written} if question.prompts else {})
 
 

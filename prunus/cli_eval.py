@@ -44,6 +44,9 @@ def evaluate(
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="With --prompts: how much they write at most.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="With --prompts: as answers in a chat.")] = False,
     first: Annotated[int | None, typer.Option("--first", help="With --prompts: only so many of them.")] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="With --prompts: who says what is better, program:COMMAND or model:SOURCE.")
+    ] = None,
     page: Annotated[Path | None, typer.Option("--page", help="With --prompts: also write a Markdown page.")] = None,
     baseline: Annotated[
         list[str] | None, typer.Option("--baseline", help="Another model to score on the same windows and items.")
@@ -83,12 +86,12 @@ def evaluate(
         check_files(page, overwrite=False)
     question = appraisal.Question(
         tuple(text or ()), options, named(tasks) if tasks is not None else (), task_data, limit,
-        read, new_tokens, chat, dtype, online,
+        read, new_tokens, chat, judge, dtype, online,
     )  # fmt: skip
     with Progress(quiet=as_json) as progress:
         result = appraisal.appraise([source, *(baseline or [])], question, progress=progress, record=record)
     if page is not None:
-        generations.write_page(page, read, {row["model"]: row["written"] for row in result["models"]}, new_tokens=new_tokens)
+        generations.write_page(page, result["models"], read, new_tokens=new_tokens)
     tell(result, as_json, show.evaluation)
 
 

@@ -12,6 +12,7 @@ import torch
 from .data.text import rows_of
 from .errors import UserError
 from .place import staged_files
+from .tables import win_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,15 +37,26 @@ def _prompt(row: Any, place: str) -> str:
     return value
 
 
-def write_page(path: Path, asked: Sequence[str], written: Mapping[str, Sequence[str]], *, new_tokens: int) -> None:
-    """A Markdown page: under every prompt what each model wrote. Texts stand in fences that nothing in them can close."""
-    lines = [f"# {len(asked)} prompts, {len(written)} models", "", f"Greedy, at most {new_tokens} tokens.", ""]
+def write_page(path: Path, models: Sequence[Mapping[str, Any]], asked: Sequence[str], *, new_tokens: int) -> None:
+    """A Markdown page: under every prompt what each model wrote, and what a judge said of it.
+
+    `models` are rows of `appraise`. Texts stand in fences that nothing in them can close.
+    """
+    lines = [f"# {len(asked)} prompts, {len(models)} models", "", f"Greedy, at most {new_tokens} tokens.", ""]
+    for other, said in models[0].get("judged", {}).items():
+        lines += [f"{_plain(models[0]['model'])} against {_plain(other)}: {win_rate(said)}.", ""]
     for i, prompt in enumerate(asked):
         lines += [f"## {i + 1}", "", *_fenced(prompt), ""]
-        for model, answers in written.items():
-            lines += [f"**{model.replace('*', '').replace('`', '')}**", "", *_fenced(answers[i]), ""]
+        for row in models:
+            lines += [f"**{_plain(row['model'])}**", "", *_fenced(row["written"][i]), ""]
+        for other, said in models[0].get("judged", {}).items():
+            lines += [f"{_plain(models[0]['model'])} against {_plain(other)}: {said['each'][i]}", ""]
     with staged_files(path) as (stage,):
         stage.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _plain(name: str) -> str:
+    return name.replace("*", "").replace("`", "")
 
 
 def _fenced(text: str) -> list[str]:

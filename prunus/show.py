@@ -10,7 +10,7 @@ from rich.text import Text
 
 from .printed import new_console, new_table, print_notes
 from .report import comparison_table
-from .tables import big, number
+from .tables import big, number, win_rate
 
 
 def _sizes(value: Any) -> str:
@@ -191,6 +191,8 @@ def evaluation(result: dict[str, Any]) -> None:
         console.print(f"± the standard error of that score; {result['dtype']}, zero-shot, by lm-eval")
     for i, prompt in enumerate(result.get("prompts", ())):
         console.print(_written(prompt, [(row["model"], row["written"][i]) for row in models]))
+    for other, said in models[0].get("judged", {}).items():
+        console.print(Text(f"{models[0]['model']} against {other}: {win_rate(said)}"))
     if "against" in result and "tasks" in models[0]:
         console.print("(d ± its standard error on the same items, McNemar's p; ~: less than the other's own standard error)")
     print_notes(console, result["notes"])

@@ -40,3 +40,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int 
     """A table: the first `left` columns left, the others right."""
     align = ["---"] * left + ["---:"] * (len(header) - left)
     return ["| " + " | ".join(cells) + " |" for cells in (header, align, *rows)]
+
+
+def win_rate(said: Mapping[str, Any]) -> str:
+    """A judge's verdict of all prompts in a sentence."""
+    low, high = said["interval"]
+    swayed = f" ({said['swayed']} by their order)" if said["swayed"] else ""
+    return (
+        f"wins {100 * said['win_rate']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f}) of {said['prompts']} prompts, "
+        f"{said['wins']} won, {said['losses']} lost, {said['ties']} tied{swayed}, sign test p {said['p']:.2g}, by {said['judge']}"
+    )

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size 
     "--threads 2 --batches 1 --contexts 512": "",
     "--threads 1,2 --batches 1,4 --contexts 128,512": "",
 }
+ASK = f"#!{sys.executable}\nimport json, sys\nfor pair in map(json.loads, sys.stdin):\n    print(json.dumps({{'winner': 'tie'}}))\n"
 MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "parent", "cut")
 WRITES = "prune compare-methods train data quickstart export quantize tune trim".split()  # a place that must be free
 QUICK = ("README.md", "docs/data.md")  # the others take minutes in all
@@ -88,6 +90,8 @@ def desk(model, tmp_path, monkeypatch):
         lines = "".join(json.dumps(row) + "\n" for row in rows_of(name, 4))
         (tmp_path / "tasks" / name / f"{task.split}.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("the cat\nold trees\n", encoding="utf-8")
+    (tmp_path / "ask.py").write_text(ASK, encoding="utf-8")
+    (tmp_path / "ask.py").chmod(0o755)
     rows = [{"instruction": "the cat", "output": "sat on the mat"}] * 12
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     (tmp_path / "scratch").mkdir()

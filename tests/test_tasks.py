@@ -332,7 +332,7 @@ def test_models_write_behind_the_same_prompts(tmp_path, capsys):
 def test_nothing_closes_a_fence(tmp_path):
     from prunus.generations import write_page
 
-    write_page(tmp_path / "p.md", ["a\n```\n# not a heading"], {"m": ["````"]}, new_tokens=3)
+    write_page(tmp_path / "p.md", [{"model": "m", "written": ["````"]}], ["a\n```\n# not a heading"], new_tokens=3)
     lines = (tmp_path / "p.md").read_text(encoding="utf-8").splitlines()
     assert lines[4:] == [
         "## 1",
