@@ -63,6 +63,15 @@ def test_it_learns_and_is_proven(chatty, rows, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "out", "rows.json"]
 
 
+def test_what_learned_in_bfloat16_is_what_is_saved(chatty, rows, tmp_path):
+    """accelerate wraps forward in an autocast: the model in memory would be checked in another precision than the saved one."""
+    words = ("tune", chatty, "--data", rows, "--out", tmp_path / "out", *SMALL, "--set", "precision=bfloat16-autocast")
+    code, said, err = cli(*words, "--set", "epochs=1", "--json")
+    assert code == 0, err
+    verified = json.loads(said)["figures"]["verified"]
+    assert verified["generated_equal"] and verified["max_logit_difference"] < 1e-4
+
+
 def test_only_answers_count(chatty, rows, tmp_path):
     """The loss held out, by hand: the mean over tokens of answers, of what comes before them none."""
     source = Source.open(str(chatty))

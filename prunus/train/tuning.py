@@ -231,7 +231,8 @@ def _trained(
         "rows": fit["learn from"], "held_out": fit["hold out"], "too_long": len(rows) - sum(fit.values()),
         "loss_before": first, "loss_after": last, "losses": losses, "params": source.anatomy.num_params,
     }  # fmt: skip
-    return trainer.model.eval(), figures
+    # accelerate leaves an autocast around forward, in which the model would be something else than what is saved
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval(), figures
 
 
 def _finite(value: float) -> bool:
