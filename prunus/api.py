@@ -288,6 +288,11 @@ def prune(
     return Result(outcome, opened, tokenizer, windows)
 
 
+def needs_text(source: str, request: Request, *, progress: Progress = no_progress) -> bool:
+    """Whether a cut goes by calibration text; UserError for one that cannot be."""
+    return _planned(Source.open(source), request, "float32", progress).needs_text
+
+
 def _planned(source: Source, request: Request, dtype: str, progress: Progress | None, world: World = ALONE) -> Plan:
     """The plan; of one that counts milliseconds, what the latency table lacks is measured first, if there is a `progress`.
 

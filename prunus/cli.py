@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_compare, cli_data, cli_eval, cli_export, cli_train
+from . import cli_compare, cli_data, cli_eval, cli_export, cli_study, cli_train
 from .cli_options import (
     METHOD_HELP,
     AllocateOpt,
@@ -321,7 +321,7 @@ app.command()(cli_train.teach)
 app.command()(cli_train.tune)
 app.command()(cli_train.runs)
 app.add_typer(cli_train.recipes)
-app.add_typer(cli_train.studies)
+app.add_typer(cli_study.studies)
 
 
 def main() -> None:

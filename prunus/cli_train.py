@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from .planning import Request
 
 recipes = typer.Typer(name="recipe", help="Training recipes.", no_args_is_help=True)
-studies = typer.Typer(name="study", help="Grids of training runs.", no_args_is_help=True)
-
-StudyArg = Annotated[Path, typer.Argument(help="A study's .yaml file.", metavar="FILE")]
 
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE with a dotted name, such as optimizer.lr=1e-3.")]
 RECIPE = typer.Argument(help="A .yaml file, or the bare name of a recipe that ships.", metavar="RECIPE")
@@ -307,37 +304,3 @@ def show(recipe: RecipeArg, changes: SetOpt = None) -> None:
     from .train.recipe import read
 
     print(yaml.safe_dump(read(recipe, changes or ()).plain(), sort_keys=False), end="")
-
-
-@studies.command(name="run")
-def run_study(
-    file: StudyArg,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The study's folder; one that is there goes on.")],
-    as_json: JsonOpt = False,
-) -> None:
-    """Run every cell of a study that is not done yet; one record each, all of them in OUT/records.jsonl."""
-    from . import show_train
-    from .train import study
-    from .train.stopping import StoppedError
-
-    note = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr, flush=True))
-    try:
-        result = study.run(file, out, tell=note, say=(lambda line: None) if as_json else show_train.line)
-    except StoppedError as stop:
-        print(f"prunus: {stop}", file=sys.stderr)
-        raise typer.Exit(stop.code) from stop
-    tell(result, as_json, show_train.study)
-
-
-@studies.command(name="plan")
-def plan_study(file: StudyArg, as_json: JsonOpt = False) -> None:
-    """List a study's runs with their budgets; opens no data and no weight."""
-    from . import show_train
-    from .train import study
-
-    name, cells = study.cells(file)
-    rows = [{"run": cell.name, "tokens": cell.recipe.tokens, "steps": cell.recipe.steps} for cell in cells]
-    if as_json:
-        print(json.dumps({"study": name, "runs": rows, "tokens": sum(row["tokens"] for row in rows)}))
-    else:
-        show_train.study_plan(name, rows)

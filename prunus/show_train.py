@@ -86,28 +86,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(made)
 
 
-def study(result: Mapping[str, Any]) -> None:
-    """The finished runs of a study."""
-    rows = result["rows"]
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(("run", "tokens", "FLOPs", "validation")):
-        made.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        loss = row["validation"]
-        made.add_row(row["run"], big(row["tokens"]), f"{row['flops']:.3g}", "" if loss is None else f"{loss:.4f}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(made)
-    for name, why in result["failed"].items():
-        console.print(f"failed: {name}: {why}", markup=False)
-
-
-def study_plan(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """What a study will run."""
-    for row in rows:
-        print(f"{row['run']}: {big(row['tokens'])} tokens in {row['steps']:,} updates")
-    print(f"{name}: {len(rows)} runs, {big(sum(row['tokens'] for row in rows))} tokens")
-
-
 def plan(result: Mapping[str, Any]) -> None:
     """What a run will take."""
     print(

@@ -46,6 +46,11 @@ SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size 
     "--cost decode-ms": "--cost prefill-ms",  # to decode with a channel more costs so small a model nothing
     "--multiple-of 8 --allocate": "--multiple-of 2 --allocate",
     "[1000000, 2000000]": "[8192, 16384]",
+    "2007040": "16384",
+    "507904": "8192",
+    "2514944": "24576",
+    "within: 0.05": "within: 0.5",  # an update is a third of all
+    "[flap, minitron-depth], data.seed: [0, 1]": "[flap], data.seed: [1]",
     "generations=10": "generations=2",
     "quickstart": "quickstart --source ./SmolLM2-135M",
     "--vocab-size 4096": "--vocab-size 320",
@@ -126,7 +131,7 @@ def made_room(words: list[str]) -> None:
         if "./tokenizer" in told and not Path("tokenizer").exists():
             must("data", "tokenizer", "stories.txt", "--vocab-size", "320", "-o", "tokenizer")
         if "./tokens" in told and words[0] != "data":
-            made_tokens("tokenizer" if "./tokenizer" in (*words, *told.split()) else "SmolLM2-135M")
+            made_tokens("tokenizer" if "./tokenizer" in " ".join((*words, told)) else "SmolLM2-135M")
 
 
 def made_tokens(tokenizer: str) -> None:

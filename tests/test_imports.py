@@ -32,19 +32,22 @@ LAYERS = (  # the lowest first; a new module is placed here
     "train.shrink.goal train.shrink.carried train.shrink.activations train.shrink.saliency train.shrink.groups "
     "train.shrink.clocked train.shrink.adaptive train.shrink.repair train.shrink.resize "
     "train.shrink.snapshot train.shrink.cutting train.shrink.pruner train.shrink.masks train.shrink.forecast",
-    "train.opening train.estimate train.searched train.teaching train.run train.shearing train.tuning train.listing train.study",
+    "train.opening train.estimate train.searched train.teaching train.run train.shearing train.tuning train.listing",
     "tasks tasks.table tasks.local tasks.paired tasks.tree tasks.harness tasks.run generations judge appraisal",
+    "study study.file study.steps study.protocol study.run study.plan study.cluster",
     "plots report checkpoint_plots shrink_plots train_plots comparison",
     "bench export export.vocabulary export.gguf_file export.onnx_file quantize trim export.card export.hub export.serving",
-    "printed show show_data show_train show_bench progress quickstart cli_options cli_compare cli_data cli_eval cli_export "
-    "cli_train cli",
+    "printed show show_data show_train show_bench show_study progress quickstart cli_options cli_compare cli_data cli_eval "
+    "cli_export cli_train cli_study cli __main__",
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 TOP = len(LAYERS)  # where the package itself stands
 PURE = (
     "distributed axes shape keep cut allocate anatomy solve eliminate criteria statistics".split()
 )  # torch and the standard library
-LIGHT = "cli cli_options cli_compare cli_data cli_eval cli_export cli_train errors methods network progress".split()
+LIGHT = (
+    "cli cli_options cli_compare cli_data cli_eval cli_export cli_study cli_train errors methods network progress".split()
+)
 HEAVY = {"torch", "transformers", "pydantic", "numpy", "safetensors", "datasets", "accelerate", "gguf", "yaml", "rich"}
 
 

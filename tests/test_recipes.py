@@ -19,9 +19,7 @@ from training import (
 
 from prunus.errors import UserError
 from prunus.train import recipe as recipes
-from prunus.train import study
 from prunus.train.opening import prepare as opened
-from prunus.train.run import StoppedError
 
 # -- recipes and wrong inputs ---------------------------------------------------------------------------------------------
 
@@ -119,72 +117,3 @@ def test_the_command_line(tmp_path):
     assert code == 2 and "recipe 'scrach' does not exist (did you mean 'scratch'?)" in err
     code, _, err = cli("train", "scratch", "--out", tmp_path / "b", "--tokens", "4X")
     assert code == 2 and "--tokens: '4X' is no number" in err
-
-
-# -- studies --------------------------------------------------------------------------------------------------------------
-
-
-def study_file(tmp_path, **changes):
-    plain = asked(validate__every=8, save__every=0).plain()
-    (tmp_path / "base.yaml").write_text(json.dumps(plain))
-    base = str(tmp_path / "base.yaml")
-    arms = {"low": {"recipe": base, "set": {"optimizer.lr": 1e-3}}, "high": {"recipe": base, "set": {"optimizer.lr": 1e-2}}}
-    written = {"name": "rates", "arms": arms, "grid": {"tokens": [128, 256], "data.seed": [0, 1]}} | changes
-    (tmp_path / "study.yaml").write_text(json.dumps(written))
-    return tmp_path / "study.yaml"
-
-
-def test_a_study_runs_every_cell_once_and_goes_on(tmp_path, monkeypatch):
-    file = study_file(tmp_path)
-    code, out, err = cli("study", "plan", file, "--json")
-    assert code == 0 and json.loads(out)["tokens"] == 2 * 2 * (128 + 256), err
-    real, seen = study.execute, []
-
-    def some(run_, **keywords):
-        if len(seen) == 3:
-            raise StoppedError(130, 1)
-        seen.append(run_.out.name)
-        return real(run_, **keywords)
-
-    monkeypatch.setattr(study, "execute", some)
-    assert cli("study", "run", file, "--out", tmp_path / "out")[0] == 130
-    monkeypatch.undo()
-    code, out, err = cli("study", "run", file, "--out", tmp_path / "out", "--json")
-    result = json.loads(out)
-    assert code == 0 and result["ran"] == 5 and len(result["rows"]) == 8 and not result["failed"], err
-    names = [row["run"] for row in result["rows"]]
-    assert names[0] == "low_tokens=128_seed=0" and len(set(names)) == 8
-    lines = [json.loads(text) for text in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
-    assert [(line["arm"], line["place"]["tokens"], line["place"]["data.seed"]) for line in lines][:3] == [
-        ("low", 128, 0), ("low", 128, 1), ("low", 256, 0),
-    ]  # fmt: skip
-    assert cli("study", "run", file, "--out", tmp_path / "out")[0] == 0
-
-
-def test_a_run_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
-    real = study.execute
-
-    def some(run_, **keywords):
-        if run_.out.name.startswith("low"):
-            raise UserError("the loss of step 1 is no number")
-        return real(run_, **keywords)
-
-    monkeypatch.setattr(study, "execute", some)
-    code, out, _ = cli("study", "run", study_file(tmp_path, grid={}), "--out", tmp_path / "out", "--json")
-    assert code == 0 and json.loads(out)["failed"] == {"low": "the loss of step 1 is no number"}
-    assert [row["run"] for row in json.loads(out)["rows"]] == ["high"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"grid": {"tokens": [1]}}, "arm 'low': .*tokens 1 are fewer than one update"),
-        ({"grid": {"tokens": [128, 128]}}, "two runs are called 'low_tokens=128'"),
-        ({"arms": {}}, "arms: "),
-        ({"arm": 1}, "arm: extra inputs are not permitted"),
-        ({"set": {"optimizer.lrr": 1}}, r"arm 'low': .*field 'optimizer.lrr' does not exist"),
-    ],
-)
-def test_studies_that_are_refused(tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        study.cells(study_file(tmp_path, **changes))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prunus.train import study
+from prunus.study import file as studies
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "studies").glob("*/*.yaml"))
@@ -15,9 +15,8 @@ import study_tables  # noqa: E402  (a tool, not of the package)
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_arms_of_a_study_train_on_the_same_tokens_in_the_same_order(path):
-    _, cells = study.cells(path)
     seen = {}
-    for cell in cells:
+    for cell in studies.read(path).cells:
         recipe = cell.recipe
         order = (recipe.data.model_dump_json(), recipe.tokens, recipe.batch_tokens, recipe.validate_.sequences)
         assert seen.setdefault(str(cell.place.get("data.seed")), order) == order

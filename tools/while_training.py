@@ -16,7 +16,7 @@ from recover import do
 
 from prunus import record
 from prunus.place import staged_files
-from prunus.train import study
+from prunus.study import file as studies
 from prunus.train.opening import RECORD
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies" / "while-training"
@@ -59,11 +59,11 @@ def gather(out: Path) -> None:
     for row in record.read(out) if out.exists() else []:
         kept[_key(row)] = row
     for path in sorted(STUDIES.glob("*.yaml")):
-        name, cells = study.cells(path)
-        for cell in cells:
+        study = studies.read(path)
+        for cell in study.cells:
             made = Path(path.stem, cell.name, RECORD)
             if made.is_file():
-                row = record.read(made)[-1] | {"kind": KIND, "study": name, "arm": cell.arm, "place": dict(cell.place)}
+                row = record.read(made)[-1] | {"kind": KIND, "study": study.name, "arm": cell.arm, "place": dict(cell.place)}
                 kept[_key(row)] = row
     with staged_files(out) as (stage,):
         stage.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in kept.values()), encoding="utf-8")

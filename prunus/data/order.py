@@ -132,11 +132,7 @@ class Stream:
 
     def segments(self, batch: Batch) -> Tensor:
         """[N, T + 1] int64: the number of the document within its sequence that each id belongs to, for masks."""
-        by_name = {domain.name: domain.shards for domain in self.domains}
-        starts = np.zeros((len(batch.ranges), self.seq_len + 1), np.int64)
-        for row, (name, first, end) in enumerate(batch.ranges):
-            starts[row, by_name[name].document_starts(first, end + 1) - first] = 1
-        return torch.from_numpy(np.cumsum(starts, axis=1) - starts[:, :1])
+        return _segments(self.domains, batch)
 
     def reweight(self, position: int, weights: Mapping[str, float]) -> None:
         """From `position` on draw by these shares; what was drawn before stays as it was."""
@@ -161,6 +157,82 @@ class Stream:
     def _key(self, k: int, epoch: int) -> np.ndarray:
         text = f"{self.seed}/{epoch}/{self.domains[k].name}"
         return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS).digest(), "<u8").astype(np.uint64)
+
+
+class Chain:
+    """Streams one behind the other: of each the first so many sequences, in its own order.
+
+    So a run reads what two others read before it, token for token. Domains are called after stream and domain,
+    ``retrain:wiki``.
+    """
+
+    def __init__(self, streams: Mapping[str, tuple[Stream, int]]) -> None:
+        self._streams = list(streams.values())
+        first, _ = self._streams[0]
+        self.seq_len, self.seed = first.seq_len, first.seed
+        self._named = [(name, stream) for name, (stream, _) in streams.items()]
+        ends = np.cumsum([count for _, count in self._streams]).tolist()
+        self._spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        self.domains = tuple(
+            Domain(f"{name}:{domain.name}", domain.shards, domain.weight * (end - start) / ends[-1])
+            for (name, stream), (start, end) in zip(self._named, self._spans, strict=True)
+            for domain in stream.domains
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """Of all streams together."""
+        return int(self._spans[-1][1])
+
+    def check_budget(self, num_sequences: int) -> None:
+        """UserError, before any work, if there are not as many sequences."""
+        for (name, _), (stream, count) in zip(self._named, self._streams, strict=True):
+            try:
+                stream.check_budget(count)
+            except UserError as error:
+                raise UserError(f"range '{name}': {error}") from error
+        if num_sequences > self.num_sequences:
+            raise UserError(
+                f"budget: {num_sequences * self.seq_len:,} tokens are asked for, but the ranges hold "
+                f"{self.num_sequences * self.seq_len:,}; name more of them, or lower the budget"
+            )
+
+    def take(self, position: int, count: int) -> Batch:
+        """The sequences of `count` positions from `position` on."""
+        found, before = [], 0
+        for (name, stream), (start, end) in zip(self._named, self._spans, strict=True):
+            first, last = max(position, start), min(position + count, end)
+            if first < last:
+                batch = stream.take(first - start, last - first)
+                ranges = [(f"{name}:{domain}", a, b) for domain, a, b in batch.ranges]
+                found.append(Batch(batch.ids, batch.domains + before, ranges))
+            before += len(stream.domains)
+        if sum(len(batch.ranges) for batch in found) < count:
+            raise UserError(
+                f"ranges: their {self.num_sequences:,} sequences are used up; name more of them, or lower the budget"
+            )
+        ids, domains = (torch.cat([getattr(batch, part) for batch in found]) for part in ("ids", "domains"))
+        return Batch(ids, domains, [one for batch in found for one in batch.ranges])
+
+    def segments(self, batch: Batch) -> Tensor:
+        """As `Stream.segments`."""
+        return _segments(self.domains, batch)
+
+    @property
+    def history(self) -> list[tuple[int, dict[str, float]]]:
+        """Where each stream begins, and the shares in it."""
+        return [
+            (start, {f"{name}:{domain}": share for domain, share in stream.history[0][1].items()})
+            for (name, stream), (start, _) in zip(self._named, self._spans, strict=True)
+        ]
+
+
+def _segments(domains: Sequence[Domain], batch: Batch) -> Tensor:
+    by_name = {domain.name: domain.shards for domain in domains}
+    starts = np.zeros(tuple(batch.ids.shape), np.int64)
+    for row, (name, first, end) in enumerate(batch.ranges):
+        starts[row, by_name[name].document_starts(first, end + 1) - first] = 1
+    return torch.from_numpy(np.cumsum(starts, axis=1) - starts[:, :1])
 
 
 def permuted(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:

@@ -71,6 +71,14 @@ def select(docs: Iterator[str], which: str | None) -> Iterator[str]:
     """The documents of a slice such as ``:100``, ``50:`` or ``-100:`` (Python's meaning); all of them for None."""
     if which is None:
         return docs
+    span = slice_of(which)
+    if (span.start or 0) < 0 or (span.stop or 0) < 0:
+        return iter(list(docs)[span])
+    return itertools.islice(docs, span.start, span.stop)
+
+
+def slice_of(which: str) -> slice:
+    """What ``-100:`` means; UserError for what is no slice."""
     start, colon, stop = which.partition(":")
     try:
         first, last = (int(part) if part else None for part in (start, stop))
@@ -78,9 +86,7 @@ def select(docs: Iterator[str], which: str | None) -> Iterator[str]:
         colon = ""
     if not colon:
         raise UserError(f"documents: '{which}' is no slice; write for example :100, 50:80 or -100:")
-    if (first or 0) < 0 or (last or 0) < 0:
-        return iter(list(docs)[first:last])
-    return itertools.islice(docs, first, last)
+    return slice(first, last)
 
 
 def _lines(path: Path) -> Iterator[str]:

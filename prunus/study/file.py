@@ -1,44 +1,144 @@
-"""Studies: a grid of recipes, run one after another, each in a folder of its own; stopped and gone on with run by run.
+"""A study as it is written: arms, what they start from, and a grid; checked, and laid out as runs.
 
-name: warm-up
-set: {data.domains: [{folder: tokens}], model.tokenizer: tokenizer}      # of every run
+name: half
+set: {data.domains: [{folder: tokens}], model.tokenizer: tokenizer}      # of every run that trains
+cut: {calibration: {text: c4.jsonl}}                                     # of every cut
 arms:
-  short: {recipe: scratch, set: {schedule.warmup: 0.01}}
-  long: {recipe: scratch, set: {schedule.warmup: 0.1}}
-grid: {tokens: [1000000, 2000000], seed: [0, 1, 2]}                      # every combination of every arm
+  parent: {recipe: scratch, set: {tokens: 2000000, data.range: parent}, grid: {}}
+  P2M-R0.5M: {from: parent, cut: {ratio: 0.5}, recipe: continue, set: {tokens: 500000}}
+  S0.5M: {shape_of: P2M-R0.5M, recipe: scratch, set: {tokens: 500000}}
+grid: {cut.method: [flap, minitron-width], data.seed: [0, 1, 2]}         # every combination of every arm
+compare: [{protocol: training-tokens, arms: [P2M-R0.5M, S0.5M]}]
+evaluate: [{texts: [wiki.txt]}]
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .. import record
-from ..errors import UserError
-from .opening import RECORD, prepare
-from .recipe import Recipe, read
-from .run import Say, execute
-from .stopping import StoppedError
+from ..api import CALIBRATION, EVALUATION, TextOptions
+from ..appraisal import Question
+from ..errors import UserError, nearest, unknown
+from ..planning import Request
+from ..train import recipe as recipes
+from ..train.recipe import Recipe
 
-RECORDS = "records.jsonl"
+CUT = "cut."  # before grid keys that are a cut's
+MADE = "study:"  # before the name of a run in place of the folder that it leaves
+Protocol = Literal["training-tokens", "total-tokens", "total-flops"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class CalibrationPart(_Strict):
+    """The text that a cut goes by, and how it becomes windows."""
+
+    text: str
+    windows: int = CALIBRATION.windows
+    seq_len: int = CALIBRATION.seq_len
+    seed: int | None = None
+    documents: str | None = None
+    field: str = "text"
+
+    @property
+    def options(self) -> TextOptions:
+        """As `prune` takes them."""
+        return TextOptions(self.windows, self.seq_len, self.seed, self.documents, self.field)
+
+
+class CutPart(_Strict):
+    """One cut in one shot: what `prunus prune` asks."""
+
+    method: str
+    ratio: float | None = None
+    pattern: str | None = None
+    target: dict[str, int] = {}
+    uniform: bool = False
+    multiple_of: int | None = None
+    compensate: str | None = None
+    options: dict[str, str] = {}
+    sparsity: float | None = None
+    split: tuple[float, ...] = ()
+    allocate: str | None = None
+    cost: str | None = None
+    order: str | None = None
+    calibration: CalibrationPart | None = None
+
+    @property
+    def request(self) -> Request:
+        """What is to be cut."""
+        return Request(**{name: getattr(self, name) for name in Request.__dataclass_fields__})
+
+
+class EvaluatePart(_Strict):
+    """What every arm's model is asked at its end."""
+
+    texts: list[str] = []
+    windows: int = EVALUATION.windows
+    seq_len: int = EVALUATION.seq_len
+    documents: str | None = None
+    tasks: list[str] = []
+    task_data: str | None = None
+    limit: int | None = None
+    dtype: str = "float32"
+
+    @property
+    def question(self) -> Question:
+        """As `appraise` takes it."""
+        options = TextOptions(self.windows, self.seq_len, None, self.documents)
+        data = None if self.task_data is None else Path(self.task_data).expanduser()
+        return Question(tuple(self.texts), options, tuple(self.tasks), data, self.limit, dtype=self.dtype)
+
+
+class ComparePart(_Strict):
+    """Arms that are compared, and what must be equal of them; checked before the first run, and proved from ledgers after."""
+
+    protocol: Protocol
+    arms: list[str] = Field(min_length=2)
+    within: float = Field(default=0.02, gt=0, lt=1, description="of total-flops: how far FLOPs may lie apart")
 
 
 class ArmPart(_Strict):
-    """One arm: a recipe, and what is changed in it."""
+    """One arm: a model, what is cut of it, and the recipe that trains it."""
 
-    recipe: str
+    model: str | None = Field(None, description="a released model: folder, GGUF file or hub name")
+    source: str | None = Field(None, alias="from", description="an arm to go on from")
+    shape_of: str | None = Field(None, description="an arm whose cut names the shape of fresh weights")
+    cut: dict[str, Any] | None = None
+    recipe: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)
+    grid: dict[str, list[Any]] | None = Field(None, description="instead of the study's")
+    flops_of: str | None = Field(None, description="an arm: as many tokens as its FLOPs pay for, its parents' included")
+    lr_of: str | None = Field(None, description="an arm whose sweep found the rate")
+
+    @model_validator(mode="after")
+    def _one(self) -> ArmPart:
+        if self.model is not None and (self.source or self.shape_of):
+            raise ValueError("model is released, and from or shape_of is made here; give one of them")
+        if self.source and self.shape_of:
+            raise ValueError("from goes on with weights, shape_of begins with fresh ones; give one of them")
+        if self.cut is not None and not (self.model or self.source):
+            raise ValueError("cut needs weights; give from, an arm, or model, a released one")
+        if self.recipe is None and not (self.cut or self.model):
+            raise ValueError("nothing to do; give recipe, cut, or model")
+        if self.recipe is None and (self.flops_of or self.lr_of or self.set or self.shape_of):
+            raise ValueError("flops_of, lr_of, set and shape_of are of training; give recipe")
+        return self
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Arms that it names, by field."""
+        named = {"from": self.source, "shape_of": self.shape_of, "flops_of": self.flops_of, "lr_of": self.lr_of}
+        return {name: arm for name, arm in named.items() if arm is not None}
 
 
 class StudyFile(_Strict):
@@ -46,17 +146,23 @@ class StudyFile(_Strict):
 
     name: str
     set: dict[str, Any] = Field(default_factory=dict)
+    cut: dict[str, Any] = Field(default_factory=dict)
     arms: dict[str, ArmPart] = Field(min_length=1)
     grid: dict[str, list[Any]] = Field(default_factory=dict)
+    compare: list[ComparePart] = []
+    evaluate: list[EvaluatePart] = []
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study: its arm, its place in the grid, its folder's name, and its recipe."""
+    """One run of a study: its arm, its place in the grid, and what is done. Other runs stand where theirs are needed."""
 
     arm: str
     place: Mapping[str, Any]
-    recipe: Recipe
+    recipe: Recipe | None = None  # its source or shape is `MADE` and a name where another run makes it
+    cut: CutPart | None = None
+    model: str | None = None
+    others: Mapping[str, Cell] = field(default_factory=dict)  # from, shape_of, flops_of, lr_of
 
     @property
     def name(self) -> str:
@@ -64,81 +170,181 @@ class Cell:
         parts = [f"{key.rpartition('.')[2]}={value}" for key, value in self.place.items()]
         return "_".join([self.arm, *parts]).replace("/", "-")
 
+    def ancestors(self) -> Iterator[Cell]:
+        """What it goes on from, and so on, the nearest first."""
+        at = self.others.get("from")
+        while at is not None:
+            yield at
+            at = at.others.get("from")
 
-def cells(path: Path) -> tuple[str, list[Cell]]:
-    """(the study's name, its runs); UserError for a study that is none, and for the first recipe in it that is none."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder; give a study's .yaml file")
-    try:
-        study = StudyFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'the study'}: {first['msg'].lower()}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML") from error
-    out = []
-    for arm, part in study.arms.items():
-        for values in itertools.product(*study.grid.values()):
-            place = dict(zip(study.grid, values, strict=True))
-            try:
-                recipe = read(part.recipe, (), {**study.set, **part.set, **place})
-            except UserError as error:
-                raise UserError(f"{path}: arm '{arm}': {error}") from error
-            out.append(Cell(arm, place, recipe))
-    names = [cell.name for cell in out]
+
+@dataclass(frozen=True)
+class Study:
+    """A study that is one: every recipe and every cut in it is one, and every arm that is named is there."""
+
+    path: Path
+    file: StudyFile
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        """As written."""
+        return self.file.name
+
+    def of(self, arm: str) -> list[Cell]:
+        """The runs of an arm."""
+        return [cell for cell in self.cells if cell.arm == arm]
+
+
+def read(path: Path) -> Study:
+    """A study's file; UserError for one that is none, which names the first mistake in it."""
+    written = _parsed(path)
+    made = _Made(path, written)
+    cells = tuple(made.cell(arm, place) for arm in written.arms for place in _places(written, arm))
+    names = [cell.name for cell in cells]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path}: two runs are called '{twice}'; give arms and grid values that differ")
-    return study.name, out
+    for i, part in enumerate(written.compare):
+        for arm in part.arms:
+            if arm not in written.arms:
+                raise UserError(f"{path}: compare.{i}: {unknown('arm', arm, written.arms)}")
+    for i, one in enumerate(written.evaluate):
+        if not one.texts and not one.tasks:
+            raise UserError(f"{path}: evaluate.{i}: nothing is asked; give texts, tasks, or both")
+    return Study(path, written, cells)
 
 
-def run(
-    path: Path, out: Path, *, tell: Callable[[str], None] = lambda text: None, say: Say = lambda line: None
-) -> dict[str, Any]:
-    """Do what is not done yet. A run that fails is reported and leaves the others alone; StoppedError ends the study."""
-    name, planned = cells(path)
-    opened = [(cell, prepare(cell.recipe, out / cell.name)) for cell in planned if not (out / cell.name / RECORD).is_file()]
-    failed: dict[str, str] = {}
-    for number, (cell, run_) in enumerate(opened, 1):
-        tell(f"{name}: run {number} of {len(opened)}, {cell.name}")
-        try:
-            execute(run_, say=say)
-        except StoppedError:
-            raise
-        except UserError as error:
-            failed[cell.name] = str(error)
-            tell(f"{cell.name} failed: {error}")
-    rows = [row for cell in planned if (row := _row(cell, out)) is not None]
-    _write(out, planned)
-    return {"study": name, "out": str(out), "ran": len(opened) - len(failed), "failed": failed, "rows": rows}
-
-
-def _row(cell: Cell, out: Path) -> dict[str, Any] | None:
-    path = out / cell.name / RECORD
+def _parsed(path: Path) -> StudyFile:
     if not path.is_file():
-        return None
-    figures = record.read(path)[-1]["figures"]
-    validation = figures["validation"][-1]["validation"]["loss"] if figures["validation"] else None
-    cost = sum(figures["flops"].values())
-    return {
-        "run": cell.name,
-        "arm": cell.arm,
-        **cell.place,
-        "tokens": figures["tokens"],
-        "flops": cost,
-        "validation": validation,
-    }
+        raise UserError(f"{path}: no such file or folder; give a study's .yaml file")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
+        return StudyFile.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{path}: {recipes.sentence(error, data, StudyFile)}") from error
+    except _TwiceError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML") from error
 
 
-def _write(out: Path, planned: list[Cell]) -> None:
-    """All records in one file, in the study's order, each with its arm and place."""
-    from ..place import staged_files
+class _TwiceError(Exception):
+    """One name stands for two things."""
 
-    found = [(cell, out / cell.name / RECORD) for cell in planned]
-    with staged_files(out / RECORDS) as (stage,):
-        lines = [
-            record.read(path)[-1] | {"arm": cell.arm, "place": dict(cell.place)} for cell, path in found if path.is_file()
-        ]
-        stage.write_text(
-            "".join(json.dumps(entry, sort_keys=True, allow_nan=False) + "\n" for entry in lines), encoding="utf-8"
-        )
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a name stands for one thing: PyYAML keeps the last of two arms of one name, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A table; `_TwiceError` for a key that is there twice."""
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                name = self.construct_object(key, deep=True)
+                if name in seen:
+                    raise _TwiceError(
+                        f"line {key.start_mark.line + 1}: '{name}' is there twice; give each a name of its own"
+                    )
+                seen.append(name)
+        return super().construct_mapping(node, deep)
+
+
+def _places(written: StudyFile, arm: str) -> list[dict[str, Any]]:
+    own = written.arms[arm].grid
+    grid = written.grid if own is None else own
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+class _Made:
+    """Runs by arm and place, each made once."""
+
+    def __init__(self, path: Path, written: StudyFile) -> None:
+        self.path, self.written = path, written
+        self.done: dict[tuple[str, str], Cell] = {}
+        self.begun: list[str] = []
+
+    def cell(self, arm: str, place: Mapping[str, Any]) -> Cell:
+        key = (arm, str(sorted(place.items(), key=str)))
+        if key not in self.done:
+            if arm in self.begun:
+                raise UserError(f"{self.path}: arm '{arm}' needs itself, by {' and '.join(self.begun)}; break the circle")
+            self.begun.append(arm)
+            self.done[key] = self._made(arm, place)
+            self.begun.pop()
+        return self.done[key]
+
+    def _made(self, arm: str, place: Mapping[str, Any]) -> Cell:
+        part = self.written.arms[arm]
+        others = {name: self._other(arm, name, other, place) for name, other in part.others.items()}
+        for key in place:
+            used = part.recipe is not None if not key.startswith(CUT) else part.cut is not None
+            if not used and not any(key in other.place for other in others.values()):
+                raise UserError(
+                    f"{self.path}: arm '{arm}': '{key}' of the grid changes nothing in it; give the arm a grid without it"
+                )
+        try:
+            cut = None if part.cut is None else self._cut(part.cut, place)
+            recipe = None if part.recipe is None else self._recipe(part, place, others)
+        except UserError as error:
+            raise UserError(f"{self.path}: arm '{arm}': {error}") from error
+        return Cell(arm, place, recipe, cut, part.model, others)
+
+    def _other(self, arm: str, name: str, other: str, place: Mapping[str, Any]) -> Cell:
+        """The run of another arm that has this one's place, as far as it goes."""
+        if other not in self.written.arms:
+            raise UserError(
+                f"{self.path}: arm '{arm}': {name}: there is no arm '{other}'{nearest(other, self.written.arms)}; add it"
+            )
+        fitting = [p for p in _places(self.written, other) if all(key in place and place[key] == p[key] for key in p)]
+        if not fitting:
+            keys = ", ".join(_places(self.written, other)[0])
+            at = ", ".join(f"{key}={value}" for key, value in place.items()) or "no place in the grid"
+            raise UserError(
+                f"{self.path}: arm '{arm}' at {at}: {name}: '{other}' has no run there, since its runs differ by {keys}; "
+                "give both arms those keys and values"
+            )
+        return self.cell(other, fitting[0])
+
+    def _cut(self, own: Mapping[str, Any], place: Mapping[str, Any]) -> CutPart:
+        data = {**self.written.cut, **own}
+        for key, value in place.items():
+            if key.startswith(CUT):
+                recipes.put(data, key.removeprefix(CUT), value)
+        try:
+            return CutPart.model_validate(data)
+        except ValidationError as error:
+            raise UserError(f"cut: {recipes.sentence(error, data, CutPart)}") from error
+
+    def _recipe(self, part: ArmPart, place: Mapping[str, Any], others: Mapping[str, Cell]) -> Recipe:
+        changes = {**self.written.set, **part.set, **{k: v for k, v in place.items() if not k.startswith(CUT)}}
+        if (parent := others.get("from")) is not None or part.model is not None:
+            made = part.model if parent is None or part.cut else MADE + parent.name
+            changes |= {"model.source": made if part.cut is None else MADE + "cut"}
+            changes = {
+                k: v for k, v in changes.items() if k not in ("model.shape", "model.tokenizer", "model.target_params")
+            }
+        if changes.get("teacher.source") == "from" and parent is not None:  # what was cut teaches what is left
+            changes["teacher.source"] = MADE + parent.name
+        if (shaped := others.get("shape_of")) is not None:
+            changes |= {"model.shape": MADE + shaped.name, "model.tokenizer": None, "model.target_params": None}
+        if "lr_of" in others:
+            changes |= {"optimizer.lr": 1e-3}  # until it is found
+        return recipes.read(str(part.recipe), (), changes)
+
+
+def shared_places(study: Study, arms: Sequence[str]) -> list[dict[str, Cell]]:
+    """Runs of the arms that belong together: of each the one at the place of the first arm, as far as it goes."""
+    out = []
+    most = max(arms, key=lambda arm: len(study.of(arm)))
+    for cell in study.of(most):
+        found = {}
+        for arm in arms:
+            at = [one for one in study.of(arm) if all(cell.place.get(k) == v for k, v in one.place.items())]
+            if arm == most:
+                at = [cell]
+            if at:
+                found[arm] = at[0]
+        if len(found) == len(arms):
+            out.append(found)
+    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..data.mixing import Mixer
-from ..data.order import Batch, Domain, Stream
+from ..data.order import Batch, Chain, Domain, Stream
 from ..data.overlap import text_overlap
 from ..data.shards import Shards
-from ..data.text import documents
+from ..data.text import documents, select
 from ..data.tokenizer import fingerprint
 from ..errors import UserError
 from ..ledger import Data, Ledger, Stage
@@ -33,7 +33,7 @@ VALIDATION = "validation"
 class Feeds:
     """The training stream, and the sequences that the loss is watched on."""
 
-    training: Stream
+    training: Stream | Chain
     validation: Stream
     validation_sequences: int
     notes: tuple[str, ...] = ()
@@ -43,10 +43,10 @@ class Feeds:
     def open(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Feeds:
         """UserError for shards that are missing, of another tokenizer, or too few for the budget."""
         part, key = recipe.data, fingerprint(tokenizer)
-        training = Stream(_domains(part, part.range, key), part.seq_len, part.seed, part.epochs)
+        training = _training(part, key)
         training.check_budget(recipe.steps * recipe.sequences)
         validation = Stream(_domains(part, VALIDATION, key), part.seq_len, seed=0)
-        notes = [note for text in part.evaluation for note in _overlap(text, part)]
+        notes = [note for text in part.evaluation for note in overlap_notes(text, [one.folder for one in part.domains])]
         mixer = None
         if part.mixing is not None:
             shares = {domain.name: domain.weight for domain in training.domains}
@@ -56,7 +56,7 @@ class Feeds:
 
     def remix_(self, position: int, losses: Mapping[str, float]) -> dict[str, Any]:
         """Changes the stream: shares from `position` on by the domains' losses. Returns what happened, for the log."""
-        assert self.mixer is not None
+        assert self.mixer is not None and isinstance(self.training, Stream)
         told = self.mixer.update({name: losses.get(name) for name in self.mixer.weights})
         self.training.reweight(position, self.mixer.weights)
         return told
@@ -68,6 +68,7 @@ class Feeds:
     def remember_(self, state: Mapping[str, Any] | None) -> None:
         """Changes the stream and the mixer: as they stood when `mixing_state` was told."""
         if state is not None:
+            assert isinstance(self.training, Stream)
             self.mixer = Mixer.from_state(state["mixer"])
             self.training.replay(state["history"])
 
@@ -129,6 +130,17 @@ class Feeds:
 _TOGETHER = 1024  # sequences whose ranges are looked up at a time
 
 
+def _training(part: DataPart, key: str) -> Stream | Chain:
+    """What is trained on, in its order."""
+    if isinstance(part.range, str):
+        return Stream(_domains(part, part.range, key), part.seq_len, part.seed, part.epochs)
+    streams = {}
+    for name, asked in part.range.items():
+        seed = part.seed if asked.seed is None else asked.seed
+        streams[name] = (Stream(_domains(part, name, key), part.seq_len, seed, part.epochs), asked.tokens // part.seq_len)
+    return Chain(streams)
+
+
 def _domains(part: DataPart, which: str, key: str) -> list[Domain]:
     out = []
     for place, domain in enumerate(part.domains):
@@ -147,16 +159,16 @@ def _identity(domain: Domain) -> dict[str, Any]:
     return domain.shards.identity()
 
 
-def _overlap(text: str, part: DataPart) -> list[str]:
-    """A word of warning if much of an evaluation text lies in the training text."""
+def overlap_notes(text: str, folders: Sequence[str], which: str | None = None) -> list[str]:
+    """A word of warning if much of an evaluation text, or of a slice of its documents, lies in prepared training text."""
     from ..data.shards import prepared_documents
 
     notes = []
-    for domain in part.domains:
-        theirs = prepared_documents(domain.folder)
+    for folder in folders:
+        theirs = prepared_documents(folder)
         if theirs is None:
             continue
-        found = text_overlap(documents(text), theirs)
-        if warning := found.warning(Path(text).name, Path(domain.folder).name):
+        found = text_overlap(select(documents(text), which), theirs)
+        if warning := found.warning(Path(text).name, Path(folder).name):
             notes.append(warning)
     return notes

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from .strict import Strict
 
@@ -60,17 +60,54 @@ class MixingPart(Strict):
     floor: float = Field(default=0.001, ge=0, lt=1, description="no domain's share falls below it")
 
 
+class RangePart(Strict):
+    """The first tokens of a range, in the order of a seed."""
+
+    tokens: int = Field(ge=1)
+    seed: int | None = Field(default=None, description="default: data.seed")
+
+
+def _kind(value: Any) -> str:
+    return "name" if isinstance(value, str) else "each"
+
+
+# told apart before they are checked, so that a mistake in the second is not said of the first
+_Ranges = Annotated[Annotated[str, Tag("name")] | Annotated[dict[str, RangePart], Tag("each")], Discriminator(_kind)]
+
+
 class DataPart(Strict):
     """Which tokens, in which order."""
 
     domains: list[DomainPart] = Field(min_length=1)
-    range: str = Field(default="retrain", description="parent, retrain or validation")
+    range: _Ranges = Field(
+        default="retrain",
+        description="parent, retrain or validation; or several, {parent: {tokens: 2007040}, retrain: {tokens: 507904}}: of each "
+        "the first so many, as a run on it alone reads them",
+    )
     seq_len: int = Field(default=256, ge=2)
     seed: int = 0
     epochs: int = Field(default=1, ge=1, description="how often the data may be repeated")
     mixing: MixingPart | None = None
     separate_documents: bool = Field(default=False, description="no token sees the document before its own")
     evaluation: list[str] = Field(default=[], description="texts that training text must not contain (13-gram check)")
+
+    @model_validator(mode="after")
+    def _whole(self) -> DataPart:
+        if isinstance(self.range, dict):
+            wrong = next((name for name, part in self.range.items() if part.tokens % self.seq_len), None)
+            if wrong is not None or not self.range:
+                told = f"{wrong}: {self.range[wrong].tokens:,} tokens" if wrong is not None else "nothing"
+                raise ValueError(f"range {told} is no whole number of sequences of seq_len {self.seq_len}")
+            if self.mixing is not None:
+                raise ValueError(
+                    "range names several, whose order is fixed, and mixing shares out by losses; drop one of them"
+                )
+        return self
+
+    @property
+    def ranges(self) -> tuple[str, ...]:
+        """Of all that is read."""
+        return (self.range,) if isinstance(self.range, str) else tuple(self.range)
 
 
 class OptimizerPart(Strict):

@@ -10,10 +10,11 @@ from typing import Any
 
 
 class StoppedError(Exception):
-    """The run was asked to stop, and has saved where it stands. `code` is the exit code."""
+    """The run, or a study after so many steps, was asked to stop, and has saved where it stands. `code` is the exit code."""
 
-    def __init__(self, code: int, step: int) -> None:
-        super().__init__(f"stopped after step {step}; the same command goes on from there")
+    def __init__(self, code: int, step: int, of: str = "run") -> None:
+        after = f"after step {step}" if of == "run" else f"with {step} steps done"
+        super().__init__(f"stopped {after}; the same command goes on from there")
         self.code = code
 
 

@@ -1,0 +1,5 @@
+"""`python -m prunus`."""
+
+from .cli import main
+
+main()

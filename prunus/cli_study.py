@@ -1,0 +1,102 @@
+"""The commands of studies. Imports nothing heavy at the top."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import JsonOpt, tell
+
+studies = typer.Typer(name="study", help="Arms that are cut and trained side by side, and compared.", no_args_is_help=True)
+
+StudyArg = Annotated[Path, typer.Argument(help="A study's .yaml file.", metavar="FILE")]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The study's folder; one that is there goes on.")]
+ProcessesOpt = Annotated[int, typer.Option("--processes", help="Steps at a time; each gets its share of the cores.")]
+FAILED, BROKEN = 1, 3  # exit codes: a step that failed, a protocol that was not kept
+
+
+@studies.command(name="run")
+def run_study(file: StudyArg, out: OutOpt, processes: ProcessesOpt = 1, as_json: JsonOpt = False) -> None:
+    """Do every step of a study that is not done yet, and prove from the ledgers what its file promises."""
+    from . import show_study
+    from .study import file as files
+    from .study.run import run
+    from .train.stopping import StoppedError
+
+    note = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr, flush=True))
+    try:
+        result = run(files.read(file), out.expanduser(), processes=processes, tell=note)
+    except StoppedError as stop:
+        print(f"prunus: {stop}", file=sys.stderr)
+        raise typer.Exit(stop.code) from stop
+    tell(result, as_json, show_study.ran)
+    if result["failed"] or any(not row["holds"] for row in result["proofs"]):
+        raise typer.Exit(FAILED if result["failed"] else BROKEN)
+
+
+@studies.command(name="plan")
+def plan_study(
+    file: StudyArg,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A study's folder: only what is left to do there.")] = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="FLOPs a second that training reaches; else measured now.")
+    ] = None,
+    processes: ProcessesOpt = 1,
+    as_json: JsonOpt = False,
+) -> None:
+    """List a study's steps with tokens, FLOPs, hours and disk; opens no data and no weight."""
+    from . import show_study
+    from .study import file as files
+    from .study.plan import plan
+
+    made = plan(files.read(file), None if out is None else out.expanduser(), rate=rate, processes=processes)
+    tell(made, as_json, show_study.planned)
+
+
+@studies.command(name="step")
+def step_of_study(
+    file: StudyArg,
+    step: Annotated[str, typer.Argument(help="A step's name, as prunus study plan lists it.", metavar="STEP")],
+    out: OutOpt,
+) -> None:
+    """Do one step, whose needs are done: what prunus study run and cluster jobs start."""
+    from . import show_study
+    from .progress import Progress
+    from .study import file as files
+    from .study.steps import do, named
+    from .train.stopping import StoppedError
+
+    read = files.read(file)
+    try:
+        with Progress() as progress:
+            do(read, named(read, step), out.expanduser(), progress=progress, say=show_study.line)
+    except StoppedError as stop:
+        print(f"prunus: {stop}", file=sys.stderr)
+        raise typer.Exit(stop.code) from stop
+
+
+@studies.command(name="slurm")
+def slurm_of_study(
+    file: StudyArg,
+    out: OutOpt,
+    sbatch: Annotated[
+        str, typer.Option("--sbatch", help="Options of every job, such as '--partition=gpu --time=4:00:00'.")
+    ] = "",
+    as_json: JsonOpt = False,
+) -> None:
+    """Write Slurm array jobs of what is left to do, and the script that submits them."""
+    import shlex
+
+    from .errors import UserError
+    from .study import cluster
+    from .study import file as files
+
+    try:
+        options = shlex.split(sbatch)
+    except ValueError as error:
+        raise UserError(f"sbatch: '{sbatch}' cannot be read as options ({error})") from None
+    submit = cluster.write(files.read(file), out.expanduser(), options)
+    tell({"submit": str(submit)}, as_json, lambda made: print(f"bash {made['submit']}"))

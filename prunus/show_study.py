@@ -1,0 +1,79 @@
+"""Prints what studies will take, and what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from .printed import new_console, new_table, print_notes
+from .show_train import line as line
+from .tables import big
+
+_SHOWN = 4  # scores of a run in the table; records have all
+
+
+def ran(result: Mapping[str, Any]) -> None:
+    """The runs that are done, what failed, and whether protocols were kept."""
+    console = new_console()
+    rows = result["rows"]
+    scored = list(dict.fromkeys((score["on"], score["metric"]) for row in rows for score in row["scores"]))[:_SHOWN]
+    table = new_table(
+        "run", "parameters", "tokens", "with parents", "FLOPs", "with parents", "validation",
+        *(f"{on} {metric}" for on, metric in scored),
+    )  # fmt: skip
+    for row in rows:
+        found = {(score["on"], score["metric"]): score for score in row["scores"]}
+        table.add_row(
+            row["run"], _big(row["params"]), _big(row["tokens"]), _big(row.get("total_tokens")), _flops(row["flops"]),
+            _flops(row.get("total_flops")), "" if row["validation"] is None else f"{row['validation']:.4f}",
+            *(_score(found.get(key)) for key in scored),
+        )  # fmt: skip
+    console.print(table)
+    if released := sorted({text for row in rows for text in row.get("unrecorded", ())}):
+        console.print(Text(f"with parents: but for {', '.join(released)}, of whose training nothing is known"))
+    for proof in result["proofs"]:
+        kept = "kept" if proof["holds"] else "NOT kept"
+        console.print(Text(f"{proof['protocol']} {kept}: {' and '.join(proof['runs'])}: {proof['why']}"))
+    for name, why in result["failed"].items():
+        console.print(Text(f"failed: {name}: {why}"))
+    for name, why in result["left"].items():
+        console.print(Text(f"left: {name}, which needs {why}"))
+    console.print(Text(f"records: {result['out']}/records.jsonl"))
+
+
+def planned(made: Mapping[str, Any]) -> None:
+    """Steps, and what they take in all."""
+    console = new_console()
+    table = new_table("step", "kind", "parameters", "tokens", "FLOPs", "hours", "disk", left=2)
+    for row in made["steps"]:
+        hours = "done" if row["done"] else "" if row["hours"] is None else f"{row['hours']:.2f}"
+        flops = "?" if row["flops"] is None else _flops(row["flops"])
+        disk = "" if not row["disk"] else big(row["disk"], "B")
+        table.add_row(row["step"], row["kind"], _big(row["params"]), _big(row["tokens"]), flops, hours, disk)
+    console.print(table)
+    for part in made["compare"]:
+        console.print(Text(f"equal {part['protocol']}: {', '.join(part['arms'])}"))
+    at_once = f" of {made['processes']} processes together" if made["processes"] > 1 else ""
+    console.print(
+        f"{made['study']}: {made['runs']} runs, {len(made['steps'])} steps; left to do: {big(made['tokens'])} tokens, "
+        f"{made['flops']:.3g} FLOPs, about {made['hours']:.2f} hours at {made['basis']}{at_once}, {big(made['disk'], 'B')} of disk"
+    )
+    unknown = len(made["unknown"])
+    if unknown:
+        print_notes(console, [f"{unknown} steps marked ? are not counted: of tasks, or of models that are not there yet"])
+
+
+def _big(value: int | None) -> str:
+    return "" if value is None else big(value)
+
+
+def _flops(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _score(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    return f"{score['value']:.4f}" if score["error"] is None else f"{100 * score['value']:.1f} ± {100 * score['error']:.1f}"

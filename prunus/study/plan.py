@@ -1,0 +1,212 @@
+"""What a study will take, from its file and from configs alone: tokens, FLOPs, hours, disk. Reads no weight and no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import measure
+from ..anatomy import Anatomy
+from ..builders import make_plan
+from ..costs import is_timed
+from ..errors import UserError
+from ..source import Source
+from ..train.estimate import EFFICIENCY, estimate
+from ..train.opening import cutting_of
+from ..train.recipe import Recipe
+from ..train.shapes import config_of
+from ..train.shrink.forecast import Forecast
+from .file import MADE, Cell, CutPart, Study
+from .protocol import check
+from .steps import Step, steps
+
+_SAVED = 3  # numbers a parameter in a checkpoint: itself and AdamW's two moments
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A model before it is made. Where scores decide its sizes, `anatomy` is its parent's, and `share` says how much is left."""
+
+    config: Any
+    anatomy: Anatomy
+    share: float = 1.0
+
+    @property
+    def params(self) -> int:
+        """About so many."""
+        blocks = self.anatomy.block_params
+        return round(self.anatomy.num_params - blocks * (1 - self.share))
+
+    def flops(self, seq_len: int) -> float:
+        """Of one sequence forward: blocks shrink, the head does not."""
+        blocks = self.anatomy.block_params
+        head = self.anatomy.num_params - blocks
+        return self.anatomy.flops(seq_len) * (blocks * self.share + head) / (blocks + head)
+
+
+def plan(study: Study, out: Path | None = None, *, rate: float | None = None, processes: int = 1) -> dict[str, Any]:
+    """The steps with what each will take, as plain data; with `out` only what is left to do there.
+
+    `rate`: FLOPs a second, as reached in training, of all `processes` together; else half the float32 matmul rate measured
+    here now. UserError for what can be known to be wrong: cuts that no shape fits, budgets that are not met.
+    """
+    check(study)
+    speed = rate or EFFICIENCY * measure.gemm_rate()
+    expected = _Expectations()
+    rows = []
+    for step in steps(study).values():
+        row: dict[str, Any] = {"step": step.name, "kind": step.kind, "arm": step.cell.arm, "needs": list(step.needs)}
+        row |= {"done": out is not None and step.is_done(out)} | _row(study, step, expected)
+        row["hours"] = None if row["flops"] is None else row["flops"] / speed / 3600
+        rows.append(row)
+    left = [row for row in rows if not row["done"]]
+    basis = "stated rate" if rate is not None else f"{EFFICIENCY:.0%} of the float32 matmul rate measured now"
+    sums = {name: sum(row[name] or 0 for row in left) for name in ("tokens", "flops", "hours", "disk")}
+    unknown = [row["step"] for row in left if row["flops"] is None]
+    return {
+        "study": study.name, "runs": len(study.cells), "steps": rows, "processes": processes, "basis": basis,
+        "compare": [part.model_dump() for part in study.file.compare], "unknown": unknown, **sums,
+    }  # fmt: skip
+
+
+def _row(study: Study, step: Step, expected: _Expectations) -> dict[str, Any]:
+    cell = step.cell
+    if step.kind == "train":
+        assert cell.recipe is not None
+        recipe, before = cell.recipe, expected.before(cell)
+        if before is None:
+            return {"tokens": recipe.tokens, "flops": None, "params": None, "disk": None}
+        after, each = expected.after(cell) or before, _flops(recipe, before)
+        tokens = recipe.steps * recipe.batch_tokens
+        if (paid := cell.others.get("flops_of")) is not None and (spent := expected.spent(paid)) is not None:
+            tokens = int(spent / each) // recipe.batch_tokens * recipe.batch_tokens
+        saved = recipe.save.keep * _SAVED if recipe.save.every else 0
+        disk = 4 * (after.params + saved * before.params)
+        return {"tokens": tokens, "flops": round(each * tokens), "params": after.params, "disk": disk}
+    if step.kind == "cut":
+        assert cell.cut is not None
+        made, begun = expected.cut(cell), expected.begun(cell)
+        if made is None or begun is None:
+            return {"tokens": None, "flops": None, "params": None, "disk": None}
+        text = cell.cut.calibration
+        size = (text.windows, text.seq_len) if text is not None and made.needs_text else (0, 0)
+        flops = made.scoring_flops(*size) if size[0] else 0
+        return {"tokens": size[0] * size[1], "flops": round(flops), "params": begun.params, "disk": 4 * begun.params}
+    model = expected.after(cell) if cell.recipe is not None else expected.begun(cell)
+    asked = [part for part in study.file.evaluate if not part.tasks]
+    flops = None
+    if model is not None and len(asked) == len(study.file.evaluate):
+        flops = round(sum(part.windows * len(part.texts) * model.flops(part.seq_len) for part in asked))
+    return {"tokens": None, "flops": flops, "params": None if model is None else model.params, "disk": 0}
+
+
+def _flops(recipe: Recipe, model: Expected) -> float:
+    """Of one token of an update; what a recipe cuts on the way makes later ones cheaper."""
+    seq_len = recipe.data.seq_len
+    cutting = cutting_of(recipe, model.config)
+    if cutting is not None and not cutting.part.clocked and model.share == 1:
+        return estimate(recipe, model.anatomy, rate=1.0, cuts=Forecast(cutting, recipe)).flops_per_token
+    return 3 * model.flops(seq_len) / seq_len
+
+
+class _Expectations:
+    """Models that the runs of a study will have, each worked out once; None where it hangs on what is not there yet."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], Any] = {}
+
+    def _once(self, what: str, cell: Cell, make: Any) -> Any:
+        key = (what, cell.name)
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
+
+    def begun(self, cell: Cell) -> Expected | None:
+        """The model of a run before it trains: a released one, its parent's, and cut if it is."""
+        return self._once("begun", cell, lambda: self._begun(cell))
+
+    def _begun(self, cell: Cell) -> Expected | None:
+        before = self._source(cell)
+        if cell.cut is None or before is None:
+            return before
+        made = self.cut(cell)
+        if made is None:
+            return None
+        if made.target is not None:
+            return Expected(made.target.config, made.target.anatomy, 1.0)
+        left = made.budget if made.budget is not None and made.cost == "params" else None
+        share = 1 - (cell.cut.ratio or 0) if left is None else left / before.anatomy.block_params
+        return Expected(before.config, before.anatomy, share)
+
+    def cut(self, cell: Cell) -> Any:
+        """The plan of its cut; UserError for one that no shape fits."""
+        return self._once("cut", cell, lambda: self._cut(cell, cell.cut))
+
+    def _cut(self, cell: Cell, part: CutPart | None) -> Any:
+        before = self._source(cell)
+        if before is None or part is None or before.share != 1 or is_timed(part.cost):
+            return None
+        try:
+            made = make_plan(before.config, before.anatomy, part.request)
+        except UserError as error:
+            raise UserError(f"{cell.name}: {error}") from error
+        if made.needs_text and part.calibration is None:
+            raise UserError(f"{cell.name}: {part.method} goes by text; give cut.calibration")
+        return made
+
+    def _source(self, cell: Cell) -> Expected | None:
+        if (parent := cell.others.get("from")) is not None:
+            return self.after(parent)
+        if cell.model is None:
+            return None
+        opened = Source.open(cell.model)
+        return Expected(opened.config, opened.anatomy)
+
+    def before(self, cell: Cell) -> Expected | None:
+        """The model that a run trains, before it does."""
+        return self._once("before", cell, lambda: self._before(cell))
+
+    def _before(self, cell: Cell) -> Expected | None:
+        assert cell.recipe is not None
+        asked = cell.recipe.model
+        if (shaped := cell.others.get("shape_of")) is not None:
+            return self.begun(shaped) if shaped.cut is not None else self.after(shaped)
+        made = asked.source or asked.shape
+        if isinstance(made, str) and made.startswith(MADE):
+            return self.begun(cell)
+        if isinstance(made, str) and "/" in made and not Path(made).expanduser().exists():
+            return None  # another study's, that is not done yet
+        if asked.source is None:
+            config = config_of(asked.shape or "", 0, asked.target_params, asked.enlarge)
+            return Expected(config, Anatomy.of(config))
+        opened = Source.open(asked.source)
+        return Expected(opened.config, opened.anatomy)
+
+    def after(self, cell: Cell) -> Expected | None:
+        """The model that a run leaves."""
+        return self._once("after", cell, lambda: self._after(cell))
+
+    def _after(self, cell: Cell) -> Any:
+        if cell.recipe is None:
+            return self.begun(cell)
+        before = self.before(cell)
+        if before is None or before.share != 1:
+            return before
+        cutting = cutting_of(cell.recipe, before.config)
+        if cutting is None or cutting.part.clocked:
+            return before
+        end = Forecast(cutting, cell.recipe).end
+        return Expected(before.config, before.anatomy, end.block_params / before.anatomy.block_params)
+
+    def spent(self, cell: Cell) -> float | None:
+        """FLOPs of a run's training, its parents' included."""
+        total = 0.0
+        for one in (cell, *cell.ancestors()):
+            if one.recipe is None:
+                continue
+            before = self.before(one)
+            if before is None:
+                return None
+            total += _flops(one.recipe, before) * one.recipe.steps * one.recipe.batch_tokens
+        return total

@@ -1,0 +1,268 @@
+"""Doing a study: every step a process of its own, in any order that their needs allow; stopped and gone on with anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from .. import record
+from ..checkpoint import MANIFEST, read_manifest
+from ..errors import UserError
+from ..ledger import Ledger
+from ..place import staged_files
+from ..train.feeds import overlap_notes
+from ..train.opening import RECORD
+from ..train.stopping import StoppedError, asked_to_stop
+from .file import Cell, Study
+from .protocol import check, proofs
+from .steps import EVALUATIONS, Step, model_of, steps
+
+RECORDS, PROOFS, LOGS = "records.jsonl", "proofs.json", "logs"
+_GRACE_S = 120  # that a step has to save what it has once the study is asked to stop
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """What became of the steps that were not done before."""
+
+    ran: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)  # that could not be begun -> the failed step that they need
+
+
+def run(study: Study, out: Path, *, processes: int = 1, tell: Tell = lambda text: None) -> dict[str, Any]:
+    """Do what is not done yet, so many steps at a time; returns the rows of all runs that are done, and the proofs.
+
+    A step that fails is reported, with those that need it, and leaves the others alone. StoppedError once all have stopped.
+    """
+    if processes < 1:
+        raise UserError(f"processes: {processes} are too few; give at least 1")
+    check(study)
+    for note in overlaps(study):
+        tell(f"note: {note}")
+    known = steps(study)
+    for step in known.values():
+        if (out / step.place).exists():
+            step.claim(out)  # refuses what is another study's, before any work
+    outcome = _Doing(study, known, out, processes, tell).all()
+    rows = gather(study, out)
+    shown = proofs(study, out)
+    with staged_files(out / PROOFS) as (stage,):
+        stage.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    return {
+        "study": study.name,
+        "out": str(out),
+        "ran": outcome.ran,
+        "failed": outcome.failed,
+        "left": outcome.left,
+        "rows": [row_of(cell, out) for cell in study.cells if is_done(cell, out)],
+        "proofs": shown,
+        "records": len(rows),
+    }
+
+
+def overlaps(study: Study) -> list[str]:
+    """A word of warning for every text that is scored on and lies in text that is trained on."""
+    folders = {one.folder for cell in study.cells if cell.recipe is not None for one in cell.recipe.data.domains}
+    texts = dict.fromkeys((text, part.documents) for part in study.file.evaluate for text in part.texts)
+    return [note for text, which in texts for note in overlap_notes(text, sorted(folders), which)]
+
+
+class _Doing:
+    """Steps on their way."""
+
+    def __init__(self, study: Study, known: dict[str, Step], out: Path, processes: int, tell: Tell) -> None:
+        self.study, self.known, self.out, self.processes, self.tell = study, known, out, processes, tell
+        self.todo = [step for step in known.values() if not step.is_done(out)]
+        self.total = len(self.todo)
+        self.running: dict[str, _Process] = {}
+        self.outcome = Outcome()
+
+    def all(self) -> Outcome:
+        with asked_to_stop() as asked:
+            try:
+                while (self.todo or self.running) and not asked():
+                    self._begin()
+                    self._end()
+                    if self.running:
+                        time.sleep(0.05)
+            finally:  # nothing goes on behind the user's back
+                self._stop()
+            if stop := asked():
+                raise StoppedError(stop, len(self.outcome.ran), "study")
+        return self.outcome
+
+    def _begin(self) -> None:
+        for step in [*self.todo]:
+            bad = next((need for need in step.needs if need in self.outcome.failed or need in self.outcome.left), None)
+            if bad is not None:
+                self.outcome.left[step.name] = self.outcome.left.get(bad, bad)
+                self.todo.remove(step)
+            elif len(self.running) < self.processes and all(self.known[need].is_done(self.out) for need in step.needs):
+                self.todo.remove(step)
+                number = len(self.outcome.ran) + len(self.outcome.failed) + len(self.running) + 1
+                self.tell(f"{self.study.name}: step {number} of {self.total}, {step.name}")
+                self.running[step.name] = _Process(self.study, step, self.out, self.processes, self.tell)
+
+    def _end(self) -> None:
+        for name, process in [*self.running.items()]:
+            code = process.poll()
+            if code is None:
+                continue
+            del self.running[name]
+            if code == 0:
+                self.outcome.ran.append(name)
+            else:
+                self.outcome.failed[name] = process.reason(code)
+                self.tell(f"{name} failed: {self.outcome.failed[name]}")
+
+    def _stop(self) -> None:
+        for process in self.running.values():
+            process.terminate()
+        end = time.monotonic() + _GRACE_S
+        for process in self.running.values():
+            process.wait(max(0.1, end - time.monotonic()))
+
+
+class _Process:
+    """One step in a process of its own, so that nothing that befalls it befalls another; what it says goes to its log."""
+
+    def __init__(self, study: Study, step: Step, out: Path, processes: int, tell: Tell) -> None:
+        self.log = out / LOGS / f"{step.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.said = ""
+        words = [sys.executable, "-m", "prunus", "study", "step", str(study.path), step.name, "--out", str(out)]
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            env=threads(processes), start_new_session=True,
+        )  # fmt: skip
+        tells = tell if processes == 1 else lambda text: None
+        assert self.process.stdout is not None
+        self.reader = threading.Thread(target=self._read, args=(self.process.stdout, tells), daemon=True)
+        self.reader.start()
+
+    def _read(self, said: IO[str], tell: Tell) -> None:
+        with said, self.log.open("a", encoding="utf-8") as log:
+            for line in said:
+                log.write(line)
+                log.flush()
+                if text := line.rstrip():
+                    self.said = text
+                    tell(f"  {text}")
+
+    def poll(self) -> int | None:
+        code = self.process.poll()
+        if code is not None:
+            self.reader.join(5)
+        return code
+
+    def reason(self, code: int) -> str:
+        if code < 0:
+            return f"was ended by signal {-code}" + (", as the system does when memory runs out" if code == -9 else "")
+        return self.said.removeprefix("prunus: ") or f"ended with code {code} and said nothing; see {self.log}"
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def wait(self, seconds: float) -> None:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.reader.join(5)
+
+
+def threads(processes: int) -> dict[str, str]:
+    """The environment of a step: the cores shared out among so many, unless the user has said how many threads to use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = {} if processes == 1 else {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    return shared | dict(os.environ)
+
+
+# -- what is there ----------------------------------------------------------------------------------------------------------
+
+
+def is_done(cell: Cell, out: Path) -> bool:
+    """Whether a run's model is there; a released one is."""
+    if cell.recipe is not None:
+        return (out / cell.name / RECORD).is_file()
+    return cell.cut is None or (model_of(cell, out) / MANIFEST).is_file()
+
+
+def row_of(cell: Cell, out: Path) -> dict[str, Any]:
+    """The figures of a run that is done."""
+    row: dict[str, Any] = {"run": cell.name, "arm": cell.arm, **cell.place}
+    if cell.recipe is not None:
+        figures = record.read(out / cell.name / RECORD)[-1]["figures"]
+        loss = figures["validation"][-1]["validation"]["loss"] if figures["validation"] else None
+        own = {"tokens": figures["tokens"], "flops": sum(figures["flops"].values()), "validation": loss}
+        row |= {"params": figures["params"], **own}
+    else:
+        row |= {"params": None, "tokens": 0, "flops": 0, "validation": None}
+    if cell.recipe is not None or cell.cut is not None:
+        ledger = Ledger.read(out / cell.name if cell.recipe is not None else model_of(cell, out))
+        row |= {"total_tokens": ledger.total_tokens, "total_flops": ledger.total_flops, "unrecorded": ledger.missing}
+    if cell.recipe is None and cell.cut is not None:
+        made = read_manifest(model_of(cell, out))
+        row |= {"params": made.after["params"], "ratios": made.ratios, "flops": ledger.flops}
+    return row | {"scores": [score for one in _evaluations(cell, out) for score in _scores(one["figures"])]}
+
+
+def _evaluations(cell: Cell, out: Path) -> list[dict[str, Any]]:
+    path = out / EVALUATIONS / f"{cell.name}.jsonl"
+    return record.read(path) if path.is_file() else []
+
+
+def _scores(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Texts and tasks of an evaluation as rows of figures with errors."""
+    texts = [
+        {"on": text["text"]["source"], "metric": "loss", "value": text["loss"], "error": None} for text in figures["texts"]
+    ]
+    tasks = [
+        {"on": name, "metric": task["metric"], "value": task[task["metric"]]["mean"], "error": task[task["metric"]]["error"]}
+        for name, task in figures.get("tasks", {}).items()
+    ]
+    return texts + tasks
+
+
+def gather(study: Study, out: Path) -> list[dict[str, Any]]:
+    """Writes all records in one file, in the study's order, each with its arm and place; a cut alone is its manifest."""
+    lines = []
+    for cell in study.cells:
+        if not is_done(cell, out):
+            continue
+        line: dict[str, Any] = {"kind": "released", "recipe": {"model": cell.model}, "figures": {}}
+        if cell.recipe is not None:
+            line = record.read(out / cell.name / RECORD)[-1]
+        elif cell.cut is not None:
+            made = read_manifest(model_of(cell, out))
+            line = {
+                "kind": "cut",
+                "commit": made.commit,
+                "time": made.created,
+                "versions": made.versions,
+                "figures": made.after,
+            }
+            line |= {"recipe": {"cut": made.method["request"], "calibration": made.calibration}}
+        line |= {"arm": cell.arm, "place": dict(cell.place)}
+        if scored := _evaluations(cell, out):
+            line["evaluations"] = scored
+        if cell.recipe is not None or cell.cut is not None:
+            folder = out / cell.name if cell.recipe is not None else model_of(cell, out)
+            line["ledger"] = Ledger.read(folder).summary()
+        lines.append(line)
+    out.mkdir(parents=True, exist_ok=True)
+    with staged_files(out / RECORDS) as (stage,):
+        text = "".join(json.dumps(entry, sort_keys=True, allow_nan=False) + "\n" for entry in lines)
+        stage.write_text(text, encoding="utf-8")
+    return lines

@@ -1,0 +1,222 @@
+"""What a study does, step by step: cuts, training runs, evaluations. Runs that need the same cut share it.
+
+A step's key says all that its outcome hangs on, its needs' keys included, so what another study made is never taken for its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import api, record
+from ..appraisal import appraise
+from ..checkpoint import EXTRA, MANIFEST
+from ..errors import UserError, unknown
+from ..job import Progress, no_progress
+from ..ledger import Ledger
+from ..place import staged_files
+from ..source import Source
+from ..train import recipe as recipes
+from ..train.opening import MODEL, RECORD, prepare
+from ..train.recipe import Recipe
+from ..train.run import Say, execute
+from .file import MADE, Cell, Study
+
+STEPS, CUTS, EVALUATIONS = "steps", "cuts", "evaluations"  # folders beside those of the training runs
+Kind = Literal["cut", "train", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to be done. `place` is what it writes, below the study's folder."""
+
+    kind: Kind
+    cell: Cell
+    name: str
+    place: Path
+    needs: tuple[str, ...]  # names of steps
+    key: str
+
+    def is_done(self, out: Path) -> bool:
+        """Whether all that it writes is there."""
+        written = {"cut": self.place / MANIFEST, "train": self.place / RECORD, "evaluate": self.place}[self.kind]
+        return (out / written).is_file()
+
+    def claim(self, out: Path) -> None:
+        """Say that what is here is this step's; UserError if it is another's."""
+        path = out / STEPS / f"{self.name}.json"
+        told = {"kind": self.kind, "key": self.key, "needs": list(self.needs)}
+        if path.is_file():
+            if json.loads(path.read_text(encoding="utf-8")) != told:
+                raise UserError(
+                    f"{out / self.place}: is of this study as it was before it was changed; give another --out, or delete it and "
+                    f"{path}"
+                )
+            return
+        if (out / self.place).exists():
+            raise UserError(f"{out / self.place}: is there already and is no step of this study; give another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged_files(path) as (stage,):
+            stage.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def steps(study: Study) -> dict[str, Step]:
+    """All of a study, by name, each behind what it needs."""
+    return _Steps(study).all()
+
+
+def named(study: Study, name: str) -> Step:
+    """A step by its name; UserError with the nearest one."""
+    known = steps(study)
+    if name not in known:
+        raise unknown("step", name, known)
+    return known[name]
+
+
+class _Steps:
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.made: dict[str, Step] = {}
+
+    def all(self) -> dict[str, Step]:
+        for cell in self.study.cells:
+            end = self.end(cell)
+            if parts := [part.model_dump() for part in self.study.file.evaluate]:
+                what = {"model": cell.model, "parts": parts}
+                self._add("evaluate", cell, f"evaluate-{cell.name}", Path(EVALUATIONS, f"{cell.name}.jsonl"), end, what)
+        return self.made
+
+    def end(self, cell: Cell) -> tuple[str, ...]:
+        """The steps that leave a run's model; none for a released one."""
+        needs = self.begin(cell)
+        if cell.recipe is None:
+            return needs
+        others = [need for name, other in cell.others.items() if name != "from" for need in self.needed(name, other)]
+        what = {"recipe": cell.recipe.plain(), "others": sorted(cell.others)}
+        return (self._add("train", cell, cell.name, Path(cell.name), (*needs, *others), what),)
+
+    def needed(self, name: str, other: Cell) -> tuple[str, ...]:
+        """What must be there of another run: of one whose shape is taken, its cut."""
+        return self.begin(other) if name == "shape_of" and other.cut is not None else self.end(other)
+
+    def begin(self, cell: Cell) -> tuple[str, ...]:
+        """The steps before a run trains."""
+        parent = cell.others.get("from")
+        needs = () if parent is None else self.end(parent)
+        if cell.cut is None:
+            return needs
+        what = {"model": cell.model, "cut": cell.cut.model_dump()}
+        key = self._key("cut", needs, what)
+        return (self._add("cut", cell, f"cut-{key}", Path(CUTS, key), needs, what),)
+
+    def _key(self, kind: Kind, needs: tuple[str, ...], what: Mapping[str, Any]) -> str:
+        return record.digest([kind, [self.made[name].key for name in needs], what])[:12]
+
+    def _add(self, kind: Kind, cell: Cell, name: str, place: Path, needs: tuple[str, ...], what: Mapping[str, Any]) -> str:
+        needs = tuple(dict.fromkeys(needs))
+        if name not in self.made:
+            self.made[name] = Step(kind, cell, name, place, needs, self._key(kind, needs, what))
+        return name
+
+
+# -- doing one ------------------------------------------------------------------------------------------------------------
+
+
+def do(study: Study, step: Step, out: Path, *, progress: Progress = no_progress, say: Say = lambda line: None) -> None:
+    """Do one step, or go on with it; what it needs must be done. Errors are those of the work itself."""
+    known = steps(study)
+    for need in step.needs:
+        if not known[need].is_done(out):
+            raise UserError(f"{step.name}: needs {need}, which is not done yet; do it first")
+    step.claim(out)
+    if step.is_done(out):
+        return
+    if step.kind == "cut":
+        _cut(step.cell, out, out / step.place, progress)
+    elif step.kind == "train":
+        execute(prepare(resolved(step.cell, out), out / step.place), say=say)
+    else:
+        _evaluate(study, step, out, progress)
+
+
+def _cut(cell: Cell, out: Path, place: Path, progress: Progress) -> None:
+    assert cell.cut is not None
+    request, text = cell.cut.request, cell.cut.calibration
+    source = cell.model or str(model_of(cell.others["from"], out))
+    if text is not None and not api.needs_text(source, request, progress=progress):
+        text = None  # a study may name one for all of its cuts
+    read: dict[str, Any] = {} if text is None else {"calibration": text.text, "text": text.options}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    api.prune(source, **vars(request), **read, progress=progress).save(place)
+
+
+def _evaluate(study: Study, step: Step, out: Path, progress: Progress) -> None:
+    """One record for each part of what is asked."""
+    model = step.cell.model if not step.needs else str(model_of(step.cell, out))
+    (out / step.place).parent.mkdir(parents=True, exist_ok=True)
+    with staged_files(out / step.place) as (stage,):
+        for part in study.file.evaluate:
+            found = appraise([str(model)], part.question, progress=progress)
+            record.append(stage, "evaluate", {"run": step.cell.name, **part.model_dump()}, found["models"][0])
+
+
+def model_of(cell: Cell, out: Path) -> Path:
+    """The folder of a run's model, once it is done."""
+    if cell.recipe is not None:
+        return out / cell.name / MODEL
+    return cut_of(cell, out) if cell.cut is not None else Path(str(cell.model))
+
+
+def cut_of(cell: Cell, out: Path) -> Path:
+    """The folder of a run's cut."""
+    names = (step for step in _of(cell) if step.kind == "cut" and step.cell.cut == cell.cut)
+    return out / next(reversed([*names])).place
+
+
+def _of(cell: Cell) -> Iterator[Step]:
+    """The steps before a run trains, in their order."""
+    made = _Steps.__new__(_Steps)
+    made.made = {}
+    made.begin(cell)
+    yield from made.made.values()
+
+
+def resolved(cell: Cell, out: Path) -> Recipe:
+    """The recipe with folders where other runs of the study stood, and what is known once those are done."""
+    assert cell.recipe is not None
+    data = cell.recipe.plain()
+    if str(data["model"]["source"]).startswith(MADE):
+        source = cut_of(cell, out) if cell.cut is not None else model_of(cell.others["from"], out)
+        data["model"]["source"] = str(source)
+        data["model"]["mask"] = _mask(source)
+        teacher = data["teacher"]
+        if teacher and str(teacher["source"]).startswith(MADE):
+            teacher["source"] = str(model_of(cell.others["from"], out))
+    if (shaped := cell.others.get("shape_of")) is not None:
+        folder = cut_of(shaped, out) if shaped.cut is not None else model_of(shaped, out)
+        data["model"] |= {"shape": str(folder), "mask": _mask(folder)}
+    if (rated := cell.others.get("lr_of")) is not None:
+        data["optimizer"]["lr"] = record.read(out / rated.name / RECORD)[-1]["figures"]["lr"]
+    if (paid := cell.others.get("flops_of")) is not None:
+        ledger, anatomy = Ledger.read(out / paid.name), _anatomy(data["model"])
+        seq_len, batch = data["data"]["seq_len"], data["batch_tokens"]
+        each = 3 * anatomy.flops(seq_len) * batch // seq_len
+        data["tokens"] = ledger.total_flops // each * batch
+    return recipes.parse(data, cell.name)
+
+
+def _anatomy(model: Mapping[str, Any]) -> Any:
+    from ..anatomy import Anatomy
+    from ..train.shapes import config_of
+
+    if model["source"] is not None:
+        return Source.open(model["source"]).anatomy
+    return Anatomy.of(config_of(model["shape"], 0, model["target_params"], model["enlarge"]))
+
+
+def _mask(folder: Path) -> str | None:
+    """The folder, if its single weights are cut."""
+    return str(folder) if (folder / EXTRA / "mask.safetensors").is_file() else None

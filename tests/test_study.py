@@ -1,0 +1,449 @@
+"""Studies: arms that share what they can, protocols that are promised and proved, steps that are done once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pipeline
+import pytest
+import training
+import yaml
+from pipeline import cli
+
+from prunus import record
+from prunus.errors import UserError
+from prunus.ledger import Ledger
+from prunus.study import cluster, protocol
+from prunus.study import file as files
+from prunus.study.plan import plan
+from prunus.study.run import gather, row_of, run
+from prunus.study.steps import cut_of, do, model_of, named, resolved, steps
+from prunus.train.stopping import StoppedError
+
+EACH = 4 * training.SEQ  # tokens of an update
+PARENT, RETRAIN = 8 * EACH, 4 * EACH
+BOTH = {"parent": {"tokens": PARENT, "seed": 0}, "retrain": {"tokens": RETRAIN}}
+
+
+def base(tmp_path, **changes):
+    plain = training.asked(validate__every=4, save__every=2, **changes).plain()
+    path = tmp_path / f"base{len(changes)}.yaml"
+    path.write_text(json.dumps(plain), encoding="utf-8")
+    return str(path)
+
+
+def written(tmp_path, **changes):
+    """The comparison of the study in small: a parent, its halves by two methods, and fresh weights of the same shapes."""
+    fresh = base(tmp_path)
+    onward = tmp_path / "onward.yaml"
+    plain = training.asked(validate__every=4, save__every=2).plain()
+    plain["model"] = {"source": "model"}
+    onward.write_text(json.dumps(plain), encoding="utf-8")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": doc}) + "\n" for doc in pipeline.corpus()), encoding="utf-8")
+    data = {
+        "name": "half",
+        "cut": {"calibration": {"text": str(text), "windows": 3, "seq_len": 16, "documents": ":-20"}, "ratio": 0.5},
+        "arms": {
+            "P": {"recipe": fresh, "set": {"tokens": PARENT, "data.range": "parent"}, "grid": {}},
+            "P-R": {"from": "P", "cut": {}, "recipe": str(onward), "set": {"tokens": RETRAIN}},
+            "S": {"shape_of": "P-R", "recipe": fresh, "set": {"tokens": RETRAIN}},
+            "S-total": {
+                "shape_of": "P-R", "recipe": fresh,
+                "set": {"tokens": PARENT + RETRAIN, "data.range": BOTH},
+            },
+            "S-flops": {"shape_of": "P-R", "recipe": fresh, "flops_of": "P-R", "set": {"data.epochs": 9}},
+        },
+        "grid": {"cut.method": ["flap", "minitron-depth"]},
+        "compare": [
+            {"protocol": "training-tokens", "arms": ["P-R", "S"]},
+            {"protocol": "total-tokens", "arms": ["P-R", "S-total"]},
+            {"protocol": "total-flops", "arms": ["P-R", "S-flops"], "within": 0.15},
+        ],
+        "evaluate": [{"texts": [str(text)], "windows": 2, "seq_len": 16, "documents": "-20:"}],
+    } | changes  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def everything(study, out):
+    """All steps here, one behind the other."""
+    for step in steps(study).values():
+        do(study, step, out)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(study, folder) of one that is done."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        pipeline.verify_here(patch)
+        study = files.read(written(folder))
+        everything(study, folder / "out")
+    return study, folder / "out"
+
+
+def test_arms_share_what_they_can(finished):
+    study, out = finished
+    known = steps(study)
+    kinds = [step.kind for step in known.values()]
+    assert (kinds.count("train"), kinds.count("cut"), kinds.count("evaluate")) == (1 + 4 * 2, 2, 1 + 4 * 2)
+    assert len([*(out / "cuts").iterdir()]) == 2 and len([*out.glob("P/checkpoints")]) <= 1
+    order = list(known)
+    assert all(order.index(need) < order.index(name) for name, step in known.items() for need in step.needs)
+
+
+def test_runs_are_of_the_shape_and_on_the_tokens_that_the_study_says(finished):
+    study, out = finished
+    for method in ("flap", "minitron-depth"):
+        child, fresh, total = (
+            next(cell for cell in study.of(arm) if cell.place["cut.method"] == method) for arm in ("P-R", "S", "S-total")
+        )
+        shapes = {
+            str(sorted((k, v.shape) for k, v in training.weights(out / cell.name).items())) for cell in (child, fresh, total)
+        }
+        assert len(shapes) == 1
+        manifest = json.loads((cut_of(child, out) / "prunus.json").read_text())
+        assert manifest["method"]["name"] == method and manifest["calibration"]["documents"] == ":-20"
+        assert resolved(child, out).model.source == str(cut_of(child, out))
+        assert resolved(fresh, out).model.shape == str(cut_of(child, out))
+        assert Ledger.read(out / child.name).total_tokens >= PARENT + RETRAIN
+    assert model_of(study.of("P")[0], out) == out / "P" / "model"
+
+
+def test_protocols_are_proved_from_ledgers(finished):
+    study, out = finished
+    rows = protocol.proofs(study, out)
+    assert len(rows) == 6 and all(row["holds"] for row in rows), [row["why"] for row in rows]
+    by = {row["protocol"]: row for row in rows}
+    assert f"same: {RETRAIN} tokens in both, 0 and 0 in one alone, in the same order" == by["training-tokens"]["why"]
+    total = f"same: {PARENT + RETRAIN} tokens in both, 0 and 0 in one alone"
+    assert {row["why"] for row in rows if row["protocol"] == "total-tokens"} == {
+        f"{total}; 48 and 0 of calibration text besides", f"{total}; 48 and 0 of calibration text besides"
+    }  # fmt: skip
+    flops = by["total-flops"]["flops"]
+    assert flops[0] * (1 - 0.15) < flops[1] <= flops[0]  # whole updates, of which there are about a dozen
+
+
+def test_a_ledger_that_says_otherwise_is_no_proof(finished, tmp_path):
+    study, out = finished
+    cells = {cell.arm: cell for cell in study.cells if cell.place.get("cut.method", "flap") == "flap"}
+    one, other = (Ledger.read(out / cells[arm].name) for arm in ("P-R", "S-total"))
+    holds, why = protocol._proved("training-tokens", one, other, 0.1)
+    assert not holds and "overlapping" in why
+    assert not protocol._proved("total-flops", one, other, 1e-6)[0]
+    turned = other.model_copy(deep=True)
+    turned.stages[0].seed = 7
+    assert protocol._proved("total-tokens", one, turned, 0.1)[0]
+    same = one.model_copy(deep=True)
+    same.stages[0].seed = 7
+    holds, why = protocol._proved("training-tokens", one, same, 0.1)
+    assert not holds and "in another order" in why
+
+
+def test_rows_and_records_hold_what_was_measured(finished):
+    study, out = finished
+    lines = gather(study, out)
+    assert lines[0]["arm"] == "P" and len(lines) == len(study.cells)
+    for cell, line in zip(study.cells, lines, strict=True):
+        row = row_of(cell, out)
+        assert row["validation"] == line["figures"]["validation"][-1]["validation"]["loss"]
+        assert row["total_flops"] == line["ledger"]["total_flops"] == Ledger.read(out / cell.name).total_flops
+        (score,) = row["scores"]
+        assert score["on"] == "text.jsonl" and score["value"] == line["evaluations"][0]["figures"]["texts"][0]["loss"]
+    assert (out / "records.jsonl").read_text().count("\n") == len(lines)
+
+
+def test_nothing_is_done_twice(finished):
+    study, out = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    result = run(study, out)
+    assert result["ran"] == [] and len(result["rows"]) == 9 and all(row["holds"] for row in result["proofs"])
+    assert all(
+        path.stat().st_mtime_ns == time_
+        for path, time_ in before.items()
+        if path.name not in ("records.jsonl", "proofs.json")
+    )
+
+
+def test_another_study_in_the_same_folder_is_refused(finished, tmp_path):
+    _, out = finished
+    data = yaml.safe_load(written(tmp_path).read_text())
+    data["arms"]["P"]["set"]["optimizer.lr"] = 0.02
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    with pytest.raises(UserError, match=r"P: is of this study as it was before it was changed"):
+        run(files.read(tmp_path / "study.yaml"), out)
+    stray = tmp_path / "stray"
+    (stray / "P").mkdir(parents=True)
+    with pytest.raises(UserError, match="P: is there already and is no step of this study"):
+        run(files.read(tmp_path / "study.yaml"), stray)
+
+
+def test_the_plan_foresees_what_is_spent(finished):
+    study, out = finished
+    made = plan(study, rate=1e9)
+    rows = {row["step"]: row for row in made["steps"]}
+    for cell in study.cells:
+        spent = sum(record.read(out / cell.name / "record.jsonl")[-1]["figures"]["flops"].values())
+        # what flap leaves is foreseen as half of the blocks; a KV group of this tiny model is a tenth of one
+        assert rows[cell.name]["flops"] == pytest.approx(spent, rel=0.25), cell.name
+        weights = sum(t.numel() for t in training.weights(out / cell.name).values())
+        assert rows[cell.name]["params"] == pytest.approx(weights, rel=0.25)
+    exact = [cell.name for cell in study.cells if "flap" not in cell.name and cell.arm != "S-flops"]
+    for name in exact:  # depth: the shape is known beforehand
+        spent = sum(record.read(out / name / "record.jsonl")[-1]["figures"]["flops"].values())
+        assert rows[name]["flops"] == pytest.approx(spent, rel=1e-6)
+    assert made["tokens"] and made["hours"] == pytest.approx(made["flops"] / 1e9 / 3600)
+    assert plan(study, out, rate=1e9)["flops"] == 0
+
+
+def test_sparse_arms_keep_their_mask_and_begin_afresh(tmp_path, monkeypatch):
+    """Published scripts leave the parent's embeddings in the arm that is called scratch; here nothing of it is left."""
+    pipeline.verify_here(monkeypatch)
+    path = written(tmp_path, grid={}, compare=[{"protocol": "training-tokens", "arms": ["P-R", "S"]}], evaluate=[])
+    data = yaml.safe_load(path.read_text())
+    data["cut"] = {"method": "magnitude", "ratio": 0.5}
+    data["arms"] = {arm: data["arms"][arm] for arm in ("P", "P-R", "S")}
+    data["arms"]["S"]["set"]["seed"] = 1  # else parent and fresh weights begin alike
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    study, out = files.read(path), tmp_path / "out"
+    everything(study, out)
+    parent, child, fresh = (training.weights(out / name) for name in ("P", "P-R", "S"))
+    zeros = {name: tensor == 0 for name, tensor in child.items() if "proj" in name}
+    assert zeros and all(0.4 < float(zero.float().mean()) < 0.6 for zero in zeros.values())
+    for name, zero in zeros.items():
+        assert (fresh[name] == 0).equal(zero)
+    embedding = "model.embed_tokens.weight"
+    assert not fresh[embedding].equal(parent[embedding])
+    apart = (fresh[embedding] - parent[embedding]).abs().mean()
+    assert float(apart) > 5 * float((child[embedding] - parent[embedding]).abs().mean())
+    assert all(row["holds"] for row in protocol.proofs(study, out))
+
+
+def test_a_rate_found_by_another_arm(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    fresh = base(tmp_path)
+    arms = {
+        "swept": {"recipe": fresh, "set": {"optimizer.lr": "sweep"}, "grid": {}},
+        "run": {"recipe": fresh, "lr_of": "swept"},
+    }
+    study = files.read(written(tmp_path, arms=arms, grid={"data.seed": [1]}, compare=[], evaluate=[]))
+    everything(study, tmp_path / "out")
+    rates = [record.read(tmp_path / "out" / name / "record.jsonl")[-1]["figures"]["lr"] for name in ("swept", "run_seed=1")]
+    assert rates[0] == rates[1]
+
+
+# -- processes --------------------------------------------------------------------------------------------------------------
+
+
+def small(tmp_path, **changes):
+    """Three runs from fresh weights, one of which fails and one needs it."""
+    fresh, onward = base(tmp_path), tmp_path / "on.yaml"
+    plain = training.asked().plain()
+    plain["model"] = {"source": "model"}
+    onward.write_text(json.dumps(plain), encoding="utf-8")
+    arms = {
+        "good": {"recipe": fresh, "set": {"tokens": 2 * EACH}},
+        "bad": {"recipe": fresh, "set": {"data.range": "parent", "tokens": 10**6}},
+        "below": {"from": "bad", "recipe": str(onward)},
+    }
+    return written(tmp_path, arms=arms | changes, grid={}, compare=[], evaluate=[])
+
+
+def test_a_failed_step_takes_down_only_what_needs_it(tmp_path):
+    code, out, err = cli("study", "run", small(tmp_path), "--out", tmp_path / "out", "--processes", "2", "--json")
+    result = json.loads(out)
+    assert code == 1 and result["ran"] == ["good"], err
+    assert set(result["failed"]) == {"bad"} and "tokens are asked for, but domain" in result["failed"]["bad"]
+    assert result["left"] == {"below": "bad"} and [row["run"] for row in result["rows"]] == ["good"]
+    assert "domain" in (tmp_path / "out" / "logs" / "bad.log").read_text()
+    code, out, _ = cli("study", "run", tmp_path / "study.yaml", "--out", tmp_path / "out")
+    assert code == 1 and "failed: bad: " in out and "left: below, which needs bad" in out
+
+
+def test_a_study_that_is_stopped_goes_on_where_it_was(tmp_path):
+    fresh = base(tmp_path)
+    long = {
+        "long": {"recipe": fresh, "set": {"tokens": 400 * EACH, "data.epochs": 200, "save.every": 0, "validate.every": 0}}
+    }
+    path = written(tmp_path, arms=long, grid={}, compare=[], evaluate=[])
+    words = [sys.executable, "-m", "prunus", "study", "run", str(path), "--out", str(tmp_path / "out")]
+    begun = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "long" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert begun.poll() is None, begun.communicate()
+        time.sleep(0.05)
+    begun.send_signal(signal.SIGTERM)
+    _, err = begun.communicate(timeout=120)
+    assert begun.returncode == 143 and "the same command goes on from there" in err
+    assert [*(tmp_path / "out" / "long" / "checkpoints").iterdir()] and not (
+        tmp_path / "out" / "long" / "record.jsonl"
+    ).exists()
+    study = files.read(path)
+    with pytest.MonkeyPatch.context() as patch:
+        pipeline.verify_here(patch)
+        everything(study, tmp_path / "out")
+        everything(study, tmp_path / "whole")
+    assert training.same(*(training.weights(tmp_path / name / "long") for name in ("out", "whole")))
+
+
+def test_slurm_jobs_do_the_steps(tmp_path):
+    """Through an sbatch that runs its array here, with the variables that Slurm sets."""
+    fresh = base(tmp_path)
+    onward = tmp_path / "on.yaml"
+    plain = training.asked(tokens=2 * EACH).plain()
+    plain["model"] = {"source": "model"}
+    onward.write_text(json.dumps(plain), encoding="utf-8")
+    arms = {
+        "one": {"recipe": fresh, "set": {"tokens": 2 * EACH, "data.range": "parent"}},
+        "two": {"from": "one", "recipe": str(onward)},
+    }
+    path, out = written(tmp_path, arms=arms, grid={}, compare=[], evaluate=[]), tmp_path / "a folder"
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sbatch").write_text(
+        f"#!/bin/bash\necho \"$@\" >> {tmp_path}/asked\n"
+        "for word in \"$@\"; do case $word in --array=1-*) last=${word#--array=1-};; esac; script=$word; done\n"
+        "for i in $(seq $last); do SLURM_ARRAY_TASK_ID=$i bash \"$script\" >&2 || true; done\necho 4711\n"
+    )  # fmt: skip
+    (tools / "sbatch").chmod(0o755)
+    code, said, err = cli("study", "slurm", path, "--out", out, "--sbatch", "--partition=gpu")
+    assert code == 0, err
+    submit = said.strip().removeprefix("bash ")
+    path_ = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(["bash", submit], capture_output=True, text=True, env=os.environ | path_)
+    assert done.returncode == 0 and "4711" in done.stdout, done.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 2 and all("--partition=gpu" in line for line in asked)
+    assert "--dependency" not in asked[0] and "--dependency=afterany:4711" in asked[1]
+    assert (out / "two" / "record.jsonl").is_file(), done.stderr
+    assert cluster.levels(steps(files.read(path)), out) == []
+
+
+def test_a_step_by_itself(tmp_path):
+    path = small(tmp_path)
+    code, _, err = cli("study", "step", path, "below", "--out", tmp_path / "out")
+    assert code == 2 and "below: needs bad, which is not done yet" in err
+    code, _, err = cli("study", "step", path, "belo", "--out", tmp_path / "out")
+    assert code == 2 and "unknown step 'belo' (did you mean 'below'?)" in err
+    assert named(files.read(path), "good").kind == "train"
+
+
+# -- wrong inputs -------------------------------------------------------------------------------------------------------------
+
+
+def arms_of(path):
+    return yaml.safe_load(Path(path).read_text())["arms"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["arms"]["S"]["set"].update({"tokens": PARENT}), "training-tokens of P-R, S: P-R reads 256 and S 512"),
+        (lambda d: d["arms"]["S"]["set"].update({"data.seed": 3}), r"training-tokens of P-R, S: P-R reads 0 and S 3 \(seed\)"),
+        (lambda d: d["arms"]["P"]["set"].update({"data.range": "retrain"}), "it and its parent both read range 'retrain'"),
+        (lambda d: d["arms"]["S-total"]["set"].update({"data.range": "parent"}), "P-R and its parents read .* give both the same"),
+        (lambda d: d["arms"]["S-total"]["set"].update({"data.seed": 3}), r"'retrain' \(seed 0\), S-total .* \(seed 3\)"),
+        (lambda d: d["arms"]["S-flops"].pop("flops_of"), "none of them has flops_of another"),
+        (lambda d: d["compare"][0]["arms"].append("Q"), "compare.0: unknown arm 'Q'"),
+        (lambda d: d["arms"]["P-R"].update({"from": "Q"}), "arm 'P-R': from: there is no arm 'Q'"),
+        (lambda d: d["arms"]["P"].update({"from": "P-R", "grid": None}), "needs itself, by"),
+        (lambda d: d["arms"]["P"].pop("recipe"), "arms.P: nothing to do; give recipe, cut, or model"),
+        (lambda d: d["arms"]["P"].update({"grid": {"data.seed": [1, 2]}}), "'P' has no run there, .* differ by data.seed"),
+        (lambda d: d["grid"].update({"cut.methud": ["x"]}), "cut: field 'methud' does not exist"),
+        (lambda d: d["arms"]["S"].pop("shape_of"), "arm 'S': 'cut.method' of the grid changes nothing in it"),
+        (lambda d: d["grid"].update({"cut.ratio": [0.3, 0.3]}), "two runs are called"),
+        (lambda d: d["evaluate"][0].update({"documents": "-30:"}), "calibrates on documents :-20 .* documents -30:"),
+        (lambda d: d["evaluate"][0].update({"documents": None}), "scores on documents all"),
+        (lambda d: d["evaluate"][0].update({"texts": []}), "evaluate.0: nothing is asked"),
+        (lambda d: d["arms"].update({"X": {"model": "m", "from": "P"}}), "model is released"),
+        (lambda d: d["arms"].update({"X": {"from": "P", "shape_of": "S", "recipe": "scratch"}}), "from goes on with weights"),
+        (lambda d: d["arms"].update({"X": {"cut": {"method": "flap"}}}), "cut needs weights"),
+        (lambda d: d["arms"].update({"X": {"model": "m", "lr_of": "S"}}), "are of training; give recipe"),
+        (lambda d: d.update({"arm": 1}), r"field 'arm' does not exist \(did you mean 'arms'\?\)"),
+        (lambda d: d["arms"]["P"]["set"].update({"optimizer.lrr": 1}), "arm 'P': .*field 'optimizer.lrr' does not exist"),
+    ],
+)  # fmt: skip
+def test_studies_that_are_refused(change, message, tmp_path):
+    path = written(tmp_path)
+    data = yaml.safe_load(path.read_text())
+    change(data)
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    with pytest.raises(UserError, match=message):
+        protocol.check(files.read(path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["cut"].update({"ratio": 0.999}), "P-R: ratio: the least that can stay"),
+        (lambda d: d["cut"].pop("calibration"), "flap goes by text; give cut.calibration"),
+        (lambda d: d["cut"].update({"method": "flup"}), "flup"),
+    ],
+)
+def test_plans_refuse_cuts_that_cannot_be(change, message, tmp_path):
+    path = written(tmp_path, grid={})
+    data = yaml.safe_load(path.read_text())
+    data["cut"]["method"] = "flap"
+    change(data)
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    with pytest.raises(UserError, match=message):
+        plan(files.read(path), rate=1e9)
+
+
+def test_released_parents_have_no_total(tmp_path):
+    path = written(tmp_path)
+    data = yaml.safe_load(path.read_text())
+    data["arms"]["P"] = {"model": "SmolLM2-135M", "grid": {}}
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    with pytest.raises(UserError, match="nobody knows the tokens of SmolLM2-135M, which is released; take training-tokens"):
+        protocol.check(files.read(path))
+
+
+def test_a_name_that_is_there_twice(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("name: x\narms:\n  a: {recipe: scratch}\n  a: {recipe: continue}\n")
+    with pytest.raises(UserError, match="line 4: 'a' is there twice"):
+        files.read(path)
+    path.write_text("name: [x\n")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        files.read(path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        files.read(tmp_path / "none.yaml")
+
+
+def test_too_few_processes(tmp_path):
+    with pytest.raises(UserError, match="processes: 0 are too few"):
+        run(files.read(small(tmp_path)), tmp_path / "out", processes=0)
+
+
+def test_a_study_that_is_asked_to_stop_twice_leaves_nothing_running(tmp_path, monkeypatch):
+    from prunus.study import run as running
+
+    ended = []
+
+    class Sleeps(running._Process):
+        def terminate(self):
+            ended.append(self.process.pid)
+            super().terminate()
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "_Process", Sleeps)
+    monkeypatch.setattr(running._Doing, "_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(files.read(small(tmp_path)), tmp_path / "out")
+    assert len(ended) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(ended[0], 0)
+
+
+def test_stopping_says_how_to_go_on():
+    assert str(StoppedError(143, 2, "study")) == "stopped with 2 steps done; the same command goes on from there"
