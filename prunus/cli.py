@@ -322,6 +322,7 @@ app.command()(cli_train.tune)
 app.command()(cli_train.runs)
 app.add_typer(cli_train.recipes)
 app.add_typer(cli_study.studies)
+app.command()(cli_study.report)
 
 
 def main() -> None:

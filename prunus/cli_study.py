@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .cli_options import JsonOpt, tell
+from .errors import UserError
 
 studies = typer.Typer(name="study", help="Arms that are cut and trained side by side, and compared.", no_args_is_help=True)
 
@@ -78,6 +79,48 @@ def step_of_study(
         raise typer.Exit(stop.code) from stop
 
 
+@studies.command(name="table")
+def tables_of_study(
+    folder: Annotated[Path, typer.Argument(help="The --out of prunus study run.", metavar="DIR")],
+    form: Annotated[str, typer.Option("--format", help="text, markdown, latex or csv.")] = "text",
+    to: Annotated[Path | None, typer.Option("--to", help="A file to write instead of printing.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Tables of a study, finished or not: arms, seed by seed differences, what the ledgers prove; csv has a line a figure."""
+    from . import show_study
+    from .place import check_files, staged_files
+    from .study import results
+
+    found = results.load(folder.expanduser())
+    if form == "text":
+        if to is not None:
+            raise UserError("format: text is for the terminal; give --format markdown, latex or csv with --to")
+        show_study.tables(results.tables(found), found.missing)
+        return
+    text = results.written(found, form)
+    if to is None:
+        print(text)
+        return
+    check_files(to, overwrite=overwrite)
+    with staged_files(to) as (stage,):
+        stage.write_text(text, encoding="utf-8")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study or a training run.", metavar="DIR")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: report.html in DIR.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write one HTML page of a study or a run, finished or not: figures, tables, recipe, ledger. It loads nothing from anywhere."""
+    from . import show_study
+    from .study import page
+
+    folder = folder.expanduser()
+    place = folder / "report.html" if out is None else out.expanduser()
+    tell(page.write(folder, place, overwrite=overwrite), as_json, show_study.reported)
+
+
 @studies.command(name="slurm")
 def slurm_of_study(
     file: StudyArg,
@@ -90,7 +133,6 @@ def slurm_of_study(
     """Write Slurm array jobs of what is left to do, and the script that submits them."""
     import shlex
 
-    from .errors import UserError
     from .study import cluster
     from .study import file as files
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -41,6 +41,25 @@ def ran(result: Mapping[str, Any]) -> None:
     for name, why in result["left"].items():
         console.print(Text(f"left: {name}, which needs {why}"))
     console.print(Text(f"records: {result['out']}/records.jsonl"))
+
+
+def tables(shown: Sequence[Any], missing: Sequence[str]) -> None:
+    """Tables of `study.results`."""
+    console = new_console()
+    for table in shown:
+        made = new_table(*table.header, title=table.title, left=table.left)
+        for column in made.columns:
+            column.overflow = "fold"  # a narrow terminal loses nothing
+        for row in table.rows:
+            made.add_row(*map(Text, row))
+        console.print(made)
+    if missing:
+        console.print(Text(f"not done yet: {', '.join(missing)}"))
+
+
+def reported(made: Mapping[str, Any]) -> None:
+    """Where the page is."""
+    print(f"{made['out']}: {made['charts']} figures, {made['tables']} tables, {big(made['bytes'], 'B')}")
 
 
 def planned(made: Mapping[str, Any]) -> None:

@@ -23,9 +23,10 @@ from ..train.opening import RECORD
 from ..train.stopping import StoppedError, asked_to_stop
 from .file import Cell, Study
 from .protocol import check, proofs
+from .results import PROOFS, RECORDS, index, keep, load
 from .steps import EVALUATIONS, Step, model_of, steps
 
-RECORDS, PROOFS, LOGS = "records.jsonl", "proofs.json", "logs"
+LOGS = "logs"
 _GRACE_S = 120  # that a step has to save what it has once the study is asked to stop
 Tell = Callable[[str], None]
 
@@ -53,11 +54,13 @@ def run(study: Study, out: Path, *, processes: int = 1, tell: Tell = lambda text
     for step in known.values():
         if (out / step.place).exists():
             step.claim(out)  # refuses what is another study's, before any work
+    keep(study, out)
     outcome = _Doing(study, known, out, processes, tell).all()
     rows = gather(study, out)
     shown = proofs(study, out)
     with staged_files(out / PROOFS) as (stage,):
         stage.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    index(load(out))
     return {
         "study": study.name,
         "out": str(out),
@@ -254,7 +257,7 @@ def gather(study: Study, out: Path) -> list[dict[str, Any]]:
                 "figures": made.after,
             }
             line |= {"recipe": {"cut": made.method["request"], "calibration": made.calibration}}
-        line |= {"arm": cell.arm, "place": dict(cell.place)}
+        line |= {"run": cell.name, "arm": cell.arm, "place": dict(cell.place)}
         if scored := _evaluations(cell, out):
             line["evaluations"] = scored
         if cell.recipe is not None or cell.cut is not None:

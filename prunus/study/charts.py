@@ -1,0 +1,157 @@
+"""Charts as SVG text for pages: no library in the reader's browser, colours from the page, values under the pointer.
+
+Every text is escaped; nothing that a record holds can become markup.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 480, 290  # small, so that text is legible on a phone, too
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 44
+_MARKS = ("circle", "square", "diamond", "triangle")
+_MARKED = 120  # more points than this have no marks, but for those that no line joins
+COLOURS = 8  # series beyond it take other marks
+
+
+@dataclass(frozen=True)
+class Point:
+    """`error` above and below y; `label` is what the pointer shows besides both numbers."""
+
+    x: float
+    y: float
+    error: float | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points under one name; a line through them if `joined`. Series of one name have one colour and one line in the legend."""
+
+    name: str
+    points: tuple[Point, ...]
+    joined: bool = True
+
+
+def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, zero: bool = False) -> str:
+    """An SVG picture with axes and a legend; empty text where there is nothing to show. `zero` marks y = 0."""
+    points = [p for s in series for p in s.points if math.isfinite(p.x) and math.isfinite(p.y) and (p.x > 0 or not log_x)]
+    if not points:
+        return ""
+    scale = _Scale.of([p.x for p in points], log=log_x)
+    lows, highs = ([p.y + sign * (p.error or 0) for p in points] for sign in (-1, 1))
+    heights = _Scale.of([*lows, *highs, *([0.0] if zero else [])], log=False)
+    names = list(dict.fromkeys(s.name for s in series))
+    rows = -(-len(names) // 2)
+    parts = [_axes(scale, heights, x, y)]
+    if zero:
+        at = _down(heights, 0.0)
+        parts.append(f'<line class="zero" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+    marked = len(points) <= _MARKED
+    parts += [_series(one, names.index(one.name), scale, heights, log_x, marked) for one in series]
+    parts += [_legend(name, i) for i, name in enumerate(names)]
+    size = HEIGHT + 20 * rows
+    body = "".join(parts)
+    label = f"{escape(y, quote=True)} by {escape(x, quote=True)}"
+    return f'<svg viewBox="0 0 {WIDTH} {size}" role="img" aria-label="{label}">{body}</svg>'
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    log: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float], *, log: bool) -> _Scale:
+        low, high = min(values), max(values)
+        if log:
+            a, b = math.log10(low), math.log10(high)
+            pad = (b - a) * 0.05 or 0.2
+            ticks = [m * 10.0**e for e in range(math.floor(a - pad), math.ceil(b + pad) + 1) for m in (1, 2, 5)]
+            shown = [t for t in ticks if a - pad <= math.log10(t) <= b + pad]
+            return cls(a - pad, b + pad, tuple(shown[:: max(1, len(shown) // 7)]), True)
+        pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+        step = 10 ** math.floor(math.log10((high - low) / 4))
+        step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
+        first = math.ceil(low / step)
+        return cls(low, high, tuple(step * k for k in range(first, math.floor(high / step) + 1)), False)
+
+    def share(self, value: float) -> float:
+        return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
+
+
+def _across(scale: _Scale, value: float) -> float:
+    return _LEFT + scale.share(value) * (WIDTH - _LEFT - _RIGHT)
+
+
+def _down(scale: _Scale, value: float) -> float:
+    return HEIGHT - _BOTTOM - scale.share(value) * (HEIGHT - _TOP - _BOTTOM)
+
+
+def _axes(across: _Scale, up: _Scale, x: str, y: str) -> str:
+    bottom = HEIGHT - _BOTTOM
+    out = []
+    for tick in up.ticks:
+        at = _down(up, tick)
+        out.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        out.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+    for tick in across.ticks:
+        at = _across(across, tick)
+        out.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{_short(tick)}</text>')
+    out.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
+    out.append(f'<text class="name" x="{(WIDTH + _LEFT) / 2:.0f}" y="{bottom + 38}" text-anchor="middle">{escape(x)}</text>')
+    middle = (HEIGHT - _BOTTOM + _TOP) / 2
+    turned = f'transform="rotate(-90 14 {middle:.0f})"'
+    out.append(f'<text class="name" x="14" y="{middle:.0f}" text-anchor="middle" {turned}>{escape(y)}</text>')
+    return "".join(out)
+
+
+def _series(one: Series, index: int, across: _Scale, up: _Scale, log_x: bool, marked: bool) -> str:
+    seen = [p for p in one.points if math.isfinite(p.x) and math.isfinite(p.y) and (p.x > 0 or not log_x)]
+    places = [(_across(across, p.x), _down(up, p.y)) for p in seen]
+    out = [f'<g class="c{index % COLOURS}">']
+    if one.joined and len(places) > 1:
+        out.append(f'<polyline points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in places)}"/>')
+    if marked or not one.joined:
+        for point, (a, b) in zip(seen, places, strict=True):
+            if point.error:
+                top, low = _down(up, point.y + point.error), _down(up, point.y - point.error)
+                out.append(f'<line class="error" x1="{a:.1f}" x2="{a:.1f}" y1="{top:.1f}" y2="{low:.1f}"/>')
+            spread = f" ± {_short(point.error)}" if point.error else ""
+            more = f"\n{point.label}" if point.label else ""
+            told = escape(f"{one.name}\n{_short(point.x)}: {_short(point.y)}{spread}{more}")
+            out.append(f"<g><title>{told}</title>{_mark(index, a, b)}</g>")
+    return "".join([*out, "</g>"])
+
+
+def _mark(index: int, a: float, b: float) -> str:
+    shape = _MARKS[index // COLOURS % len(_MARKS)]
+    if shape == "circle":
+        return f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4.5"/>'
+    if shape == "square":
+        return f'<rect x="{a - 4:.1f}" y="{b - 4:.1f}" width="8" height="8"/>'
+    size = 5.5
+    corners = (
+        [(0, -size), (size, 0), (0, size), (-size, 0)] if shape == "diamond" else [(0, -size), (size, size), (-size, size)]
+    )
+    return f'<polygon points="{" ".join(f"{a + dx:.1f},{b + dy:.1f}" for dx, dy in corners)}"/>'
+
+
+def _legend(name: str, index: int) -> str:
+    a, b = _LEFT + (index % 2) * (WIDTH - _LEFT) / 2, HEIGHT + 12 + 20 * (index // 2)
+    short = name if len(name) <= 28 else name[:27] + "…"
+    return f'<g class="c{index % COLOURS}">{_mark(index, a, b - 4)}<text x="{a + 10:.0f}" y="{b}">{escape(short)}</text></g>'
+
+
+def _short(value: float) -> str:
+    size = abs(value)
+    for prefix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if unit <= size < 1000 * unit:
+            return f"{value / unit:.4g}{prefix}"
+    return f"{value:.4g}"

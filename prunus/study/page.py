@@ -1,0 +1,302 @@
+"""One HTML page of a study or of a run: figures, tables that sort, recipe and ledger. No network, no library, nothing but text.
+
+Whatever stands in records is escaped, and the page's own policy lets the browser run its one script and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from .. import record
+from ..errors import UserError
+from ..ledger import Ledger
+from ..place import staged_files
+from ..tables import big
+from ..train.listing import whole_lines
+from ..train.opening import LEDGER, LOG, RECIPE, RECORD
+from .charts import Point, Series, chart
+from .results import LOSS, STUDY, Metric, Results, Run, Table, differences, is_loss, is_seed, load, tables
+
+_SCRIPT = """
+for (const head of document.querySelectorAll("th")) {
+  const sort = () => {
+    const table = head.closest("table"), body = table.tBodies[0], column = [...head.parentNode.children].indexOf(head);
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const scale = {k: 1e3, M: 1e6, G: 1e9, T: 1e12};
+    const key = (row) => {
+      const text = row.cells[column].textContent.trim();
+      const found = text.replaceAll(",", "").match(/^[+-]?\\d+(\\.\\d+)?(e[+-]?\\d+)?( ([kMGT]))?/);
+      return found ? parseFloat(found[0]) * (scale[found[4]] || 1) : text;
+    };
+    const rows = [...body.rows].sort((a, b) => {
+      const x = key(a), y = key(b);
+      const order = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y));
+      return up ? order : -order;
+    });
+    body.append(...rows);
+  };
+  head.addEventListener("click", sort);
+  head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
+}
+"""
+_CURVES = 40  # runs whose curves are drawn in one picture
+_KEPT = 400  # points of a curve
+
+
+@dataclass
+class Drawn:
+    """A figure."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+@dataclass
+class Page:
+    """What a page shows, in its order."""
+
+    kind: str
+    title: str
+    lead: list[str] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    charts: list[Drawn] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+    def draw(self, title: str, note: str, series: Sequence[Series], **options: Any) -> None:
+        """Add a figure, if there is anything in it."""
+        if svg := chart(series, **options):
+            self.charts.append(Drawn(title, note, Markup(svg)))
+
+    def html(self) -> str:
+        """The page as text."""
+        digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+        loader = PackageLoader("prunus.study", ".")
+        made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+        told = vars(self) | {"script": Markup(_SCRIPT), "script_hash": f"sha256-{digest}"}
+        return made.get_template("page.html.j2").render(told | {"version": record.versions()["prunus"]})
+
+
+def write(folder: Path, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes the page of a study or a run; UserError for a folder that is neither, and for a file that is there."""
+    if out.exists() and not overwrite:
+        raise UserError(f"out: {out} already exists; give another --out, or --overwrite")
+    if (folder / STUDY).is_file():
+        page = of_study(load(folder))
+    elif (folder / RECIPE).is_file():
+        page = of_run(folder)
+    else:
+        what = "holds neither a study nor a training run" if folder.is_dir() else "no such file or folder"
+        raise UserError(f"{folder}: {what}; give the --out of prunus study run or prunus train")
+    text = page.html()
+    with staged_files(out) as (stage,):
+        stage.write_text(text, encoding="utf-8")
+    return {"out": str(out), "bytes": len(text.encode()), "charts": len(page.charts), "tables": len(page.tables)}
+
+
+# -- a study ----------------------------------------------------------------------------------------------------------------
+
+
+def of_study(found: Results) -> Page:
+    """A study as far as it is done."""
+    page = Page("Study", found.name)
+    kept = [p["holds"] for p in found.proofs]
+    runs, total = len(found.runs), len(found.runs) + len(found.missing)
+    page.facts = [
+        ("runs done", f"{runs} of {total}"),
+        ("protocols kept", f"{sum(kept)} of {len(kept)}" if kept else "none promised"),
+        ("tokens trained on", big(sum(run.tokens for run in found.runs))),
+        ("FLOPs, each run's own", f"{sum(run.flops for run in found.runs):.3g}"),
+    ]
+    page.lead = _found(found)
+    if found.missing:
+        more = " and others" if len(found.missing) > 6 else ""
+        page.notes.append(f"Not done yet: {', '.join(found.missing[:6])}{more}.")
+    if released := sorted({text for run in found.runs for text in run.unrecorded}):
+        page.notes.append(f"Nothing is known of what went into {', '.join(released)}; costs with parents leave that out.")
+    for metric in found.metrics[:4]:
+        _study_charts(page, found, metric)
+    _curves(page, found)
+    page.tables = tables(found)
+    page.sources = [
+        ("The study's file", yaml.safe_dump(dict(found.written), sort_keys=False, allow_unicode=True)),
+        ("Where each run comes from", _origins(found.runs)),
+    ]
+    return page
+
+
+def _found(found: Results) -> list[str]:
+    """A sentence for each comparison on the first metric: how often which arm is better."""
+    out = []
+    metric = next(iter(found.metrics), None)
+    groups: dict[tuple[str, tuple[str, str]], list[Any]] = {}
+    for one in differences(found):
+        if one.metric == metric:
+            groups.setdefault((one.protocol, one.arms), []).append(one)
+    for (protocol, arms), rows in groups.items():
+        said = [row.verdict for row in rows]
+        counted = ", ".join(f"{text}: {said.count(text)}" for text in dict.fromkeys(said))
+        mean = statistics.fmean(row.mean for row in rows)
+        unit = f"{mean:+.4f} nats a token" if is_loss(rows[0].metric) else f"{100 * mean:+.1f} points"
+        equal = protocol.replace("-", " ")
+        out.append(
+            f"At equal {equal}, {arms[0]} less {arms[1]}: {unit} on {metric[0] if metric else ''} on average ({counted})."
+        )
+    return out
+
+
+def _study_charts(page: Page, found: Results, metric: Metric) -> None:
+    name = " ".join(metric)
+    scale = 1.0 if is_loss(metric) else 100.0
+    if any(_last(key) == "tokens" for run in found.runs for key in run.place):
+        lines = _by_tokens(found, metric, scale)
+        note = "means over seeds, ± twice the standard error"
+        page.draw(f"{name} against tokens", note, lines, x="tokens trained on", y=name, log_x=True)
+    spent: dict[str, list[Point]] = {}
+    for run in found.runs:
+        if run.total_flops and metric in run.scores:
+            spent.setdefault(run.arm, []).append(
+                Point(float(run.total_flops), scale * run.scores[metric].value, label=run.name)
+            )
+    dots = [Series(arm, tuple(points), joined=False) for arm, points in spent.items()]
+    page.draw(f"{name} against what it cost", "every run, with its parents", dots, x="FLOPs", y=name, log_x=True)
+    note = "first arm less second" + ("; below zero the first is better" if is_loss(metric) else "")
+    for key in dict.fromkeys(k for run in found.runs for k in run.place if _last(k) == "ratio"):
+        lines = _advantages(found, metric, key, scale)
+        page.draw(f"Advantage on {name} by ratio", note, lines, x="share removed", y="difference", zero=True)
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _by_tokens(found: Results, metric: Metric, scale: float) -> list[Series]:
+    """Means over seeds, a line for every arm and place."""
+    lines: dict[str, dict[float, list[float]]] = {}
+    for run in found.runs:
+        if metric in run.scores and run.tokens:
+            place = ", ".join(str(v) for k, v in run.place.items() if not is_seed(k) and _last(k) != "tokens")
+            name = f"{run.arm}, {place}" if place else run.arm
+            lines.setdefault(name, {}).setdefault(float(run.tokens), []).append(scale * run.scores[metric].value)
+    out = []
+    for name, points in lines.items():
+        drawn = [Point(at, statistics.fmean(ys), _error(ys), f"{len(ys)} runs") for at, ys in sorted(points.items())]
+        out.append(Series(name, tuple(drawn)))
+    return out
+
+
+def _error(values: Sequence[float]) -> float | None:
+    return 2 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _advantages(found: Results, metric: Metric, key: str, scale: float) -> list[Series]:
+    lines: dict[str, list[Point]] = {}
+    for one in differences(found):
+        if one.metric != metric:
+            continue
+        parts = dict(part.split("=", 1) for part in one.group.split(", ") if "=" in part)
+        try:
+            at = float(parts.pop(_last(key)))
+        except (KeyError, ValueError):
+            continue
+        more = f", {' '.join(parts.values())}" if parts else ""
+        name = f"{' - '.join(one.arms)}{more}"
+        error = None if one.error is None else 2 * scale * one.error
+        lines.setdefault(name, []).append(Point(at, scale * one.mean, error, f"{one.seeds} seeds"))
+    return [Series(name, tuple(sorted(points, key=lambda p: p.x))) for name, points in lines.items()]
+
+
+def _curves(page: Page, found: Results) -> None:
+    drawn = [run for run in found.runs if len(run.curve) > 1]
+    if 0 < len(drawn) <= _CURVES:
+        lines = [Series(run.arm, tuple(Point(float(a), b, label=run.name) for a, b in _thin(run.curve))) for run in drawn]
+        page.draw("Validation while training", "every run, a colour an arm", lines, x="tokens trained on", y=" ".join(LOSS))
+
+
+def _origins(runs: Sequence[Run]) -> str:
+    return "\n".join(f"{run.name}: recipe {run.recipe_hash or '-'}, commit {run.commit or '-'}" for run in runs)
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------------
+
+
+def of_run(folder: Path) -> Page:
+    """A training run as far as it is: losses, rate, parameters alive. UserError for files that are no run's."""
+    try:
+        return _of_run(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: cannot be read as a run ({type(error).__name__}: {error})") from error
+
+
+def _of_run(folder: Path) -> Page:
+    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    lines = [json.loads(text) for text in whole_lines(folder / LOG)] if (folder / LOG).is_file() else []
+    done = record.read(folder / RECORD)[-1] if (folder / RECORD).is_file() else None
+    updates = [line for line in lines if "loss" in line]
+    watched = [line for line in lines if "validation" in line]
+    page = Page("Training run", folder.name)
+    planned = recipe["tokens"] // recipe["batch_tokens"] * recipe["batch_tokens"]
+    seen = updates[-1]["tokens"] if updates else 0
+    page.facts = [("tokens", f"{big(seen)} of {big(planned)}")]
+    if watched:
+        page.facts.append(("validation loss", f"{watched[-1]['validation']['loss']:.4f}"))
+    if done is not None:
+        figures = done["figures"]
+        page.facts += [("parameters", big(figures["params"])), ("FLOPs", f"{sum(figures['flops'].values()):.3g}")]
+        page.facts.append(("seconds", f"{figures['seconds']:,.0f}"))
+    else:
+        page.notes.append("This run is not finished: what it has logged so far.")
+    thin = _thin(updates)
+    seen_losses = [
+        ("training", _points(thin, "loss")),
+        ("validation", _points([w | w["validation"] for w in watched], "loss")),
+    ]
+    page.draw("Loss", "nats a token", [Series(name, points) for name, points in seen_losses if points], x="tokens", y="loss")
+    page.draw("Learning rate", "", [Series("rate", _points(thin, "lr"))], x="tokens", y="rate")
+    if len({line.get("params") for line in updates}) > 1:
+        alive = Series("parameters", _points(thin, "params"))
+        page.draw("Parameters", "how the model shrinks", [alive], x="tokens", y="parameters")
+    if (folder / LEDGER).is_file():
+        page.tables.append(_ledger(Ledger.read(folder)))
+    page.sources.append(("The recipe", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)))
+    if done is not None:
+        told = {name: done[name] for name in ("commit", "recipe_hash", "time", "versions", "machine")}
+        page.sources.append(("Where it comes from", yaml.safe_dump(told, sort_keys=False)))
+    return page
+
+
+def _points(lines: Sequence[dict[str, Any]], name: str) -> tuple[Point, ...]:
+    return tuple(Point(float(line["tokens"]), float(line[name])) for line in lines)
+
+
+def _ledger(ledger: Ledger) -> Table:
+    rows = [
+        (
+            stage["name"], "parent" if stage["parent"] else "this run", big(stage["tokens"]), big(stage["unique_tokens"]),
+            f"{sum(stage['flops'].values()):.3g}", " ".join(stage["data"]),
+        )
+        for stage in ledger.summary()["stages"]
+    ]  # fmt: skip
+    return Table("Ledger", ("stage", "of", "tokens", "different", "FLOPs", "data"), tuple(rows), 2)
+
+
+def _thin(points: Sequence[Any]) -> Sequence[Any]:
+    """At most `_KEPT` of many points, the last among them."""
+    step = -(-len(points) // _KEPT)
+    return [*points[:-1:step], points[-1]] if step > 1 else points

@@ -1,0 +1,410 @@
+"""What the records of a study say: runs, seed by seed differences of arms, and an SQLite index. Reads records alone.
+
+The JSON lines are the truth; the index and every table are made from them, and can be made again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sqlite3
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import record
+from ..errors import UserError, unknown
+from ..place import staged_files
+from ..tables import big, markdown
+from .file import Study
+
+STUDY, RECORDS, PROOFS, INDEX = "study.json", "records.jsonl", "proofs.json", "index.sqlite"
+LOSS = ("validation", "loss")  # of the training run's own
+Metric = tuple[str, str]  # what it was measured on, and what
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure, with the standard error that its items give it where they do."""
+
+    value: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run that is done."""
+
+    name: str
+    arm: str
+    place: Mapping[str, Any]
+    params: int | None
+    tokens: int
+    flops: int
+    total_tokens: int | None  # parents included; None for a released model
+    total_flops: int | None
+    unrecorded: tuple[str, ...]  # parents of whose training nothing is known
+    scores: Mapping[Metric, Score]
+    recipe_hash: str | None
+    commit: str | None
+    curve: tuple[tuple[int, float], ...]  # validation loss by tokens
+
+    @property
+    def group(self) -> str:
+        """Its place without seeds."""
+        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.place.items() if not is_seed(key))
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Run:
+        """Of one record."""
+        figures, ledger = line["figures"], line.get("ledger")
+        scores: dict[Metric, Score] = {}
+        curve = [(row["tokens"], row["validation"]["loss"]) for row in figures.get("validation", [])]
+        if curve:
+            scores[LOSS] = Score(curve[-1][1])
+        for one in line.get("evaluations", []):
+            scores |= _scores(one["figures"])
+        evaluated = [one["figures"]["params"] for one in line.get("evaluations", [])]
+        return cls(
+            name=line["run"], arm=line["arm"], place=line["place"],
+            params=figures.get("params") or next(iter(evaluated), None),
+            tokens=figures.get("tokens", 0), flops=0 if ledger is None else ledger["flops"],
+            total_tokens=None if ledger is None else ledger["total_tokens"],
+            total_flops=None if ledger is None else ledger["total_flops"],
+            unrecorded=() if ledger is None else tuple(ledger["unrecorded"]), scores=scores,
+            recipe_hash=line.get("recipe_hash"), commit=line.get("commit"), curve=tuple(curve),
+        )  # fmt: skip
+
+
+def _scores(figures: Mapping[str, Any]) -> dict[Metric, Score]:
+    out: dict[Metric, Score] = {}
+    for text in figures["texts"]:
+        which = text["text"]["documents"]
+        out[text["text"]["source"] + (f" {which}" if which else ""), "loss"] = Score(text["loss"])
+    for name, task in figures.get("tasks", {}).items():
+        score = task[task["metric"]]
+        out[name, task["metric"]] = Score(score["mean"], score["error"])
+    for name, score in figures.get("means", {}).items():
+        out[f"mean of {name}", "accuracy"] = Score(score["mean"], score["error"])
+    return out
+
+
+def is_seed(key: str) -> bool:
+    """Whether a grid key tells repetitions of one thing apart."""
+    return key.rpartition(".")[2] == "seed"
+
+
+def is_loss(metric: Metric) -> bool:
+    """Whether less is better."""
+    return metric[1] == "loss"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study's folder as far as it is done."""
+
+    folder: Path
+    name: str
+    written: Mapping[str, Any]  # the study's file
+    runs: tuple[Run, ...]
+    missing: tuple[str, ...]  # runs that are not done
+    proofs: tuple[Mapping[str, Any], ...]
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """All that was measured, in the order of the records."""
+        return list(dict.fromkeys(metric for run in self.runs for metric in run.scores))
+
+    def of(self, arm: str) -> list[Run]:
+        """The runs of an arm."""
+        return [run for run in self.runs if run.arm == arm]
+
+
+def keep(study: Study, out: Path) -> None:
+    """Writes what the study is beside its records, so that they can be read without its file."""
+    told = {"name": study.name, "file": study.file.model_dump(mode="json", by_alias=True)}
+    told |= {"runs": [cell.name for cell in study.cells]}
+    out.mkdir(parents=True, exist_ok=True)
+    with staged_files(out / STUDY) as (stage,):
+        stage.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def load(out: Path) -> Results:
+    """What is there of a study; UserError for a folder that holds none. An unfinished one says what is missing."""
+    if not (out / STUDY).is_file():
+        what = "holds no study" if out.is_dir() else "no such file or folder"
+        raise UserError(f"{out}: {what}; give the --out of prunus study run")
+    try:
+        told = json.loads((out / STUDY).read_text(encoding="utf-8"))
+        lines = record.read(out / RECORDS) if (out / RECORDS).is_file() else []
+        runs = tuple(Run.of(line) for line in lines)
+        proofs = tuple(json.loads((out / PROOFS).read_text(encoding="utf-8"))) if (out / PROOFS).is_file() else ()
+        done = {run.name for run in runs}
+        return Results(out, told["name"], told["file"], runs, tuple(n for n in told["runs"] if n not in done), proofs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{out}: its records cannot be read ({type(error).__name__}: {error}); run the study again"
+        ) from error
+
+
+# -- differences ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One arm less another on the same metric at the same place, seed by seed."""
+
+    protocol: str
+    arms: tuple[str, str]
+    group: str
+    metric: Metric
+    values: tuple[float, float]  # means over the seeds that both have
+    mean: float
+    error: float | None  # standard error over seeds; None of one seed
+    seeds: int
+    noise: float | None  # of one seed: the items' standard error of the second arm's score, the rule of the papers
+
+    @property
+    def verdict(self) -> str:
+        """Which arm is better, or that nothing can be told."""
+        if self.error is None and self.noise is None:
+            return "one run each"
+        far = 2 * self.error if self.error is not None else self.noise
+        if abs(self.mean) <= (far or 0.0):
+            return "within noise"
+        return f"{self.arms[0 if (self.mean < 0) == is_loss(self.metric) else 1]} better"
+
+
+def differences(found: Results) -> list[Difference]:
+    """Every pair of arms that the study compares, by place and metric."""
+    out = []
+    for part in found.written["compare"]:
+        first, *others = part["arms"]
+        for other in others:
+            groups: dict[str, list[tuple[Run, Run]]] = {}
+            for one, two in _pairs(found, first, other):
+                groups.setdefault((one if len(one.place) >= len(two.place) else two).group, []).append((one, two))
+            for group, pairs in groups.items():
+                for metric in found.metrics:
+                    both = [
+                        (a.scores[metric], b.scores[metric]) for a, b in pairs if metric in a.scores and metric in b.scores
+                    ]
+                    if both:
+                        out.append(_difference(part["protocol"], (first, other), group, metric, both))
+    return out
+
+
+def _pairs(found: Results, first: str, other: str) -> Iterable[tuple[Run, Run]]:
+    """Runs of two arms that agree in all that both are told apart by."""
+    for one in found.of(first):
+        for two in found.of(other):
+            if all(one.place[key] == two.place[key] for key in one.place.keys() & two.place.keys()):
+                yield one, two
+
+
+def _difference(
+    protocol: str, arms: tuple[str, str], group: str, metric: Metric, both: Sequence[tuple[Score, Score]]
+) -> Difference:
+    apart = [a.value - b.value for a, b in both]
+    error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
+    means = (statistics.fmean(a.value for a, _ in both), statistics.fmean(b.value for _, b in both))
+    noise = both[0][1].error if len(both) == 1 else None
+    return Difference(protocol, arms, group, metric, means, statistics.fmean(apart), error, len(both), noise)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown; `left` columns are text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: int = 1
+
+
+def tables(found: Results) -> list[Table]:
+    """Arms with what they cost and scored, over seeds; what the comparisons came to; what the ledgers prove."""
+    out = [_arms(found)]
+    if compared := differences(found):
+        out.append(_compared(compared))
+    if found.proofs:
+        rows = tuple(
+            (p["protocol"], p["runs"][0], p["runs"][1], "kept" if p["holds"] else "NOT kept", p["why"]) for p in found.proofs
+        )
+        out.append(Table("What the ledgers say", ("protocol", "run", "run", "", "why"), rows, 5))
+    return out
+
+
+def _arms(found: Results) -> Table:
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in found.runs:
+        groups.setdefault((run.arm, run.group), []).append(run)
+    metrics = found.metrics
+    header = ("arm", "", "runs", "parameters", "tokens", "with parents", "FLOPs", "with parents")
+    rows = []
+    for (arm, group), runs in groups.items():
+        released = any(run.unrecorded or run.total_tokens is None for run in runs)
+        whole = [run.total_tokens for run in runs if run.total_tokens is not None]
+        spent = [run.total_flops for run in runs if run.total_flops is not None]
+        more = " and more" if released else ""
+        rows.append((
+            arm, group, str(len(runs)), _span([r.params for r in runs if r.params is not None], big),
+            _span([r.tokens for r in runs], big), (_span(whole, big) + more).strip() or "?",
+            _span([r.flops for r in runs], _short), (_span(spent, _short) + more).strip() or "?",
+            *(_spread([run.scores[metric] for run in runs if metric in run.scores], metric) for metric in metrics),
+        ))  # fmt: skip
+    left = len(found.missing)
+    title = "Arms" + (f", without {left} {'run that is' if left == 1 else 'runs that are'} not done" if left else "")
+    return Table(title, (*header, *(f"{on} {what}" for on, what in metrics)), tuple(rows), 2)
+
+
+def _compared(compared: Sequence[Difference]) -> Table:
+    header = ("equal", "arms", "", "on", "first", "second", "difference", "seeds", "")
+    rows = []
+    for d in compared:
+        spread = "" if d.error is None else f" ± {_figure(2 * d.error, d.metric)}"
+        told = (d.protocol.replace("-", " "), " - ".join(d.arms), d.group, " ".join(d.metric))
+        first, second = (_figure(value, d.metric) for value in d.values)
+        rows.append((*told, first, second, _figure(d.mean, d.metric, "+") + spread, str(d.seeds), d.verdict))
+    return Table("Differences, seed by seed, ± twice their standard error", header, tuple(rows), 4)
+
+
+def _figure(value: float, metric: Metric, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if is_loss(metric) else f"{100 * value:{sign}.1f}"
+
+
+def _spread(scores: Sequence[Score], metric: Metric) -> str:
+    """A mean with the range over seeds, or with the items' own error."""
+    if not scores:
+        return ""
+    values = [score.value for score in scores]
+    mean = _figure(statistics.fmean(values), metric)
+    if len(values) > 1:
+        return f"{mean} ({_figure(min(values), metric)} to {_figure(max(values), metric)})"
+    error = scores[0].error
+    return mean if error is None else f"{mean} ± {_figure(error, metric)}"
+
+
+def _span(values: Sequence[int], show: Callable[[float], str]) -> str:
+    if not values:
+        return ""
+    low, high = show(min(values)), show(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+# -- as text ----------------------------------------------------------------------------------------------------------------
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+}  # fmt: skip
+
+
+def as_markdown(found: Results) -> str:
+    """Tables under headings."""
+    out = [f"# {_cell(found.name)}", ""]
+    for table in tables(found):
+        rows = [[_cell(cell) for cell in row] for row in table.rows]
+        out += [f"## {table.title}", "", *markdown([*table.header], rows, left=table.left), ""]
+    return "\n".join(out)
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def as_latex(found: Results) -> str:
+    """Tables for booktabs."""
+    out = []
+    for table in tables(found):
+        columns = "l" * table.left + "r" * (len(table.header) - table.left)
+        rows = [" & ".join(map(_latex, row)) + r" \\" for row in table.rows]
+        head = " & ".join(map(_latex, table.header)) + r" \\"
+        out += [
+            f"% {table.title}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+        ]
+        out += [r"\end{tabular}", ""]
+    return "\n".join(out)
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text.replace("\n", " "))
+
+
+def as_csv(found: Results) -> str:
+    """A line a run and metric: for pandas, not for the eye."""
+    keys = list(dict.fromkeys(key for run in found.runs for key in run.place))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "arm", *keys, *_COUNTS, "on", "metric", "value", "error"])
+    for run in found.runs:
+        for (on, metric), score in run.scores.items():
+            counts = [getattr(run, name) for name in _COUNTS]
+            writer.writerow(
+                [run.name, run.arm, *(run.place.get(key) for key in keys), *counts, on, metric, score.value, score.error]
+            )
+    return out.getvalue()
+
+
+_COUNTS = ("params", "tokens", "flops", "total_tokens", "total_flops", "recipe_hash", "commit")
+FORMATS: Mapping[str, Callable[[Results], str]] = {"markdown": as_markdown, "latex": as_latex, "csv": as_csv}
+
+
+def written(found: Results, form: str) -> str:
+    """The tables in a format; UserError for one that is none."""
+    if form not in FORMATS:
+        raise unknown("format", form, ["text", *FORMATS])
+    return FORMATS[form](found)
+
+
+# -- index ------------------------------------------------------------------------------------------------------------------
+
+
+def index(found: Results) -> Path:
+    """Writes the runs as an SQLite file that pandas and DuckDB read: tables runs, places and scores."""
+    path = found.folder / INDEX
+    with staged_files(path) as (stage,):
+        base = sqlite3.connect(stage)
+        try:
+            columns = ", ".join(f'"{name}" {kind}' for name, kind in _SQL.items())
+            base.execute(f"create table runs (run text primary key, arm text, {columns})")
+            base.execute("create table places (run text references runs, key text, value)")
+            base.execute('create table scores (run text references runs, "on" text, metric text, value real, error real)')
+            for run in found.runs:
+                counts = [_stored(getattr(run, name), name) for name in _COUNTS]
+                base.execute(f"insert into runs values ({', '.join('?' * (2 + len(counts)))})", [run.name, run.arm, *counts])
+                places = [
+                    (run.name, k, v if isinstance(v, int | float | str) else json.dumps(v)) for k, v in run.place.items()
+                ]
+                base.executemany("insert into places values (?, ?, ?)", places)
+                scores = [(run.name, on, metric, s.value, s.error) for (on, metric), s in run.scores.items()]
+                base.executemany("insert into scores values (?, ?, ?, ?, ?)", scores)
+            base.commit()
+        finally:
+            base.close()
+    return path
+
+
+_SQL = dict.fromkeys(_COUNTS, "integer") | {"recipe_hash": "text", "commit": "text", "flops": "real", "total_flops": "real"}
+
+
+def _stored(value: Any, name: str) -> Any:
+    """FLOPs of large runs are more than SQLite's whole numbers hold."""
+    return float(value) if value is not None and _SQL[name] == "real" else value
