@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -160,7 +161,8 @@ def _recipe(one: Found, question: Question) -> dict[str, Any]:
     texts = [windows.provenance() for _, windows in one.texts]
     recipe: dict[str, Any] = {"command": "eval", "model": one.source.label, "texts": texts, "dtype": question.dtype}
     recipe |= {"tasks": {name: dict(r.key) for name, r in one.tasks.items()}} if one.tasks else {}
-    written = {"prompts": question.prompts, "new_tokens": question.new_tokens, "chat": question.chat}
+    told = hashlib.sha256("\0".join(question.prompts).encode()).hexdigest()  # prompts have a licence of their own
+    written = {"prompts": len(question.prompts), "sha256": told, "new_tokens": question.new_tokens, "chat": question.chat}
     judges = {said["judge"] for said in one.judged.values()}
     written |= {"judge": judges.pop()} if judges else {}
     return recipe | ({"written": written} if question.prompts else {})

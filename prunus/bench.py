@@ -221,17 +221,27 @@ def _alone(run: Callable[..., float], *arguments: Any) -> tuple[float]:
 
 def _peak(told: Connection, path: str, dtype: str, batch: int, context: int, new_tokens: int) -> None:
     """In a process of its own: bytes at its peak, before the model is read and when it has written."""
-    import resource
     import warnings
 
     offline(online=False)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     source = Source.open(path, quantized=True)
     generate_s(source.load(dtype), _prompts(source, batch, context), new_tokens)
-    told.send((before, unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    told.send((before, _high_water()))
+
+
+def _high_water() -> int:
+    """The most bytes that this program has held. getrusage also counts, on Linux, those of the process that started it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_bytes(path: str, dtype: str, batch: int, context: int, new_tokens: int) -> dict[str, int] | None:

@@ -323,6 +323,7 @@ app.command()(cli_train.runs)
 app.add_typer(cli_train.recipes)
 app.add_typer(cli_study.studies)
 app.command()(cli_study.report)
+app.command()(cli_study.advise)
 
 
 def main() -> None:

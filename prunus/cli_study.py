@@ -121,6 +121,42 @@ def report(
     tell(page.write(folder, place, overwrite=overwrite), as_json, show_study.reported)
 
 
+def advise(
+    target_params: Annotated[str, typer.Option("--target-params", help="Of the small model, such as 1B.")],
+    tokens: Annotated[str, typer.Option("--tokens", help="That there are to train on, such as 50B.")],
+    source: Annotated[
+        str | None, typer.Argument(help="The parent: a folder, GGUF file or hub name.", metavar="SOURCE", show_default=False)
+    ] = None,
+    parent_params: Annotated[str | None, typer.Option("--parent-params", help="Instead of SOURCE, such as 8B.")] = None,
+    own_parent: Annotated[
+        bool, typer.Option("--own-parent/--released-parent", help="Whether the parent must be trained from the same tokens.")
+    ] = False,
+    granularity: Annotated[
+        str | None, typer.Option("--granularity", help="depth, width, 'depth and width' or sparse; default: all but sparse.")
+    ] = None,
+    study: Annotated[
+        list[Path] | None, typer.Option("--study", help="Folder of a study of your own; may be given again.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or gpu: whose hours are told.")] = "cpu",
+    rate: Annotated[float | None, typer.Option("--rate", help="FLOPs a second that training reaches.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Scratch, prune, or enlarge and prune? From published rows and your own studies, with the reasons; or that nobody knows."""
+    from . import show_study
+    from .cli_train import count
+    from .source import Source
+    from .study import advise as advice
+
+    if (source is None) == (parent_params is None):
+        raise UserError("advise: give the parent as SOURCE, or its size as --parent-params")
+    params = Source.open(source).anatomy.num_params if source is not None else count("--parent-params", parent_params or "")
+    asked = advice.Asked(
+        params, count("--target-params", target_params), count("--tokens", tokens), own_parent, granularity, device, rate
+    )
+    rows = [*advice.own(folder.expanduser() for folder in study or ()), *advice.published()]
+    tell(advice.advise(asked, rows), as_json, show_study.advised)
+
+
 @studies.command(name="slurm")
 def slurm_of_study(
     file: StudyArg,

@@ -44,14 +44,14 @@ def _fields(
         "model.source": source,
         "data.domains": [{"folder": data}] if data else None,
         "model.tokenizer": tokenizer,
-        "tokens": None if tokens is None else _count("--tokens", tokens),
+        "tokens": None if tokens is None else count("--tokens", tokens),
         "data.epochs": epochs,
-        "target_params": None if params is None else _count("--target-params", params),
+        "target_params": None if params is None else count("--target-params", params),
     }
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _count(option: str, text: str) -> int:
+def count(option: str, text: str) -> int:
     """``4M`` -> 4,000,000."""
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
     try:
@@ -196,7 +196,7 @@ def shear(
                 source,
                 request,
                 out,
-                tokens=_count("--tokens", tokens),
+                tokens=count("--tokens", tokens),
                 data=data,
                 text=None if text is None else Text(*text, online=online),
                 seq_len=seq_len,

@@ -62,10 +62,36 @@ def reported(made: Mapping[str, Any]) -> None:
     print(f"{made['out']}: {made['charts']} figures, {made['tables']} tables, {big(made['bytes'], 'B')}")
 
 
+def advised(made: Mapping[str, Any]) -> None:
+    """A recommendation, why, and what it costs."""
+    console = new_console()
+    answer = made["answer"]
+    said = {"unknown": "nobody knows", "scratch": "train from scratch", "prune": f"prune, by {made['method']}, and retrain"}[
+        answer
+    ]
+    console.print(Text(said, style="bold"))
+    for reason in made["reasons"]:
+        console.print(Text(reason))
+    for name in ("how", "alternative"):
+        if name in made:
+            console.print(Text(made[name] if name == "how" else f"or {made[name]}"))
+    if made["expected"]:
+        table = new_table("method", "nats ahead of fresh weights")
+        for method, value in sorted(made["expected"].items(), key=lambda one: -one[1]):
+            table.add_row(method, f"{value:+.3f}")
+        console.print(table)
+    cost = made["cost"]
+    hours = f"about {cost['hours']:,.3g} hours at {cost['basis']}" if cost["hours"] is not None else cost["basis"]
+    console.print(Text(f"cost: {big(cost['tokens'])} tokens, {cost['flops']:.3g} FLOPs, {hours}"))
+    if made["rows"]:
+        console.print(Text(f"rows: {', '.join(made['rows'])}", style="dim"))
+
+
 def planned(made: Mapping[str, Any]) -> None:
     """Steps, and what they take in all."""
     console = new_console()
     table = new_table("step", "kind", "parameters", "tokens", "FLOPs", "hours", "disk", left=2)
+    table.columns[0].overflow = "fold"
     for row in made["steps"]:
         hours = "done" if row["done"] else "" if row["hours"] is None else f"{row['hours']:.2f}"
         flops = "?" if row["flops"] is None else _flops(row["flops"])

@@ -102,6 +102,7 @@ def test_a_program_judges_on_the_command_line(tmp_path, capsys):
     kept = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
     assert kept[0]["figures"]["judged"] and kept[0]["recipe"]["written"]["judge"].startswith("program:python")
     assert str(tmp_path) not in json.dumps(kept[0]["recipe"]["written"]["judge"])
+    assert kept[0]["recipe"]["written"]["prompts"] == 3 and "the cat sings" not in json.dumps(kept[0]["recipe"])
     text = page.read_text(encoding="utf-8")
     assert text.count(": wins ") == 1 and all(f": {verdict}\n" in text for verdict in said["each"])
     assert cli.run(arguments) == 0

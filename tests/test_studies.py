@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from prunus.study import file as studies
+from prunus.study.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "studies").glob("*/*.yaml"))
+FILES = sorted((ROOT / "studies" / "while-training").glob("*.yaml"))
+ALL = sorted((ROOT / "studies").glob("*/*.yaml"))
 sys.path.insert(0, str(ROOT / "tools"))
 import study_tables  # noqa: E402  (a tool, not of the package)
 
@@ -20,6 +22,13 @@ def test_arms_of_a_study_train_on_the_same_tokens_in_the_same_order(path):
         recipe = cell.recipe
         order = (recipe.data.model_dump_json(), recipe.tokens, recipe.batch_tokens, recipe.validate_.sequences)
         assert seen.setdefault(str(cell.place.get("data.seed")), order) == order
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_studies_can_be_planned_and_keep_what_they_promise(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = plan(studies.read(path), rate=1e11)
+    assert made["tokens"] > 0 and len(made["steps"]) >= made["runs"]
 
 
 def row(arm, seed, loss, study="systems", **place):

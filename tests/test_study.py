@@ -406,6 +406,21 @@ def test_released_parents_have_no_total(tmp_path):
         protocol.check(files.read(path))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "meet"),
+    [
+        (":-20", "-20:", False), (":-20", "-21:", True), (":800", "-100:", True), (":5", "-3:", False), (None, "-3:", True),
+        ("0:10", "10:20", False), ("0:11", "10:20", True), ("5:", ":5", False), ("-10:-5", "-5:", False),
+    ],
+)  # fmt: skip
+def test_slices_that_share_documents(one, other, meet, tmp_path):
+    """Of thirty documents, tried one by one."""
+    text, numbers = tmp_path / "thirty.jsonl", range(30)
+    text.write_text("".join(json.dumps({"text": f"d{i}"}) + "\n" for i in numbers), encoding="utf-8")
+    seen = [set(numbers if which is None else numbers[protocol.slice_of(which)]) for which in (one, other)]
+    assert protocol._meet(text, one, other) == meet == bool(seen[0] & seen[1])
+
+
 def test_a_name_that_is_there_twice(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text("name: x\narms:\n  a: {recipe: scratch}\n  a: {recipe: continue}\n")

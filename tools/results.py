@@ -370,6 +370,8 @@ def main() -> int:
     records = load(ROOT / "results")
     readme = ROOT / "README.md"
     pages = {ROOT / "docs" / "results.md": page(records)}
+    if answers := shipping_tables.answers(records):
+        pages[ROOT / "docs" / "answers.md"] = answers
     pages[readme] = with_table(readme.read_text(encoding="utf-8"), readme_table(records))
     stale = [p for p, text in pages.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     for path in stale:

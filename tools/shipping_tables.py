@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import Any
 
-from prunus.tables import markdown, number
+from prunus.tables import markdown, number, win_rate
 from prunus.tasks.table import TASKS
 
 Row = dict[str, Any]
@@ -34,7 +35,7 @@ def score_tables(rows: list[Row]) -> list[str]:
             groups[limit or 0, row["recipe"]["dtype"]].append(row)
     lines = []
     for (limit, dtype), some in sorted(groups.items()):
-        some = sorted(some, key=lambda r: (-r["figures"]["params"], r["figures"]["model"]))
+        some = sorted(merged(some), key=lambda r: (-r["figures"]["params"], r["figures"]["model"]))
         body = [["parameters", *(f"{r['figures']['params']:,}" for r in some)]]
         for k, text in enumerate(some[0]["figures"]["texts"]):
             name = f"{text['text']['source']}, {text['text']['windows']} x {text['text']['seq_len']:,} tokens: perplexity"
@@ -54,6 +55,46 @@ def score_tables(rows: list[Row]) -> list[str]:
         lines += [f"`prunus eval`, {what}, {dtype}, zero-shot; per cent ± standard error; commit {commits}.", ""]
         lines += [*markdown(["", *map(named, some)], body), ""]
     return lines[:-1]
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """Runs of one model on other tasks, as one row; means only of the run that has them."""
+    out: dict[str, Row] = {}
+    for row in rows:
+        f = row["figures"]
+        known = out.setdefault(f["weights_sha256"], row | {"figures": f | {"tasks": {}, "means": {}, "texts": []}})[
+            "figures"
+        ]
+        known["tasks"] |= f["tasks"]
+        known["means"] |= f.get("means", {})
+        known["texts"] = known["texts"] or f["texts"]
+    return list(out.values())
+
+
+def answers(records: list[Row]) -> str:
+    """The page of what models wrote behind the same prompts, side by side; the prompts are others', and are not repeated."""
+    rows = [r for r in records if r["kind"] == "eval" and r["figures"].get("written")]
+    if not rows:
+        return ""
+    newest = max(rows, key=lambda r: r["time"])["recipe"]["written"]
+    asked = {key: newest[key] for key in ("prompts", "sha256")}
+    rows = [r for r in rows if {key: r["recipe"]["written"][key] for key in asked} == asked]
+    models = [r["figures"] for r in sorted(rows, key=lambda r: "judged" not in r["figures"])]
+    lines = ["# Answers, side by side", "", "Written by `make results` from `results/*.jsonl`; do not edit.", ""]
+    how = "as a chat" if newest["chat"] else "as text"
+    lines += [
+        f"The first {asked['prompts']} prompts of AlpacaEval (CC BY-NC 4.0, so they are not repeated; SHA-256 of all "
+        f"`{asked['sha256'][:16]}`), greedy, at most {newest['new_tokens']} tokens, {how}, by `prunus eval --prompts`.",
+        "",
+    ]
+    for other, said in models[0].get("judged", {}).items():
+        lines += [f"- {models[0]['model']} against {other}: {win_rate(said)}."]
+    for i in range(asked["prompts"]):
+        lines += ["", f"## Prompt {i + 1}"]
+        for one in models:
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", one["written"][i])), default=0))
+            lines += ["", f"**{one['model']}**", "", f"{fence}text", one["written"][i], fence]
+    return "\n".join(lines) + "\n"
 
 
 def form_tables(rows: list[Row]) -> list[str]:

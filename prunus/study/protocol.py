@@ -147,10 +147,20 @@ def _apart(study: Study, cell: Cell, cut: CutPart) -> None:
 
 
 def _meet(text: Path, one: str | None, other: str | None) -> bool:
-    """Whether two slices share a document."""
+    """Whether two slices share a document. Only slices from both ends, such as :800 and -100:, hang on how many there are."""
     if one is None or other is None:
         return True
-    count = sum(1 for _ in documents(str(text)))
+    ends = [(span.start, span.stop) for span in map(slice_of, (one, other))]
+    mixed = {end < 0 for pair in ends for end in pair if end is not None} == {False, True}
+    if _overlap(one, other, _ENDLESS) or not mixed or not text.is_file():
+        return _overlap(one, other, _ENDLESS)
+    return _overlap(one, other, sum(1 for _ in documents(str(text))))
+
+
+_ENDLESS = 10**12  # documents
+
+
+def _overlap(one: str, other: str, count: int) -> bool:
     (a, b), (c, d) = (slice_of(which).indices(count)[:2] for which in (one, other))
     return max(a, c) < min(b, d)
 

@@ -1,0 +1,253 @@
+"""Scratch, prune, or enlarge and prune? Answered from published rows and from the user's own studies, each named; or not at all.
+
+A row says how much lower the loss of a pruned and retrained model is than that of fresh weights, in nats a token. Rows count
+that are near in size, in tokens a parameter and in how much of the parent is left. Without any, nothing is recommended.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import measure
+from ..errors import UserError, unknown
+from ..methods import METHODS
+from ..tables import big
+from ..train.estimate import EFFICIENCY
+from .results import LOSS, Run, differences, load
+
+PUBLISHED = "published.csv"  # tables 11 to 16 of "Small LLMs: pruning vs. training from scratch" (arXiv 2606.14150)
+PARENT_TOKENS_B = 200.0  # of that study's own parent
+EQUAL = 0.02  # nats: what published rows of one setting differ by between tables is less, what is worth a pipeline is more
+NEAR = {"params": 4.0, "tokens": 4.0, "kept": 1.6}  # factors within which a row speaks of another setting
+GRANULARITY = {
+    "minitron-depth": "depth", "minitron-width": "width", "flap": "width", "sheared-llama": "depth and width",
+    "wanda": "sparse", "sparsegpt": "sparse",
+}  # fmt: skip
+IDEA = (
+    "IDEA-Prune's abstract says that with the parent's tokens counted pruning is less efficient than scratch, unless the parent is "
+    "enlarged, pruned step by step and recovered under one cosine (2.8 B to 1.3 B parameters, up to 2 T tokens)"
+)
+Protocol = Literal["training", "total"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pruned against fresh weights in one setting. `advantage` in nats, above 0 where pruning is better."""
+
+    id: str
+    protocol: Protocol  # equal training tokens: the parent is there; equal total tokens: its tokens count
+    method: str
+    params: float  # of the small model
+    kept: float  # share of the parent's parameters
+    tokens: float  # trained on by the small model; in `total` all tokens
+    advantage: float
+    best_shape: float | None = None  # in `total`: against the best shape of that size instead of its own
+
+    @property
+    def granularity(self) -> str:
+        """What the method cuts."""
+        return granularity_of(self.method)
+
+
+def granularity_of(method: str) -> str:
+    """Depth, width, both, or single weights."""
+    name = method.partition("-2:4")[0]
+    if name in GRANULARITY:
+        return GRANULARITY[name]
+    axes = METHODS[name].axes if name in METHODS else ()
+    return "sparse" if "weights" in axes else "depth" if set(axes) <= {"layers"} and axes else "width"
+
+
+def published() -> list[Row]:
+    """Rows of the comparison study: S against P200-R and Meta-R at equal training tokens, and S250 against P200-R50."""
+    text = (resources.files("prunus.study") / PUBLISHED).read_text(encoding="utf-8")
+    found = list(csv.DictReader(text.splitlines()))
+    out, fresh = [], {}
+    for row in found:
+        if row["arm"] == "S":
+            fresh[row["table"], row["method"], row["child_params_b"], row["tokens_b"]] = float(row["loss"])
+    best = min(float(r["loss"]) for r in found if r["table"] == "T16" and r["arm"] == "S" and r["tokens_b"] == "250")
+    for row in found:
+        if row["arm"] == "S":
+            continue
+        params, loss, tokens = float(row["child_params_b"]), float(row["loss"]), float(row["tokens_b"])
+        kept = params / float(row["parent_params_b"])
+        other = fresh.get((row["table"], row["method"], row["child_params_b"], row["tokens_b"]))
+        if row["table"] != "T16" and other is not None:
+            out.append(Row(row["id"], "training", row["method"], params * 1e9, kept, tokens * 1e9, other - loss))
+        whole = fresh.get((row["table"], row["method"], row["child_params_b"], "250"))
+        if row["table"] == "T16" and whole is not None:
+            total = (PARENT_TOKENS_B + tokens) * 1e9
+            out.append(Row(row["id"], "total", row["method"], params * 1e9, kept, total, whole - loss, best - loss))
+    return out
+
+
+def own(folders: Iterable[Path]) -> list[Row]:
+    """Rows of the user's own studies: arms that they compare at equal training or total tokens, on the validation loss."""
+    out = []
+    for folder in folders:
+        found = load(folder)
+        protocols: dict[str, Protocol] = {"training-tokens": "training", "total-tokens": "total"}
+        for one in differences(found):
+            runs = [run for arm in one.arms for run in found.of(arm) if run.group == one.group]
+            cut = next((run for run in runs if run.place.get("cut.method") is not None and run.arm == one.arms[0]), None)
+            if one.metric != LOSS or one.protocol not in protocols or cut is None or not cut.params:
+                continue
+            parents = [run.params for run in found.runs if run.params and run.params > cut.params]
+            if parents:
+                out.append(_own_row(f"{found.name}: {one.group}", protocols[one.protocol], cut, max(parents), -one.mean))
+    return out
+
+
+def _own_row(name: str, protocol: Protocol, cut: Run, parent: int, advantage: float) -> Row:
+    tokens = cut.tokens if protocol == "training" else cut.total_tokens or cut.tokens
+    return Row(name, protocol, str(cut.place["cut.method"]), cut.params or 0, (cut.params or 0) / parent, tokens, advantage)
+
+
+# -- the answer -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A parent's parameters, the small model's, the tokens that there are, and whether the parent must be trained from them."""
+
+    parent_params: float
+    params: float
+    tokens: float
+    own_parent: bool
+    granularity: str | None = None  # None: all but sparse, whose zeros bring no speed
+    device: str = "cpu"
+    rate: float | None = None  # FLOPs a second that training reaches
+
+    def checked(self) -> Asked:
+        """Self; UserError for sizes that cannot be."""
+        if self.tokens <= 0:
+            raise UserError(f"tokens: {self.tokens:g} are none; give how many there are to train on")
+        if not 0 < self.params < self.parent_params:
+            sizes = f"{big(self.params)} is not below the parent's {big(self.parent_params)}"
+            raise UserError(f"target_params: {sizes}; give fewer, or a larger parent")
+        if self.granularity is not None and self.granularity not in {*GRANULARITY.values()}:
+            raise unknown("granularity", self.granularity, {*GRANULARITY.values()})
+        if self.device not in ("cpu", "gpu"):
+            raise unknown("device", self.device, ("cpu", "gpu"))
+        return self
+
+    @property
+    def protocol(self) -> Protocol:
+        """What is equal."""
+        return "total" if self.own_parent else "training"
+
+
+def advise(asked: Asked, rows: Sequence[Row]) -> dict[str, Any]:
+    """The recommendation with the expected range, its cost, three reasons, and the rows that it rests on."""
+    asked = asked.checked()
+    of = [
+        row for row in rows
+        if row.protocol == asked.protocol
+        and (row.granularity == asked.granularity if asked.granularity else row.granularity != "sparse")
+    ]  # fmt: skip
+    near = [row for row in of if max(_far(row, asked).values()) <= 1]
+    by: dict[str, list[Row]] = {}
+    for row in near:
+        by.setdefault(row.method, []).append(row)
+    expected = {method: _mean(found, asked) for method, found in by.items()}
+    out: dict[str, Any] = {
+        "asked": {"parent_params": asked.parent_params, "target_params": asked.params, "tokens": asked.tokens,
+                  "parent": "own" if asked.own_parent else "released", "granularity": asked.granularity},
+        "expected": expected, "rows": [row.id for row in near], "equal": EQUAL,
+    }  # fmt: skip
+    out |= _unknown(of, asked) if not near else _answer(expected, near, asked)
+    return out | {"cost": _cost(out["answer"], asked)}
+
+
+def _far(row: Row, asked: Asked) -> dict[str, float]:
+    """How far a row is in each respect, in units of `NEAR`."""
+    theirs, mine = row.tokens / row.params, asked.tokens / asked.params
+    ratios = {
+        "params": row.params / asked.params,
+        "tokens": theirs / mine,
+        "kept": row.kept / (asked.params / asked.parent_params),
+    }
+    return {name: abs(math.log(ratio)) / math.log(NEAR[name]) for name, ratio in ratios.items()}
+
+
+def _mean(rows: Sequence[Row], asked: Asked) -> float:
+    """Rows by nearness: a row in the very setting counts ten times as much as one at the edge."""
+    weights = [1 / (0.1 + sum(value**2 for value in _far(row, asked).values())) for row in rows]
+    values = [row.advantage if row.best_shape is None else row.best_shape for row in rows]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+def _unknown(rows: Sequence[Row], asked: Asked) -> dict[str, Any]:
+    nearest = min(rows, key=lambda row: max(_far(row, asked).values()), default=None)
+    setting = f"{big(asked.params)} parameters of {big(asked.parent_params)}"
+    reasons = [
+        f"No row is near {setting} on {asked.tokens / asked.params:.3g} tokens a parameter.",
+        "The nearest is none at all."
+        if nearest is None
+        else f"The nearest is {nearest.id}: {big(nearest.params)} parameters, {nearest.kept:.0%} of its parent, "
+        f"{nearest.tokens / nearest.params:.3g} tokens a parameter, {nearest.advantage:+.2f} nats for pruning.",
+        "A study at a size that you can pay for (prunus study) would tell more than a guess; give it as --study.",
+    ]
+    return {"answer": "unknown", "method": None, "range": None, "reasons": reasons}
+
+
+def _answer(expected: dict[str, float], near: Sequence[Row], asked: Asked) -> dict[str, Any]:
+    method = max(expected, key=lambda name: expected[name])
+    low, high = min(expected.values()), max(expected.values())
+    one = len(near) == 1
+    count = (
+        "one row is near"
+        if one
+        else f"{len(near)} rows are near, of {len(expected)} method{'s' if len(expected) > 1 else ''}"
+    )
+    told = f"{expected[method]:+.2f} nats a token ({low:+.2f} to {high:+.2f} over methods)"
+    if not asked.own_parent:
+        prune = expected[method] > EQUAL
+        reasons = [
+            f"The parent is there and costs nothing, so the question is one of equal training tokens, on which {count}.",
+            f"There {method}, retrained, is ahead of fresh weights of its own shape by {told}.",
+            "The advantage shrinks as tokens a parameter grow, and for depth as more is removed."
+            if prune
+            else f"That is no more than {EQUAL:g} nats, so the parent brings nothing that tokens would not.",
+        ]
+        how = "Cut once and retrain under one schedule: in prunus's recorded runs no slower cutting beats that at equal tokens."
+        return {"answer": "prune" if prune else "scratch", "method": method if prune else None, "range": [low, high],
+                "reasons": reasons, "how": how if prune else "Train fresh weights of the best shape of that size."}  # fmt: skip
+    whole = (
+        f"The parent's tokens must come out of the same {big(asked.tokens)}, so the question is one of equal total tokens"
+    )
+    reasons = [
+        f"{whole}, on which {count}.",
+        f"There the best, {method}, stands at {told} against fresh weights of the best shape of that size.",
+    ]
+    if expected[method] > EQUAL:
+        reasons.append("So pruning pays even for a parent that is trained for it.")
+        how = "Train the parent on four fifths of the tokens, cut it, retrain on the rest."
+        return {"answer": "prune", "method": method, "range": [low, high], "reasons": reasons, "how": how}
+    reasons.append("So a parent that is made for being cut does not pay, and fresh weights are simpler.")
+    return {"answer": "scratch", "method": None, "range": [low, high], "reasons": reasons,
+            "how": "Train fresh weights of the best shape of that size.", "alternative": f"enlarge-and-prune: {IDEA}."}  # fmt: skip
+
+
+def _cost(answer: str, asked: Asked) -> dict[str, Any]:
+    """Tokens, FLOPs (six a parameter and token) and hours of what is recommended; else of training from scratch."""
+    flops = 6 * asked.params * asked.tokens
+    if answer == "prune" and asked.own_parent:
+        flops = 6 * (0.8 * asked.parent_params + 0.2 * asked.params) * asked.tokens
+    rate, basis = asked.rate, "stated rate"
+    if rate is None and asked.device == "cpu":
+        rate, basis = EFFICIENCY * measure.gemm_rate(), f"{EFFICIENCY:.0%} of the float32 matmul rate measured now"
+    hours = None if rate is None else flops / rate / 3600
+    return {
+        "tokens": asked.tokens,
+        "flops": flops,
+        "hours": hours,
+        "basis": basis if rate else "no rate of a GPU is known; give --rate",
+    }

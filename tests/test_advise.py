@@ -1,0 +1,140 @@
+"""Scratch or prune: published cases get the published answers, each with its row; what nobody measured gets none."""
+
+import dataclasses
+import json
+
+import pytest
+from pipeline import cli
+from test_study_results import folder, line
+
+from prunus.study import advise as advice
+from prunus.study.advise import Asked, Row, advise, published
+
+B = 1e9
+
+
+def answered(*arguments, rows=None, **options):
+    return advise(Asked(*arguments, rate=1e15, **options), published() if rows is None else rows)
+
+
+def test_fifty_billion_tokens_and_a_released_parent_prune():
+    """Finding 1 of the comparison study: every method is ahead of fresh weights on the same 50 B tokens."""
+    said = answered(8 * B, 4.5 * B, 50 * B, False)
+    assert said["answer"] == "prune" and said["range"][0] > 0.1
+    assert {"T13-minitron-width-4.5B-Meta-R50", "T12-minitron-depth-4.5B-Meta-R50"} <= set(said["rows"])
+    assert len(said["reasons"]) == 3 and "costs nothing" in said["reasons"][0]
+    assert said["cost"]["flops"] == 6 * 4.5 * B * 50 * B and said["cost"]["hours"] == pytest.approx(
+        6 * 4.5e9 * 50e9 / 1e15 / 3600
+    )
+
+
+def test_all_tokens_and_no_parent_by_depth_is_scratch():
+    """Finding 2: on 250 B tokens in all, depth loses 0.05 nats to fresh weights of its own shape, 0.09 to the best of that size."""
+    said = answered(8 * B, 4.5 * B, 250 * B, True, granularity="depth")
+    assert said["answer"] == "scratch" and said["rows"] == ["T16-minitron-depth-4.5B-P200-R50"]
+    assert said["expected"]["minitron-depth"] == pytest.approx(2.45 - 2.54)
+    assert "IDEA-Prune" in said["alternative"]
+
+
+def test_no_structured_method_pays_for_a_parent_of_its_own():
+    said = answered(8 * B, 4.5 * B, 250 * B, True)
+    assert said["answer"] == "scratch" and set(said["expected"]) == {
+        "minitron-depth",
+        "minitron-width",
+        "flap",
+        "sheared-llama",
+    }
+    assert max(said["expected"].values()) == pytest.approx(-0.02)
+
+
+def test_what_is_left_of_the_parent_matters():
+    """Table 11: by depth nothing is gained at 81 % removed."""
+    said = answered(8 * B, 1.5 * B, 50 * B, False, granularity="depth")
+    assert said["answer"] == "scratch" and "no more than 0.02" in said["reasons"][2]
+    assert answered(8 * B, 1.5 * B, 50 * B, False, granularity="width")["answer"] == "prune"
+
+
+def test_it_does_not_guess():
+    said = answered(135e6, 100e6, 1e6, False)
+    assert said["answer"] == "unknown" and said["method"] is None and not said["rows"]
+    assert "No row is near 100 M parameters" in said["reasons"][0] and "The nearest is T1" in said["reasons"][1]
+    assert answered(8 * B, 4.5 * B, 250 * B, True, rows=[])["reasons"][1] == "The nearest is none at all."
+
+
+def test_published_rows_are_the_paper_s():
+    """Table 16: what P200-R50 lost and won against S250; table 12: the first row."""
+    by = {row.id: row for row in published()}
+    total = {row.method: round(row.advantage, 2) for row in published() if row.protocol == "total"}
+    assert total == {
+        "minitron-depth": -0.05, "minitron-width": -0.01, "flap": 0.04, "sheared-llama": -0.03, "wanda-2:4": -0.04, "wanda": 0.02,
+        "sparsegpt-2:4": -0.03, "sparsegpt": 0.01,
+    }  # fmt: skip
+    one = by["T12-minitron-depth-4.5B-Meta-R10"]
+    assert (one.protocol, one.granularity, one.params, one.tokens) == ("training", "depth", 4.5e9, 10e9)
+    assert one.advantage == pytest.approx(3.09 - 2.69) and one.kept == pytest.approx(4.5 / 8)
+    assert len(by) == len(published())
+
+
+def test_the_nearer_row_counts_more():
+    near, far = (
+        Row(name, "training", "flap", 1e9, 0.5, tokens, gain)
+        for name, tokens, gain in (("a", 1e10, 0.4), ("b", 3.9e10, 0.0))
+    )
+    said = answered(2e9, 1e9, 1e10, False, rows=[near, far])["expected"]["flap"]
+    assert 0.35 < said < 0.4
+    turned = answered(2e9, 1e9, 3.9e10, False, rows=[near, far])["expected"]["flap"]
+    assert 0 < turned < 0.05
+    outside = dataclasses.replace(far, tokens=4.1e10)
+    assert answered(2e9, 1e9, 1e10, False, rows=[outside])["answer"] == "unknown"
+
+
+def test_a_study_of_one_s_own_speaks(tmp_path):
+    """Its arms at equal training tokens, where nothing that was published is near."""
+    lines = []
+    for arm, loss in (("P-R", 3.0), ("S", 3.3)):
+        for seed in (0, 1):
+            one = line(arm, seed, loss, tokens=10_000)
+            one["place"]["cut.method"] = "flap"
+            one["figures"]["params"] = 1000
+            lines.append(one)
+    parent = line("P", 0, 2.9, tokens=40_000)
+    parent["place"], parent["figures"]["params"] = {}, 2000
+    out = folder(tmp_path, [*lines, parent])
+    (row,) = advice.own([out])
+    assert (row.protocol, row.method, row.params, row.kept, row.tokens) == ("training", "flap", 1000, 0.5, 10_000)
+    assert row.advantage == pytest.approx(0.3)
+    words = ("--parent-params", "2000", "--target-params", "1000", "--tokens", "10k", "--rate", "1e9")
+    code, said, err = cli("advise", *words, "--json")
+    assert code == 0 and json.loads(said)["answer"] == "unknown", err
+    code, said, err = cli("advise", *words, "--study", out, "--json")
+    told = json.loads(said)
+    assert code == 0 and told["answer"] == "prune" and told["rows"] == [row.id], err
+    code, said, _ = cli("advise", *words, "--study", out)
+    assert code == 0 and "prune, by flap, and retrain" in said and "rows: half:" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--parent-params", "1B", "--target-params", "2B", "--tokens", "1B"), "2 G is not below the parent's 1 G"),
+        (("--target-params", "2B", "--tokens", "1B"), "give the parent as SOURCE, or its size"),
+        (("--parent-params", "8B", "--target-params", "2B", "--tokens", "0"), "0 are none"),
+        (("--parent-params", "8B", "--target-params", "2B", "--tokens", "1X"), "'1X' is no number"),
+        (
+            ("--parent-params", "8B", "--target-params", "2B", "--tokens", "1B", "--granularity", "dept"),
+            "did you mean 'depth'",
+        ),
+        (("--parent-params", "8B", "--target-params", "2B", "--tokens", "1B", "--device", "tpu"), "unknown device 'tpu'"),
+        (("nowhere", "--target-params", "2B", "--tokens", "1B"), "nowhere: no such file or folder"),
+    ],
+)
+def test_questions_that_cannot_be_asked(words, message):
+    code, _, err = cli("advise", *words)
+    assert code == 2 and message in err
+
+
+def test_hours_of_a_gpu_need_a_rate():
+    code, said, err = cli(
+        "advise", "--parent-params", "8B", "--target-params", "4B", "--tokens", "50B", "--device", "gpu", "--json"
+    )
+    assert code == 0 and json.loads(said)["cost"]["hours"] is None, err
