@@ -64,6 +64,24 @@ def apart(ours: dict[str, Result], theirs: dict[str, Result]) -> dict[str, Any]:
     return {"log_prob": worst, "same_scores": all(ours[name].items == theirs[name].items for name in ours)}
 
 
+def exactness(asked: Asked, load: Callable[[], Any], exact: Callable[[], Any], batch: int) -> dict[str, Any]:
+    """How far log-probabilities of answers, ours and HFLM's in the same dtype, lie from those of a float64 model, in nats."""
+    reference = timed(asked, exact, plain(1))[0]
+    found = {"ours": timed(asked, load, harness.Shared)[0], "hflm": timed(asked, load, plain(batch))[0]}
+    out: dict[str, Any] = {}
+    for who, results in found.items():
+        far = {
+            name: max(
+                abs(a - b)
+                for mine, true in zip(results[name].log_probs, reference[name].log_probs, strict=True)
+                for a, b in zip(mine, true, strict=True)
+            )
+            for name in asked.names
+        }
+        out[who] = far
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", required=True)
@@ -72,6 +90,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--choose-by", type=int, default=8, help="items of every task that HFLM's batch size is chosen by")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--exact", type=int, default=0, help="only: so many items of every task against a float64 model")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     offline(online=False)
@@ -79,6 +98,20 @@ def main() -> None:
     model, tokenizer = source.load(arguments.dtype), source.tokenizer()
     load = lambda: (model, tokenizer)  # noqa: E731
     names = named(arguments.tasks)
+    if arguments.exact:
+        some = Asked.of(names, arguments.task_data, arguments.exact, online=False)
+        double = model.__class__(model.config).to(torch.float64).eval()
+        double.load_state_dict(model.state_dict())
+        far = exactness(some, load, lambda: (double, tokenizer), BATCHES[0])
+        for who, by in far.items():
+            print(f"{who}: at most {max(by.values()):.1e} nats from float64, {max(by, key=lambda name: by[name])}")
+        if arguments.record:
+            recipe = {
+                "command": "benchmarks/evaluate.py --exact", "source_sha256": source.sha256, "tasks": list(names),
+                "limit": arguments.exact, "dtype": arguments.dtype, "rows": some.notes(),
+            }  # fmt: skip
+            record.append(arguments.record, "evaluate-exact", json.loads(json.dumps(recipe)), far)
+        return
     few = Asked.of(names, arguments.task_data, arguments.choose_by, online=False)
     asked = Asked.of(names, arguments.task_data, arguments.limit, online=False)
     tried = {size: sum(timed(few, load, plain(size))[1].values()) for size in BATCHES}

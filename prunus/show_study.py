@@ -11,27 +11,21 @@ from .printed import new_console, new_table, print_notes
 from .show_train import line as line
 from .tables import big
 
-_SHOWN = 4  # scores of a run in the table; records have all
-
 
 def ran(result: Mapping[str, Any]) -> None:
     """The runs that are done, what failed, and whether protocols were kept."""
     console = new_console()
-    rows = result["rows"]
-    scored = list(dict.fromkeys((score["on"], score["metric"]) for row in rows for score in row["scores"]))[:_SHOWN]
-    table = new_table(
-        "run", "parameters", "tokens", "with parents", "FLOPs", "with parents", "validation",
-        *(f"{on} {metric}" for on, metric in scored),
-    )  # fmt: skip
-    for row in rows:
-        found = {(score["on"], score["metric"]): score for score in row["scores"]}
+    table = new_table("run", "parameters", "tokens", "with parents", "FLOPs", "with parents", "score", "")
+    table.columns[0].overflow = "fold"
+    for row in result["rows"]:
+        first = next(iter(row["scores"]), None)
+        told = ("", "") if first is None else (_score(first), f"{first['on']} {first['metric']}")
         table.add_row(
-            row["run"], _big(row["params"]), _big(row["tokens"]), _big(row.get("total_tokens")), _flops(row["flops"]),
-            _flops(row.get("total_flops")), "" if row["validation"] is None else f"{row['validation']:.4f}",
-            *(_score(found.get(key)) for key in scored),
+            row["run"], _big(row["params"]), _big(row["tokens"]), _big(row["total_tokens"]), _flops(row["flops"]),
+            _flops(row["total_flops"]), *told,
         )  # fmt: skip
     console.print(table)
-    if released := sorted({text for row in rows for text in row.get("unrecorded", ())}):
+    if released := sorted({text for row in result["rows"] for text in row["unrecorded"]}):
         console.print(Text(f"with parents: but for {', '.join(released)}, of whose training nothing is known"))
     for proof in result["proofs"]:
         kept = "kept" if proof["holds"] else "NOT kept"
@@ -40,7 +34,7 @@ def ran(result: Mapping[str, Any]) -> None:
         console.print(Text(f"failed: {name}: {why}"))
     for name, why in result["left"].items():
         console.print(Text(f"left: {name}, which needs {why}"))
-    console.print(Text(f"records: {result['out']}/records.jsonl"))
+    console.print(Text(f"all scores: prunus study table {result['out']}; one page: prunus report {result['out']}"))
 
 
 def tables(shown: Sequence[Any], missing: Sequence[str]) -> None:
@@ -118,7 +112,7 @@ def _flops(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _score(score: Mapping[str, Any] | None) -> str:
-    if score is None:
-        return ""
-    return f"{score['value']:.4f}" if score["error"] is None else f"{100 * score['value']:.1f} ± {100 * score['error']:.1f}"
+def _score(score: Mapping[str, Any]) -> str:
+    if score["metric"] == "loss":
+        return f"{score['value']:.4f}"
+    return f"{100 * score['value']:.1f} ± {100 * score['error']:.1f}"

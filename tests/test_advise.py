@@ -33,7 +33,7 @@ def test_all_tokens_and_no_parent_by_depth_is_scratch():
     said = answered(8 * B, 4.5 * B, 250 * B, True, granularity="depth")
     assert said["answer"] == "scratch" and said["rows"] == ["T16-minitron-depth-4.5B-P200-R50"]
     assert said["expected"]["minitron-depth"] == pytest.approx(2.45 - 2.54)
-    assert "IDEA-Prune" in said["alternative"]
+    assert "IDEA-Prune" in said["alternative"] and advice.sources()["idea-prune"]["says"] in said["alternative"]
 
 
 def test_no_structured_method_pays_for_a_parent_of_its_own():
@@ -73,6 +73,22 @@ def test_published_rows_are_the_paper_s():
     assert (one.protocol, one.granularity, one.params, one.tokens) == ("training", "depth", 4.5e9, 10e9)
     assert one.advantage == pytest.approx(3.09 - 2.69) and one.kept == pytest.approx(4.5 / 8)
     assert len(by) == len(published())
+
+
+def test_what_is_said_of_the_rows_is_in_them():
+    """Less is gained the more tokens there are, of every method; by depth, the more is removed."""
+    by = {row.id: row.advantage for row in published()}
+    for table, method, size in (
+        ("T12", "minitron-depth", 4.5),
+        ("T13", "minitron-width", 4.5),
+        ("T14", "flap", 4.5),
+        ("T15", "sheared-llama", 4.6),
+    ):
+        for parent in ("P200", "Meta"):
+            first, _, _, fourth, last = (by[f"{table}-{method}-{size}B-{parent}-R{n}"] for n in (10, 30, 50, 250, 500))
+            assert first > fourth and first > last
+    depth = [by[f"T11-minitron-depth-{size}B-P200-R50"] for size in (4.5, 2.8, 1.9, 1.5)]
+    assert depth == sorted(depth, reverse=True) and depth[-1] == 0
 
 
 def test_the_nearer_row_counts_more():

@@ -20,7 +20,8 @@ from prunus.ledger import Ledger
 from prunus.study import cluster, protocol
 from prunus.study import file as files
 from prunus.study.plan import plan
-from prunus.study.run import gather, row_of, run
+from prunus.study.results import keep, load, rows
+from prunus.study.run import gather, run
 from prunus.study.steps import cut_of, do, model_of, named, resolved, steps
 from prunus.train.stopping import StoppedError
 
@@ -149,13 +150,14 @@ def test_a_ledger_that_says_otherwise_is_no_proof(finished, tmp_path):
 def test_rows_and_records_hold_what_was_measured(finished):
     study, out = finished
     lines = gather(study, out)
-    assert lines[0]["arm"] == "P" and len(lines) == len(study.cells)
-    for cell, line in zip(study.cells, lines, strict=True):
-        row = row_of(cell, out)
-        assert row["validation"] == line["figures"]["validation"][-1]["validation"]["loss"]
+    keep(study, out)
+    told = rows(load(out))
+    assert lines[0]["arm"] == "P" and len(lines) == len(study.cells) == len(told)
+    for cell, line, row in zip(study.cells, lines, told, strict=True):
+        last, score = row["scores"]
+        assert last["value"] == line["figures"]["validation"][-1]["validation"]["loss"]
         assert row["total_flops"] == line["ledger"]["total_flops"] == Ledger.read(out / cell.name).total_flops
-        (score,) = row["scores"]
-        assert score["on"] == "text.jsonl" and score["value"] == line["evaluations"][0]["figures"]["texts"][0]["loss"]
+        assert score["on"] == "text.jsonl -20:" and score["value"] == line["evaluations"][0]["figures"]["texts"][0]["loss"]
     assert (out / "records.jsonl").read_text().count("\n") == len(lines)
 
 
@@ -164,11 +166,9 @@ def test_nothing_is_done_twice(finished):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     result = run(study, out)
     assert result["ran"] == [] and len(result["rows"]) == 9 and all(row["holds"] for row in result["proofs"])
-    assert all(
-        path.stat().st_mtime_ns == time_
-        for path, time_ in before.items()
-        if path.name not in ("records.jsonl", "proofs.json")
-    )
+    again = ("records.jsonl", "proofs.json", "study.json", "index.sqlite")
+    changed = [str(path) for path, when in before.items() if path.stat().st_mtime_ns != when and path.name not in again]
+    assert not changed
 
 
 def test_another_study_in_the_same_folder_is_refused(finished, tmp_path):
@@ -249,7 +249,7 @@ def small(tmp_path, **changes):
     onward.write_text(json.dumps(plain), encoding="utf-8")
     arms = {
         "good": {"recipe": fresh, "set": {"tokens": 2 * EACH}},
-        "bad": {"recipe": fresh, "set": {"data.range": "parent", "tokens": 10**6}},
+        "bad": {"recipe": fresh, "set": {"model.shape.vocab_size": 8}},  # fewer than the tokenizer has, which no plan opens
         "below": {"from": "bad", "recipe": str(onward)},
     }
     return written(tmp_path, arms=arms | changes, grid={}, compare=[], evaluate=[])
@@ -259,9 +259,9 @@ def test_a_failed_step_takes_down_only_what_needs_it(tmp_path):
     code, out, err = cli("study", "run", small(tmp_path), "--out", tmp_path / "out", "--processes", "2", "--json")
     result = json.loads(out)
     assert code == 1 and result["ran"] == ["good"], err
-    assert set(result["failed"]) == {"bad"} and "tokens are asked for, but domain" in result["failed"]["bad"]
+    assert set(result["failed"]) == {"bad"} and "too small for the tokenizer" in result["failed"]["bad"]
     assert result["left"] == {"below": "bad"} and [row["run"] for row in result["rows"]] == ["good"]
-    assert "domain" in (tmp_path / "out" / "logs" / "bad.log").read_text()
+    assert "too small" in (tmp_path / "out" / "logs" / "bad.log").read_text()
     code, out, _ = cli("study", "run", tmp_path / "study.yaml", "--out", tmp_path / "out")
     assert code == 1 and "failed: bad: " in out and "left: below, which needs bad" in out
 
@@ -395,6 +395,82 @@ def test_plans_refuse_cuts_that_cannot_be(change, message, tmp_path):
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     with pytest.raises(UserError, match=message):
         plan(files.read(path), rate=1e9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d, p: d["arms"]["P"]["set"].update({"tokens": EACH * 10**4}),
+            "P: budget: .* tokens are asked for, but domain",
+        ),
+        (lambda d, p: d["arms"]["P"]["set"].update({"data.domains": [{"folder": str(p / "none")}]}), "none"),
+        (lambda d, p: d["evaluate"][0].update({"texts": [str(p / "none.txt")]}), "none.txt: no such text file"),
+        (lambda d, p: d["cut"]["calibration"].update({"text": str(p / "none.jsonl")}), "none.jsonl: no such text file"),
+        (lambda d, p: d["evaluate"][0].update({"tasks": ["piqa"]}), "tasks: their rows are files or on the hub"),
+        (lambda d, p: d["evaluate"][0].update({"dtype": "float31"}), "unknown dtype 'float31'"),
+        (lambda d, p: d["cut"].update({"ratio": 0.999}), "P-R_method=flap: ratio: the least that can stay"),
+    ],
+)
+def test_nothing_begins_that_cannot_be_finished(change, message, tmp_path):
+    path = written(tmp_path, compare=[])
+    data = yaml.safe_load(path.read_text())
+    change(data, tmp_path)
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    with pytest.raises(UserError, match=message):
+        run(files.read(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".x", "a/b", "steps", "cuts", "", "a b", "evaluations"])
+def test_names_that_are_no_folders(name, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(json.dumps({"name": "x", "arms": {name: {"recipe": base(tmp_path)}}}))
+    with pytest.raises(UserError, match="it names a folder"):
+        files.read(path)
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({"R": {"model": "m"}, "S": {"recipe": "scratch", "shape_of": "R"}}, "shape_of: 'R' is a released model"),
+        ({"R": {"model": "m"}, "S": {"recipe": "scratch", "lr_of": "R"}}, "lr_of: 'R' trains nothing"),
+        (
+            {"R": {"recipe": "scratch"}, "S": {"recipe": "distill", "from": "R", "flops_of": "R"}},
+            "a teacher costs FLOPs too",
+        ),
+    ],
+)
+def test_arms_named_for_what_they_do_not_have(arms, message, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(json.dumps({"name": "x", "arms": arms}))
+    with pytest.raises(UserError, match=message):
+        files.read(path)
+
+
+def test_steps_of_one_name_are_refused(tmp_path):
+    arms = {"x": {"recipe": base(tmp_path)}, "evaluate-x": {"recipe": base(tmp_path), "set": {"seed": 3}}}
+    path = written(tmp_path, arms=arms, grid={}, compare=[])
+    with pytest.raises(UserError, match="two steps are called 'evaluate-x'"):
+        steps(files.read(path))
+
+
+def test_a_plan_counts_the_teacher(tmp_path):
+    plain = training.asked().plain()
+    plain["model"], plain["teacher"] = {"source": "model"}, {"source": "teacher"}
+    (tmp_path / "taught.yaml").write_text(json.dumps(plain), encoding="utf-8")
+    common = {"from": "P", "cut": {"method": "minitron-depth", "ratio": 0.5}, "recipe": str(tmp_path / "taught.yaml")}
+    arms = {"P": {"recipe": base(tmp_path)}, "taught": common | {"set": {"teacher.source": "from"}}}
+    study = files.read(written(tmp_path, arms=arms, grid={}, compare=[], evaluate=[]))
+    made = {row["step"]: row["flops"] for row in plan(study, rate=1e9)["steps"]}
+    plain["teacher"] = None
+    (tmp_path / "taught.yaml").write_text(json.dumps(plain), encoding="utf-8")
+    arms["taught"] = common
+    alone = {
+        row["step"]: row["flops"]
+        for row in plan(files.read(written(tmp_path, arms=arms, grid={}, compare=[], evaluate=[])), rate=1e9)["steps"]
+    }
+    assert made["taught"] - alone["taught"] == pytest.approx(made["P"] / 3, rel=1e-6)  # forward alone, of the parent
 
 
 def test_released_parents_have_no_total(tmp_path):

@@ -192,7 +192,9 @@ def test_nothing_to_show_is_no_chart(points):
 
 def test_one_point_and_equal_points_have_axes():
     for points in ((Point(1e9, 3.0),), (Point(1.0, 3.0), Point(1.0, 3.0)), (Point(0.0, 0.0),)):
-        ET.fromstring(chart([Series("a", points)], x="x", y="y"))
+        root = ET.fromstring(chart([Series("a", points)], x="x", y="y"))
+        assert len([one for one in root.iter("line") if one.get("class") == "grid"]) >= 2
+        assert all(0 < float(one.get("cx")) < 480 for one in root.iter("circle"))
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------------

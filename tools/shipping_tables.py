@@ -251,11 +251,28 @@ def tune_tables(rows: list[Row]) -> list[str]:
     return [f"`prunus tune`, one seed, data `{rows[0]['recipe']['data']}`.", "", *markdown(header, cells)]
 
 
+def exact_tables(rows: list[Row]) -> list[str]:
+    """`benchmarks/evaluate.py --exact`: how far log-probabilities lie from a float64 model's."""
+    lines = []
+    for r in rows:
+        ours, hflm = r["figures"]["ours"], r["figures"]["hflm"]
+        body = [[name, f"{ours[name]:.1e}", f"{hflm[name]:.1e}"] for name in ours]
+        body.append(["all", f"{max(ours.values()):.1e}", f"{max(hflm.values()):.1e}"])
+        what = f"the first {r['recipe']['limit']} rows of each task, {r['recipe']['dtype']}; commit {r['commit']}"
+        lines += [
+            f"`benchmarks/evaluate.py --exact`: {what}. The largest distance of an answer's log-probability, in nats.",
+            "",
+        ]
+        lines += [*markdown(["task", "ours", "`HFLM`"], body), ""]
+    return lines[:-1]
+
+
 PARTS = (
     ("eval", "Scores", score_tables),
     ("eval", "Texts alone", text_tables),
     ("tune", "Instruction tuning", tune_tables),
     ("evaluate-speed", "Speed of evaluation", evaluate_tables),
+    ("evaluate-exact", "Exactness of evaluation", exact_tables),
     ("measure", "What models cost to run", cost_tables),
     ("measure-floor", "Against the floor", floor_tables),
     ("quantize-speed", "Fewer bits", form_tables),

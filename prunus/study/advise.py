@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from .. import measure
 from ..errors import UserError, unknown
 from ..methods import METHODS
@@ -21,18 +23,13 @@ from ..tables import big
 from ..train.estimate import EFFICIENCY
 from .results import LOSS, Run, differences, load
 
-PUBLISHED = "published.csv"  # tables 11 to 16 of "Small LLMs: pruning vs. training from scratch" (arXiv 2606.14150)
-PARENT_TOKENS_B = 200.0  # of that study's own parent
-EQUAL = 0.02  # nats: what published rows of one setting differ by between tables is less, what is worth a pipeline is more
+PUBLISHED, SOURCES = "published.csv", "published.yaml"
+EQUAL = 0.02  # nats: no more is called nothing; published losses have two decimals, so that their differences are off by up to 0.01
 NEAR = {"params": 4.0, "tokens": 4.0, "kept": 1.6}  # factors within which a row speaks of another setting
 GRANULARITY = {
     "minitron-depth": "depth", "minitron-width": "width", "flap": "width", "sheared-llama": "depth and width",
     "wanda": "sparse", "sparsegpt": "sparse",
 }  # fmt: skip
-IDEA = (
-    "IDEA-Prune's abstract says that with the parent's tokens counted pruning is less efficient than scratch, unless the parent is "
-    "enlarged, pruned step by step and recovered under one cosine (2.8 B to 1.3 B parameters, up to 2 T tokens)"
-)
 Protocol = Literal["training", "total"]
 
 
@@ -64,10 +61,18 @@ def granularity_of(method: str) -> str:
     return "sparse" if "weights" in axes else "depth" if set(axes) <= {"layers"} and axes else "width"
 
 
+def sources() -> dict[str, Any]:
+    """What is said of published rows, and by whom."""
+    return dict(yaml.safe_load(_file(SOURCES)))
+
+
+def _file(name: str) -> str:
+    return (resources.files("prunus.study") / name).read_text(encoding="utf-8")
+
+
 def published() -> list[Row]:
     """Rows of the comparison study: S against P200-R and Meta-R at equal training tokens, and S250 against P200-R50."""
-    text = (resources.files("prunus.study") / PUBLISHED).read_text(encoding="utf-8")
-    found = list(csv.DictReader(text.splitlines()))
+    found, before = list(csv.DictReader(_file(PUBLISHED).splitlines())), sources()["comparison"]["parent_tokens_b"]
     out, fresh = [], {}
     for row in found:
         if row["arm"] == "S":
@@ -83,7 +88,7 @@ def published() -> list[Row]:
             out.append(Row(row["id"], "training", row["method"], params * 1e9, kept, tokens * 1e9, other - loss))
         whole = fresh.get((row["table"], row["method"], row["child_params_b"], "250"))
         if row["table"] == "T16" and whole is not None:
-            total = (PARENT_TOKENS_B + tokens) * 1e9
+            total = (before + tokens) * 1e9
             out.append(Row(row["id"], "total", row["method"], params * 1e9, kept, total, whole - loss, best - loss))
     return out
 
@@ -217,7 +222,7 @@ def _answer(expected: dict[str, float], near: Sequence[Row], asked: Asked) -> di
             if prune
             else f"That is no more than {EQUAL:g} nats, so the parent brings nothing that tokens would not.",
         ]
-        how = "Cut once and retrain under one schedule: in prunus's recorded runs no slower cutting beats that at equal tokens."
+        how = f"Cut by {method} and retrain on all of the tokens, under one schedule."
         return {"answer": "prune" if prune else "scratch", "method": method if prune else None, "range": [low, high],
                 "reasons": reasons, "how": how if prune else "Train fresh weights of the best shape of that size."}  # fmt: skip
     whole = (
@@ -231,9 +236,16 @@ def _answer(expected: dict[str, float], near: Sequence[Row], asked: Asked) -> di
         reasons.append("So pruning pays even for a parent that is trained for it.")
         how = "Train the parent on four fifths of the tokens, cut it, retrain on the rest."
         return {"answer": "prune", "method": method, "range": [low, high], "reasons": reasons, "how": how}
+    idea = sources()["idea-prune"]
     reasons.append("So a parent that is made for being cut does not pay, and fresh weights are simpler.")
-    return {"answer": "scratch", "method": None, "range": [low, high], "reasons": reasons,
-            "how": "Train fresh weights of the best shape of that size.", "alternative": f"enlarge-and-prune: {IDEA}."}  # fmt: skip
+    return {
+        "answer": "scratch",
+        "method": None,
+        "range": [low, high],
+        "reasons": reasons,
+        "how": "Train fresh weights of the best shape of that size.",
+        "alternative": f"enlarge-and-prune; {idea['source']}: {idea['says']}.",
+    }
 
 
 def _cost(answer: str, asked: Asked) -> dict[str, Any]:

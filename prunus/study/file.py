@@ -15,6 +15,7 @@ evaluate: [{texts: [wiki.txt]}]
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from ..train import recipe as recipes
 from ..train.recipe import Recipe
 
 CUT = "cut."  # before grid keys that are a cut's
+RESERVED = ("steps", "cuts", "evaluations", "logs", "slurm")  # folders beside those of the runs
 MADE = "study:"  # before the name of a run in place of the folder that it leaves
 Protocol = Literal["training-tokens", "total-tokens", "total-flops"]
 
@@ -168,7 +170,7 @@ class Cell:
     def name(self) -> str:
         """Of its folder."""
         parts = [f"{key.rpartition('.')[2]}={value}" for key, value in self.place.items()]
-        return "_".join([self.arm, *parts]).replace("/", "-")
+        return re.sub(r"[^\w.+:=,-]", "-", "_".join([self.arm, *parts]))
 
     def ancestors(self) -> Iterator[Cell]:
         """What it goes on from, and so on, the nearest first."""
@@ -199,6 +201,8 @@ class Study:
 def read(path: Path) -> Study:
     """A study's file; UserError for one that is none, which names the first mistake in it."""
     written = _parsed(path)
+    for arm in written.arms:
+        _check_arm(path, written, arm)
     made = _Made(path, written)
     cells = tuple(made.cell(arm, place) for arm in written.arms for place in _places(written, arm))
     names = [cell.name for cell in cells]
@@ -250,6 +254,27 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _check_arm(path: Path, written: StudyFile, arm: str) -> None:
+    """UserError for a name that could not be a folder's, and for arms named for what they do not have."""
+    if not re.fullmatch(r"[\w+=,-][\w.+:=,-]*", arm) or arm in RESERVED:
+        raise UserError(
+            f"{path}: arm '{arm}': it names a folder; give letters, digits and .+:=,- without a dot in front, and none of "
+            f"{', '.join(RESERVED)}"
+        )
+    part, arms = written.arms[arm], written.arms
+    for name, other in part.others.items():
+        if other not in arms:
+            raise UserError(f"{path}: arm '{arm}': {name}: there is no arm '{other}'{nearest(other, arms)}; add it")
+    if part.lr_of is not None and arms[part.lr_of].recipe is None:
+        raise UserError(
+            f"{path}: arm '{arm}': lr_of: '{part.lr_of}' trains nothing; name an arm whose optimizer.lr is sweep"
+        )
+    for name in ("shape_of", "flops_of"):
+        named = part.others.get(name)
+        if named is not None and arms[named].recipe is None and arms[named].cut is None:
+            raise UserError(f"{path}: arm '{arm}': {name}: '{named}' is a released model; name an arm that is made here")
+
+
 def _places(written: StudyFile, arm: str) -> list[dict[str, Any]]:
     own = written.arms[arm].grid
     grid = written.grid if own is None else own
@@ -292,10 +317,6 @@ class _Made:
 
     def _other(self, arm: str, name: str, other: str, place: Mapping[str, Any]) -> Cell:
         """The run of another arm that has this one's place, as far as it goes."""
-        if other not in self.written.arms:
-            raise UserError(
-                f"{self.path}: arm '{arm}': {name}: there is no arm '{other}'{nearest(other, self.written.arms)}; add it"
-            )
         fitting = [p for p in _places(self.written, other) if all(key in place and place[key] == p[key] for key in p)]
         if not fitting:
             keys = ", ".join(_places(self.written, other)[0])
@@ -319,18 +340,23 @@ class _Made:
     def _recipe(self, part: ArmPart, place: Mapping[str, Any], others: Mapping[str, Cell]) -> Recipe:
         changes = {**self.written.set, **part.set, **{k: v for k, v in place.items() if not k.startswith(CUT)}}
         if (parent := others.get("from")) is not None or part.model is not None:
-            made = part.model if parent is None or part.cut else MADE + parent.name
-            changes |= {"model.source": made if part.cut is None else MADE + "cut"}
+            begun: str | None = (
+                MADE + "cut" if part.cut is not None else part.model if parent is None else MADE + parent.name
+            )
+            changes |= {"model.source": begun}
             changes = {
                 k: v for k, v in changes.items() if k not in ("model.shape", "model.tokenizer", "model.target_params")
             }
-        if changes.get("teacher.source") == "from" and parent is not None:  # what was cut teaches what is left
-            changes["teacher.source"] = MADE + parent.name
+        if changes.get("teacher.source") == "from":  # what was cut teaches what is left
+            changes["teacher.source"] = part.model if parent is None else MADE + parent.name
         if (shaped := others.get("shape_of")) is not None:
             changes |= {"model.shape": MADE + shaped.name, "model.tokenizer": None, "model.target_params": None}
         if "lr_of" in others:
             changes |= {"optimizer.lr": 1e-3}  # until it is found
-        return recipes.read(str(part.recipe), (), changes)
+        recipe = recipes.read(str(part.recipe), (), changes)
+        if "flops_of" in others and recipe.teacher is not None:
+            raise UserError("flops_of counts updates alone, and a teacher costs FLOPs too; drop one of them")
+        return recipe
 
 
 def shared_places(study: Study, arms: Sequence[str]) -> list[dict[str, Cell]]:

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from .. import record
 from ..errors import UserError
 from ..ledger import Ledger
-from ..place import staged_files
+from ..place import check_files, staged_files
 from ..tables import big
 from ..train.listing import whole_lines
 from ..train.opening import LEDGER, LOG, RECIPE, RECORD
@@ -95,8 +95,6 @@ class Page:
 
 def write(folder: Path, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Writes the page of a study or a run; UserError for a folder that is neither, and for a file that is there."""
-    if out.exists() and not overwrite:
-        raise UserError(f"out: {out} already exists; give another --out, or --overwrite")
     if (folder / STUDY).is_file():
         page = of_study(load(folder))
     elif (folder / RECIPE).is_file():
@@ -104,6 +102,7 @@ def write(folder: Path, out: Path, *, overwrite: bool = False) -> dict[str, Any]
     else:
         what = "holds neither a study nor a training run" if folder.is_dir() else "no such file or folder"
         raise UserError(f"{folder}: {what}; give the --out of prunus study run or prunus train")
+    check_files(out, overwrite=overwrite)
     text = page.html()
     with staged_files(out) as (stage,):
         stage.write_text(text, encoding="utf-8")

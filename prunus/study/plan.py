@@ -77,7 +77,7 @@ def _row(study: Study, step: Step, expected: _Expectations) -> dict[str, Any]:
         recipe, before = cell.recipe, expected.before(cell)
         if before is None:
             return {"tokens": recipe.tokens, "flops": None, "params": None, "disk": None}
-        after, each = expected.after(cell) or before, _flops(recipe, before)
+        after, each = expected.after(cell) or before, _flops(recipe, before) + expected.taught(cell)
         tokens = recipe.steps * recipe.batch_tokens
         if (paid := cell.others.get("flops_of")) is not None and (spent := expected.spent(paid)) is not None:
             tokens = int(spent / each) // recipe.batch_tokens * recipe.batch_tokens
@@ -199,6 +199,19 @@ class _Expectations:
         end = Forecast(cutting, cell.recipe).end
         return Expected(before.config, before.anatomy, end.block_params / before.anatomy.block_params)
 
+    def taught(self, cell: Cell) -> float:
+        """FLOPs a token of a teacher that reads along; a snapshot's are among those of the cuts, a cache's were spent before."""
+        part = None if cell.recipe is None else cell.recipe.teacher
+        if cell.recipe is None or part is None or part.source is None or part.cache is not None:
+            return 0.0
+        seq_len = cell.recipe.data.seq_len
+        if part.source.startswith(MADE):
+            teacher = self._source(cell)
+            return 0.0 if teacher is None else teacher.flops(seq_len) / seq_len
+        if "/" in part.source and not Path(part.source).expanduser().exists():
+            return 0.0  # another study's, that is not done yet; so is its pupil's, and neither is counted
+        return Source.open(part.source).anatomy.flops(seq_len) / seq_len
+
     def spent(self, cell: Cell) -> float | None:
         """FLOPs of a run's training, its parents' included."""
         total = 0.0
@@ -208,5 +221,5 @@ class _Expectations:
             before = self.before(one)
             if before is None:
                 return None
-            total += _flops(one.recipe, before) * one.recipe.steps * one.recipe.batch_tokens
+            total += (_flops(one.recipe, before) + self.taught(one)) * one.recipe.steps * one.recipe.batch_tokens
         return total

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..ledger import Ledger, Stage, compare
 from ..train.recipe import Recipe
 from .file import Cell, CutPart, Study, shared_places
-from .steps import model_of
+from .steps import ledger_of, model_of
 
 Read = Counter[tuple[str, str, int]]  # (domains, range, seed of its order) -> tokens
 
@@ -175,7 +175,8 @@ def proofs(study: Study, out: Path) -> list[dict[str, Any]]:
         for cells in shared_places(study, part.arms):
             if not all((model_of(cell, out) / "config.json").is_file() for cell in cells.values()):
                 continue
-            ledgers = {name: Ledger.read(out / cell.name) for name, cell in cells.items()}
+            places = {name: ledger_of(cell, out) for name, cell in cells.items()}
+            ledgers = {name: Ledger.read(place) for name, place in places.items() if place is not None}
             for (one, mine), (other, theirs) in pairwise(ledgers.items()):
                 holds, why = _proved(part.protocol, mine, theirs, part.within)
                 rows.append(

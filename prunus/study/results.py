@@ -151,6 +151,16 @@ def load(out: Path) -> Results:
         ) from error
 
 
+def rows(found: Results) -> list[dict[str, Any]]:
+    """Each run's figures as plain data."""
+    counts = ("params", "tokens", "flops", "total_tokens", "total_flops", "unrecorded")
+    return [
+        {"run": run.name, "arm": run.arm, **run.place, **{name: getattr(run, name) for name in counts}}
+        | {"scores": [{"on": on, "metric": what, **vars(score)} for (on, what), score in run.scores.items()]}
+        for run in found.runs
+    ]
+
+
 # -- differences ------------------------------------------------------------------------------------------------------------
 
 

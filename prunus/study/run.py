@@ -15,16 +15,18 @@ from typing import IO, Any
 
 from .. import record
 from ..checkpoint import MANIFEST, read_manifest
+from ..data.text import HUB, documents
 from ..errors import UserError
 from ..ledger import Ledger
 from ..place import staged_files
-from ..train.feeds import overlap_notes
+from ..train.feeds import check_budget, overlap_notes
 from ..train.opening import RECORD
 from ..train.stopping import StoppedError, asked_to_stop
 from .file import Cell, Study
-from .protocol import check, proofs
-from .results import PROOFS, RECORDS, index, keep, load
-from .steps import EVALUATIONS, Step, model_of, steps
+from .plan import plan
+from .protocol import proofs
+from .results import PROOFS, RECORDS, index, keep, load, rows
+from .steps import EVALUATIONS, Step, ledger_of, model_of, steps
 
 LOGS = "logs"
 _GRACE_S = 120  # that a step has to save what it has once the study is asked to stop
@@ -47,30 +49,40 @@ def run(study: Study, out: Path, *, processes: int = 1, tell: Tell = lambda text
     """
     if processes < 1:
         raise UserError(f"processes: {processes} are too few; give at least 1")
-    check(study)
-    for note in overlaps(study):
-        tell(f"note: {note}")
+    record.check_place(out / RECORDS, "out")
+    plan(study, out, rate=1.0)  # refuses what can be known beforehand: protocols, cuts, shapes
+    check_texts(study)
     known = steps(study)
     for step in known.values():
         if (out / step.place).exists():
             step.claim(out)  # refuses what is another study's, before any work
+    for note in overlaps(study):
+        tell(f"note: {note}")
     keep(study, out)
     outcome = _Doing(study, known, out, processes, tell).all()
-    rows = gather(study, out)
-    shown = proofs(study, out)
+    gather(study, out)
     with staged_files(out / PROOFS) as (stage,):
-        stage.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-    index(load(out))
-    return {
-        "study": study.name,
-        "out": str(out),
-        "ran": outcome.ran,
-        "failed": outcome.failed,
-        "left": outcome.left,
-        "rows": [row_of(cell, out) for cell in study.cells if is_done(cell, out)],
-        "proofs": shown,
-        "records": len(rows),
-    }
+        stage.write_text(json.dumps(proofs(study, out), indent=1) + "\n", encoding="utf-8")
+    found = load(out)
+    index(found)
+    return {"study": study.name, "out": str(out), **vars(outcome), "rows": rows(found), "proofs": list(found.proofs)}
+
+
+def check_texts(study: Study) -> None:
+    """UserError, before the first step, for tokens that are missing or too few, and for texts and tasks that cannot be read."""
+    for cell in study.cells:
+        if cell.recipe is not None and "flops_of" not in cell.others:  # whose tokens are not known yet
+            try:
+                check_budget(cell.recipe)
+            except UserError as error:
+                raise UserError(f"{study.path}: {cell.name}: {error}") from error
+    cuts = [cell.cut.calibration for cell in study.cells if cell.cut is not None and cell.cut.calibration is not None]
+    texts = {text.text: text.field for text in cuts} | {t: "text" for part in study.file.evaluate for t in part.texts}
+    for text, field_ in texts.items():
+        if not text.startswith(HUB):
+            next(iter(documents(text, field=field_)), None)
+    for part in study.file.evaluate:
+        part.question.checked()
 
 
 def overlaps(study: Study) -> list[str]:
@@ -202,40 +214,9 @@ def is_done(cell: Cell, out: Path) -> bool:
     return cell.cut is None or (model_of(cell, out) / MANIFEST).is_file()
 
 
-def row_of(cell: Cell, out: Path) -> dict[str, Any]:
-    """The figures of a run that is done."""
-    row: dict[str, Any] = {"run": cell.name, "arm": cell.arm, **cell.place}
-    if cell.recipe is not None:
-        figures = record.read(out / cell.name / RECORD)[-1]["figures"]
-        loss = figures["validation"][-1]["validation"]["loss"] if figures["validation"] else None
-        own = {"tokens": figures["tokens"], "flops": sum(figures["flops"].values()), "validation": loss}
-        row |= {"params": figures["params"], **own}
-    else:
-        row |= {"params": None, "tokens": 0, "flops": 0, "validation": None}
-    if cell.recipe is not None or cell.cut is not None:
-        ledger = Ledger.read(out / cell.name if cell.recipe is not None else model_of(cell, out))
-        row |= {"total_tokens": ledger.total_tokens, "total_flops": ledger.total_flops, "unrecorded": ledger.missing}
-    if cell.recipe is None and cell.cut is not None:
-        made = read_manifest(model_of(cell, out))
-        row |= {"params": made.after["params"], "ratios": made.ratios, "flops": ledger.flops}
-    return row | {"scores": [score for one in _evaluations(cell, out) for score in _scores(one["figures"])]}
-
-
 def _evaluations(cell: Cell, out: Path) -> list[dict[str, Any]]:
     path = out / EVALUATIONS / f"{cell.name}.jsonl"
     return record.read(path) if path.is_file() else []
-
-
-def _scores(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """Texts and tasks of an evaluation as rows of figures with errors."""
-    texts = [
-        {"on": text["text"]["source"], "metric": "loss", "value": text["loss"], "error": None} for text in figures["texts"]
-    ]
-    tasks = [
-        {"on": name, "metric": task["metric"], "value": task[task["metric"]]["mean"], "error": task[task["metric"]]["error"]}
-        for name, task in figures.get("tasks", {}).items()
-    ]
-    return texts + tasks
 
 
 def gather(study: Study, out: Path) -> list[dict[str, Any]]:
@@ -260,8 +241,7 @@ def gather(study: Study, out: Path) -> list[dict[str, Any]]:
         line |= {"run": cell.name, "arm": cell.arm, "place": dict(cell.place)}
         if scored := _evaluations(cell, out):
             line["evaluations"] = scored
-        if cell.recipe is not None or cell.cut is not None:
-            folder = out / cell.name if cell.recipe is not None else model_of(cell, out)
+        if (folder := ledger_of(cell, out)) is not None:
             line["ledger"] = Ledger.read(folder).summary()
         lines.append(line)
     out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ A step's key says all that its outcome hangs on, its needs' keys included, so wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +65,7 @@ class Step:
 
 def steps(study: Study) -> dict[str, Step]:
     """All of a study, by name, each behind what it needs."""
-    return _Steps(study).all()
+    return _Steps().all(study)
 
 
 def named(study: Study, name: str) -> Step:
@@ -77,14 +77,13 @@ def named(study: Study, name: str) -> Step:
 
 
 class _Steps:
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self) -> None:
         self.made: dict[str, Step] = {}
 
-    def all(self) -> dict[str, Step]:
-        for cell in self.study.cells:
+    def all(self, study: Study) -> dict[str, Step]:
+        for cell in study.cells:
             end = self.end(cell)
-            if parts := [part.model_dump() for part in self.study.file.evaluate]:
+            if parts := [part.model_dump() for part in study.file.evaluate]:
                 what = {"model": cell.model, "parts": parts}
                 self._add("evaluate", cell, f"evaluate-{cell.name}", Path(EVALUATIONS, f"{cell.name}.jsonl"), end, what)
         return self.made
@@ -117,8 +116,9 @@ class _Steps:
 
     def _add(self, kind: Kind, cell: Cell, name: str, place: Path, needs: tuple[str, ...], what: Mapping[str, Any]) -> str:
         needs = tuple(dict.fromkeys(needs))
-        if name not in self.made:
-            self.made[name] = Step(kind, cell, name, place, needs, self._key(kind, needs, what))
+        step = Step(kind, cell, name, place, needs, self._key(kind, needs, what))
+        if self.made.setdefault(name, step).key != step.key:
+            raise UserError(f"two steps are called '{name}'; give the arm '{cell.arm}' another name")
         return name
 
 
@@ -172,16 +172,16 @@ def model_of(cell: Cell, out: Path) -> Path:
 
 def cut_of(cell: Cell, out: Path) -> Path:
     """The folder of a run's cut."""
-    names = (step for step in _of(cell) if step.kind == "cut" and step.cell.cut == cell.cut)
-    return out / next(reversed([*names])).place
+    made = _Steps()
+    (name,) = made.begin(cell)
+    return out / made.made[name].place
 
 
-def _of(cell: Cell) -> Iterator[Step]:
-    """The steps before a run trains, in their order."""
-    made = _Steps.__new__(_Steps)
-    made.made = {}
-    made.begin(cell)
-    yield from made.made.values()
+def ledger_of(cell: Cell, out: Path) -> Path | None:
+    """The folder with a run's ledger; None for a released model, of which there is none."""
+    if cell.recipe is not None:
+        return out / cell.name
+    return None if cell.cut is None else cut_of(cell, out)
 
 
 def resolved(cell: Cell, out: Path) -> Recipe:
@@ -194,14 +194,14 @@ def resolved(cell: Cell, out: Path) -> Recipe:
         data["model"]["mask"] = _mask(source)
         teacher = data["teacher"]
         if teacher and str(teacher["source"]).startswith(MADE):
-            teacher["source"] = str(model_of(cell.others["from"], out))
+            teacher["source"] = cell.model or str(model_of(cell.others["from"], out))
     if (shaped := cell.others.get("shape_of")) is not None:
         folder = cut_of(shaped, out) if shaped.cut is not None else model_of(shaped, out)
         data["model"] |= {"shape": str(folder), "mask": _mask(folder)}
     if (rated := cell.others.get("lr_of")) is not None:
         data["optimizer"]["lr"] = record.read(out / rated.name / RECORD)[-1]["figures"]["lr"]
     if (paid := cell.others.get("flops_of")) is not None:
-        ledger, anatomy = Ledger.read(out / paid.name), _anatomy(data["model"])
+        ledger, anatomy = Ledger.read(ledger_of(paid, out) or out), _anatomy(data["model"])
         seq_len, batch = data["data"]["seq_len"], data["batch_tokens"]
         each = 3 * anatomy.flops(seq_len) * batch // seq_len
         data["tokens"] = ledger.total_flops // each * batch

@@ -130,7 +130,7 @@ class Feeds:
 _TOGETHER = 1024  # sequences whose ranges are looked up at a time
 
 
-def _training(part: DataPart, key: str) -> Stream | Chain:
+def _training(part: DataPart, key: str | None) -> Stream | Chain:
     """What is trained on, in its order."""
     if isinstance(part.range, str):
         return Stream(_domains(part, part.range, key), part.seq_len, part.seed, part.epochs)
@@ -141,7 +141,7 @@ def _training(part: DataPart, key: str) -> Stream | Chain:
     return Chain(streams)
 
 
-def _domains(part: DataPart, which: str, key: str) -> list[Domain]:
+def _domains(part: DataPart, which: str, key: str | None) -> list[Domain]:
     out = []
     for place, domain in enumerate(part.domains):
         folder = Path(domain.folder).expanduser()
@@ -157,6 +157,11 @@ def _domains(part: DataPart, which: str, key: str) -> list[Domain]:
 def _identity(domain: Domain) -> dict[str, Any]:
     assert isinstance(domain.shards, Shards)
     return domain.shards.identity()
+
+
+def check_budget(recipe: Recipe) -> None:
+    """UserError, before there is a model or a tokenizer, for tokens that are missing or too few."""
+    _training(recipe.data, None).check_budget(recipe.steps * recipe.sequences)
 
 
 def overlap_notes(text: str, folders: Sequence[str], which: str | None = None) -> list[str]:
