@@ -104,6 +104,7 @@ def tables_of_study(
     check_files(to, overwrite=overwrite)
     with staged_files(to) as (stage,):
         stage.write_text(text, encoding="utf-8")
+    print(f"{to}: {len(found.runs)} runs")
 
 
 def report(
