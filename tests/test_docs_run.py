@@ -29,7 +29,7 @@ from prunus.ledger import Ledger
 from prunus.tasks.table import TASKS
 
 SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size can do in a second
-    "--target-params 100M --tokens 500M": "--target-params 300k --tokens 1M",
+    "--target-params 100M --tokens 500M": "--target-params 300k --tokens 1500k",
     "hidden_size=468": "hidden_size=60",
     "hidden_size=432": "hidden_size=56",
     "intermediate_size=1280": "intermediate_size=112",
