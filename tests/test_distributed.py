@@ -20,8 +20,9 @@ from training import SEQ, Killed, asked, killed_saying, run, tiny_shape, weights
 
 from prunus.distributed import ALONE, World
 from prunus.errors import UserError
-from prunus.train import export, saved, sweep
+from prunus.train import export, saved
 from prunus.train.opening import prepare as opened
+from prunus.train.parts import RATES
 from prunus.train.run import execute
 
 WORKER = Path(__file__).with_name("worker.py")  # a file, so that it is checked as the rest is
@@ -249,7 +250,7 @@ def test_two_are_one(name):
 
 def test_two_choose_the_rate_that_one_chooses():
     one, two = (json.loads((out / "sweep.json").read_text()) for out in (alone("swept"), by_two() / "swept"))
-    assert [rate for rate, _ in two["losses"]] == [rate for rate, _ in one["losses"]] == list(sweep.RATES)
+    assert [rate for rate, _ in two["losses"]] == [rate for rate, _ in one["losses"]] == list(RATES)
     assert [loss for _, loss in two["losses"]] == pytest.approx([loss for _, loss in one["losses"]], rel=1e-6)
 
 

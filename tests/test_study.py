@@ -117,6 +117,18 @@ def test_runs_are_of_the_shape_and_on_the_tokens_that_the_study_says(finished):
     assert model_of(study.of("P")[0], out) == out / "P" / "model"
 
 
+def test_a_grid_of_named_cuts_and_of_fields_that_have_one_value(tmp_path):
+    cuts = {"deep": {"method": "minitron-depth"}, "wide": {"method": "flap", "ratio": 0.25}}
+    grid = {"cut": ["deep", "wide"], "seed+data.seed": [0, 3]}
+    study = files.read(written(tmp_path, cuts=cuts, grid=grid, compare=[], evaluate=[]))
+    names = [f"P-R_cut={name}_seed={seed}" for name in cuts for seed in (0, 3)]
+    assert [cell.name for cell in study.of("P-R")] == names
+    assert [(c.cut.method, c.cut.ratio, c.recipe.seed, c.recipe.data.seed) for c in study.of("P-R")] == [
+        ("minitron-depth", 0.5, 0, 0), ("minitron-depth", 0.5, 3, 3), ("flap", 0.25, 0, 0), ("flap", 0.25, 3, 3)
+    ]  # fmt: skip
+    assert [step.kind for step in steps(study).values()].count("cut") == 2
+
+
 def test_protocols_are_proved_from_ledgers(finished):
     study, out = finished
     rows = protocol.proofs(study, out)
@@ -232,7 +244,7 @@ def test_a_rate_found_by_another_arm(tmp_path, monkeypatch):
         "swept": {"recipe": fresh, "set": {"optimizer.lr": "sweep"}, "grid": {}},
         "run": {"recipe": fresh, "lr_of": "swept"},
     }
-    study = files.read(written(tmp_path, arms=arms, grid={"data.seed": [1]}, compare=[], evaluate=[]))
+    study = files.read(written(tmp_path, arms=arms, grid={"seed+data.seed": [1]}, compare=[], evaluate=[]))
     everything(study, tmp_path / "out")
     rates = [record.read(tmp_path / "out" / name / "record.jsonl")[-1]["figures"]["lr"] for name in ("swept", "run_seed=1")]
     assert rates[0] == rates[1]
@@ -358,6 +370,8 @@ def arms_of(path):
         (lambda d: d["grid"].update({"cut.methud": ["x"]}), "cut: field 'methud' does not exist"),
         (lambda d: d["arms"]["S"].pop("shape_of"), "arm 'S': 'cut.method' of the grid changes nothing in it"),
         (lambda d: d["grid"].update({"cut.ratio": [0.3, 0.3]}), "two runs are called"),
+        (lambda d: d.update({"grid": {"cut": ["flapp"]}, "cuts": {"flap": {"method": "flap"}}}), "unknown cut 'flapp'"),
+        (lambda d: d["grid"].update({"seed+data.sed": [0]}), "field 'data.sed' does not exist"),
         (lambda d: d["evaluate"][0].update({"documents": "-30:"}), "calibrates on documents :-20 .* documents -30:"),
         (lambda d: d["evaluate"][0].update({"documents": None}), "scores on documents all"),
         (lambda d: d["evaluate"][0].update({"texts": []}), "evaluate.0: nothing is asked"),

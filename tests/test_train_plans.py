@@ -88,10 +88,10 @@ def test_depth_scaled_weights():
 # -- the rate by trying -----------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_takes_the_lowest_loss_and_is_on_the_ledger(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "RATES", (1e-9, 1e-2))
-    recipe = asked(optimizer__lr="sweep", validate__every=0)
-    figures = run(tmp_path / "run", recipe)["figures"]
+def test_a_sweep_takes_the_lowest_loss_and_is_on_the_ledger(tmp_path):
+    recipe, said = asked(optimizer__lr=[1e-9, 1e-2], validate__every=0), []
+    figures = run(tmp_path / "run", recipe, say=said.append)["figures"]
+    assert {"note": "the best rate, 0.01, is the highest that was tried; a higher one may be better"} in said
     assert figures["lr"] == 1e-2 and figures["sweep"]["steps"] == 8 == sweep.prefix(recipe)
     ledger = Ledger.read(tmp_path / "run" / "ledger.json")
     assert [stage.name for stage in ledger.stages] == ["lr sweep", "run"]
@@ -110,7 +110,7 @@ def test_rates_that_were_tried_are_not_tried_again(tmp_path):
 
     (tmp_path / "sweep.json").write_text(json.dumps({"steps": 8, "losses": [[1e-5, 2.0], [3e-5, None]]}))
     with pytest.raises(Killed):
-        sweep.swept(asked(), tmp_path, begin, lambda line: None)
+        sweep.swept(asked(optimizer__lr="sweep"), tmp_path, begin, lambda line: None)
     assert tried == [1e-4]
 
 

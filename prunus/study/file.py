@@ -32,6 +32,8 @@ from ..train import recipe as recipes
 from ..train.recipe import Recipe
 
 CUT = "cut."  # before grid keys that are a cut's
+NAMED = "cut"  # the grid key whose values name cuts
+WITH = "+"  # between fields that have one value: seed+data.seed
 RESERVED = ("steps", "cuts", "evaluations", "logs", "slurm")  # folders beside those of the runs
 MADE = "study:"  # before the name of a run in place of the folder that it leaves
 Protocol = Literal["training-tokens", "total-tokens", "total-flops"]
@@ -130,7 +132,7 @@ class ArmPart(_Strict):
             raise ValueError("from goes on with weights, shape_of begins with fresh ones; give one of them")
         if self.cut is not None and not (self.model or self.source):
             raise ValueError("cut needs weights; give from, an arm, or model, a released one")
-        if self.recipe is None and not (self.cut or self.model):
+        if self.recipe is None and self.cut is None and self.model is None:
             raise ValueError("nothing to do; give recipe, cut, or model")
         if self.recipe is None and (self.flops_of or self.lr_of or self.set or self.shape_of):
             raise ValueError("flops_of, lr_of, set and shape_of are of training; give recipe")
@@ -149,6 +151,7 @@ class StudyFile(_Strict):
     name: str
     set: dict[str, Any] = Field(default_factory=dict)
     cut: dict[str, Any] = Field(default_factory=dict)
+    cuts: dict[str, dict[str, Any]] = Field(default_factory=dict, description="by name, for a grid's key cut")
     arms: dict[str, ArmPart] = Field(min_length=1)
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     compare: list[ComparePart] = []
@@ -281,6 +284,15 @@ def _places(written: StudyFile, arm: str) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
+def _fields(place: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((field, value) for key, value in place.items() for field in key.split(WITH))
+
+
+def _is_cuts(key: str) -> bool:
+    """Whether a grid's field is of the cut, not of the recipe."""
+    return key == NAMED or key.startswith(CUT)
+
+
 class _Made:
     """Runs by arm and place, each made once."""
 
@@ -303,7 +315,7 @@ class _Made:
         part = self.written.arms[arm]
         others = {name: self._other(arm, name, other, place) for name, other in part.others.items()}
         for key in place:
-            used = part.recipe is not None if not key.startswith(CUT) else part.cut is not None
+            used = any((part.cut if _is_cuts(one) else part.recipe) is not None for one in key.split(WITH))
             if not used and not any(key in other.place for other in others.values()):
                 raise UserError(
                     f"{self.path}: arm '{arm}': '{key}' of the grid changes nothing in it; give the arm a grid without it"
@@ -328,8 +340,13 @@ class _Made:
         return self.cell(other, fitting[0])
 
     def _cut(self, own: Mapping[str, Any], place: Mapping[str, Any]) -> CutPart:
-        data = {**self.written.cut, **own}
-        for key, value in place.items():
+        data, named = {**self.written.cut, **own}, self.written.cuts
+        for key, value in _fields(place):
+            if key == NAMED:
+                if value not in named:
+                    raise unknown("cut", str(value), named)
+                data |= named[value]
+        for key, value in _fields(place):
             if key.startswith(CUT):
                 recipes.put(data, key.removeprefix(CUT), value)
         try:
@@ -338,7 +355,7 @@ class _Made:
             raise UserError(f"cut: {recipes.sentence(error, data, CutPart)}") from error
 
     def _recipe(self, part: ArmPart, place: Mapping[str, Any], others: Mapping[str, Cell]) -> Recipe:
-        changes = {**self.written.set, **part.set, **{k: v for k, v in place.items() if not k.startswith(CUT)}}
+        changes = {**self.written.set, **part.set, **{k: v for k, v in _fields(place) if not _is_cuts(k)}}
         if (parent := others.get("from")) is not None or part.model is not None:
             begun: str | None = (
                 MADE + "cut" if part.cut is not None else part.model if parent is None else MADE + parent.name

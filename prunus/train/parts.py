@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from .strict import Strict
 
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # that sweep tries: the comparison study's
 NO_TOKENIZER = "a shape brings no tokenizer; give tokenizer, a folder that has one"
 
 
@@ -113,7 +114,9 @@ class DataPart(Strict):
 class OptimizerPart(Strict):
     """AdamW; matrices decay, norms and biases do not."""
 
-    lr: float | Literal["sweep"] = Field(default=3e-4, description="peak rate, or sweep")
+    lr: float | Literal["sweep"] | list[float] = Field(
+        default=3e-4, description="peak rate; sweep, or rates, to try them first"
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -123,9 +126,24 @@ class OptimizerPart(Strict):
     def _positive(self) -> OptimizerPart:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)} must both lie in [0, 1)")
-        if self.lr != "sweep" and not 0 < self.lr < 1:
-            raise ValueError(f"lr {self.lr} is no learning rate; give a number in (0, 1), or sweep")
+        rates = self.rates
+        if wrong := [rate for rate in rates if not 0 < rate < 1]:
+            raise ValueError(f"lr {wrong[0]} is no learning rate; give a number in (0, 1), several, or sweep")
+        if len(rates) > len(set(rates)) or not rates:
+            raise ValueError(f"lr {rates} tries {'a rate twice' if rates else 'no rate'}; give rates that differ")
         return self
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether the rate is found by trying."""
+        return not isinstance(self.lr, float)
+
+    @property
+    def rates(self) -> list[float]:
+        """That a sweep tries, or the one."""
+        if isinstance(self.lr, float):
+            return [self.lr]
+        return self.lr if isinstance(self.lr, list) else list(RATES)
 
 
 class SchedulePart(Strict):

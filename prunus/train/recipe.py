@@ -84,7 +84,7 @@ class Recipe(Strict):
             raise ValueError(
                 "teacher.snapshot is the model before a cut; give prune, without masks, or teacher.source instead of it"
             )
-        if self.prune is not None and self.optimizer.lr == "sweep":
+        if self.prune is not None and self.optimizer.sweeps:
             raise ValueError("optimizer.lr: sweep tries rates on beginnings that prune would cut; name a rate")
         if self.data.mixing is not None and not self.validate_.every:
             raise ValueError("data.mixing goes by losses on the validation range; give validate.every")

@@ -62,9 +62,11 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
         if done is not None:
             return done
         tried = None
-        if recipe.optimizer.lr == "sweep":
+        if recipe.optimizer.sweeps:
             tried = swept(recipe, out, lambda rate: _training(run, hooks, rate, world), say, world)
-        rate = tried.best if tried is not None else float(recipe.optimizer.lr)
+            if tried.note is not None and world.first:
+                say({"note": tried.note})
+        rate = tried.best if tried is not None else float(recipe.optimizer.lr)  # type: ignore[arg-type]
 
         def tell(line: Mapping[str, Any]) -> None:
             if world.first:

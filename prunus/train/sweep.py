@@ -15,7 +15,6 @@ from ..place import staged_files
 from .loop import Training, train_
 from .recipe import Recipe
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # the comparison study's
 SWEEP = "sweep.json"
 _SHARE, _BEYOND, _SCORED = 0.02, 200, 0.2  # of all steps at least; steps behind the warm-up; the end that is scored
 
@@ -36,6 +35,14 @@ class Sweep:
                 f"optimizer.lr: the loss is no number at any of {', '.join(map(str, self.losses))}; name a lower rate"
             )
         return min(sorted(held), key=lambda rate: held[rate])
+
+    @property
+    def note(self) -> str | None:
+        """A word of warning where the best rate may lie beyond those that were tried."""
+        if self.best not in (low := min(self.losses), max(self.losses)):
+            return None
+        side = "lowest" if self.best == low else "highest"
+        return f"the best rate, {self.best:g}, is the {side} that was tried; a {side[:-3]}er one may be better"
 
 
 def prefix(recipe: Recipe) -> int:
@@ -58,7 +65,7 @@ def swept(
     """
     steps, path = prefix(recipe), out / SWEEP
     losses = world.agree(_read(path, steps) if world.first else {})
-    for rate in RATES:
+    for rate in recipe.optimizer.rates:
         if rate in losses:
             continue
         seen: list[float] = []
