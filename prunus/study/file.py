@@ -364,8 +364,11 @@ class _Made:
             changes = {
                 k: v for k, v in changes.items() if k not in ("model.shape", "model.tokenizer", "model.target_params")
             }
+        cut_one = part.model if parent is None else MADE + parent.name
         if changes.get("teacher.source") == "from":  # what was cut teaches what is left
-            changes["teacher.source"] = part.model if parent is None else MADE + parent.name
+            changes["teacher.source"] = cut_one
+        if isinstance(teacher := changes.get("teacher"), dict) and teacher.get("source") == "from":
+            changes["teacher"] = teacher | {"source": cut_one}
         if (shaped := others.get("shape_of")) is not None:
             changes |= {"model.shape": MADE + shaped.name, "model.tokenizer": None, "model.target_params": None}
         if "lr_of" in others:
