@@ -89,15 +89,15 @@ def tables_of_study(
     """Tables of a study, finished or not: arms, seed by seed differences, what the ledgers prove; csv has a line a figure."""
     from . import show_study
     from .place import check_files, staged_files
-    from .study import results
+    from .study import formats, results
 
     found = results.load(folder.expanduser())
     if form == "text":
         if to is not None:
             raise UserError("format: text is for the terminal; give --format markdown, latex or csv with --to")
-        show_study.tables(results.tables(found), found.missing)
+        show_study.tables(formats.tables(found), found.missing)
         return
-    text = results.written(found, form)
+    text = formats.written(found, form)
     if to is None:
         print(text)
         return

@@ -38,7 +38,7 @@ def ran(result: Mapping[str, Any]) -> None:
 
 
 def tables(shown: Sequence[Any], missing: Sequence[str]) -> None:
-    """Tables of `study.results`."""
+    """Tables of `study.formats`."""
     console = new_console()
     for table in shown:
         made = new_table(*table.header, title=table.title, left=table.left)

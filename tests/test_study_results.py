@@ -14,7 +14,7 @@ import training
 from pipeline import cli
 
 from prunus.errors import UserError
-from prunus.study import page, results
+from prunus.study import formats, page, results
 from prunus.study.charts import Point, Series, chart
 
 EVIL = "</title><script>alert(1)</script>\"'&<img src=x onerror=alert(1)>"
@@ -114,16 +114,16 @@ def test_an_arm_that_is_trained_once_is_compared_with_every_seed(tmp_path):
 
 def test_tables_say_the_same_in_every_form(tmp_path):
     found = results.load(folder(tmp_path, three_seeds(), missing=["S_ratio=0.9"]))
-    text = results.written(found, "markdown")
+    text = formats.written(found, "markdown")
     assert "| P-R - S | ratio=0.5 | validation loss | 3.8000 | 4.0000 | -0.2000 ± 0.1155 | 3 | P-R better |" in text
     assert "3.8000 (3.7000 to 3.9000)" in text and "without 1 run that is not done" in text
-    tex = results.written(found, "latex")
+    tex = formats.written(found, "latex")
     assert r"-0.2000 $\pm$ 0.1155" in tex and tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2
-    rows = list(csv.DictReader(io.StringIO(results.written(found, "csv"))))
+    rows = list(csv.DictReader(io.StringIO(formats.written(found, "csv"))))
     assert len(rows) == 12 and {row["cut.ratio"] for row in rows} == {"0.5"}
     assert sum(float(r["value"]) for r in rows if r["arm"] == "S" and r["on"] == "validation") == pytest.approx(12.0)
     with pytest.raises(UserError, match="unknown format 'latx'"):
-        results.written(found, "latx")
+        formats.written(found, "latx")
 
 
 def test_the_index_holds_every_figure(tmp_path):

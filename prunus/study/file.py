@@ -111,6 +111,41 @@ class ComparePart(_Strict):
     within: float = Field(default=0.02, gt=0, lt=1, description="of total-flops: how far FLOPs may lie apart")
 
 
+class LeadPart(_Strict):
+    """What one arm is ahead of another, along the values of a grid's key."""
+
+    arms: list[str] = Field(min_length=2, max_length=2)
+    along: str
+    values: list[Any] = Field(default=[], description="from the first to the last; default: all, in order")
+
+
+class ClaimPart(_Strict):
+    """A finding that the study is asked about; one of `better`, `shrinks` and `ranks` says what it comes to."""
+
+    says: str
+    source: str = Field("", description="where it was found before")
+    better: list[str] = Field([], description="two arms: the first is better wherever both were run")
+    shrinks: LeadPart | None = Field(
+        None, description="what the first arm is ahead is less at the last value than at the first"
+    )
+    ranks: list[str] = Field([], description="two arms: their places of the grid rank alike")
+    where: dict[str, list[Any]] = Field(default={}, description="places that count")
+    on: str | None = Field(None, description="what is measured; default: the first that both arms have")
+
+    @model_validator(mode="after")
+    def _one(self) -> ClaimPart:
+        if sum(map(bool, (self.better, self.shrinks, self.ranks))) != 1:
+            raise ValueError("give one of better, shrinks and ranks")
+        if any(len(arms) not in (0, 2) for arms in (self.better, self.ranks)):
+            raise ValueError(f"{self.better or self.ranks} are not two arms")
+        return self
+
+    @property
+    def arms(self) -> list[str]:
+        """Both of them."""
+        return self.better or self.ranks or (self.shrinks.arms if self.shrinks else [])
+
+
 class ArmPart(_Strict):
     """One arm: a model, what is cut of it, and the recipe that trains it."""
 
@@ -155,6 +190,7 @@ class StudyFile(_Strict):
     arms: dict[str, ArmPart] = Field(min_length=1)
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     compare: list[ComparePart] = []
+    claims: list[ClaimPart] = []
     evaluate: list[EvaluatePart] = []
 
 
@@ -216,6 +252,19 @@ def read(path: Path) -> Study:
         for arm in part.arms:
             if arm not in written.arms:
                 raise UserError(f"{path}: compare.{i}: {unknown('arm', arm, written.arms)}")
+    for i, claim in enumerate(written.claims):
+        for arm in claim.arms:
+            if arm not in written.arms:
+                raise UserError(f"{path}: claims.{i}: {unknown('arm', arm, written.arms)}")
+        asked = {**claim.where, **({claim.shrinks.along: claim.shrinks.values} if claim.shrinks else {})}
+        places = [place for arm in claim.arms for place in _places(written, arm)]
+        for key, values in asked.items():
+            known = [place[key] for place in places if key in place]
+            if not known or any(value not in known for value in values):
+                raise UserError(
+                    f"{path}: claims.{i}: {' and '.join(claim.arms)} are run at {key}={', '.join(map(str, known)) or 'nothing'}; "
+                    "name values of their grid"
+                )
     for i, one in enumerate(written.evaluate):
         if not one.texts and not one.tasks:
             raise UserError(f"{path}: evaluate.{i}: nothing is asked; give texts, tasks, or both")

@@ -27,7 +27,8 @@ from ..tables import big
 from ..train.listing import whole_lines
 from ..train.opening import LEDGER, LOG, RECIPE, RECORD
 from .charts import Point, Series, chart
-from .results import LOSS, STUDY, Metric, Results, Run, Table, differences, is_loss, is_seed, load, tables
+from .formats import Table, tables
+from .results import LOSS, STUDY, Metric, Results, Run, differences, is_loss, is_seed, load
 
 _SCRIPT = """
 for (const head of document.querySelectorAll("th")) {

@@ -1,0 +1,117 @@
+"""Findings that a study is asked about: verdicts by hand, and ranks against SciPy's."""
+
+import itertools
+import json
+
+import pytest
+from scipy import stats
+from test_study import written
+from test_study_results import folder, line
+
+from prunus.errors import UserError
+from prunus.study import claims, formats, results
+from prunus.study import file as files
+
+BETTER = {"says": "pruned is ahead", "better": ["P-R", "S"]}
+
+
+def asked(tmp_path, lines, *what):
+    out = folder(tmp_path, lines)
+    told = json.loads((out / "study.json").read_text())
+    told["file"]["claims"] = [files.ClaimPart.model_validate(one).model_dump() for one in what]
+    (out / "study.json").write_text(json.dumps(told))
+    return results.load(out)
+
+
+def arms(ahead, **places):
+    """P-R ahead of S by so much, seed by seed."""
+    pairs = [(line("P-R", s, 4.0 - lead, **places), line("S", s, 4.0, **places)) for s, lead in enumerate(ahead)]
+    return [one for pair in pairs for one in pair]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "verdict"),
+    [
+        ([0.1, 0.2, 0.3], "holds"),  # mean 0.2, error 0.0577
+        ([-0.1, -0.2, -0.3], "does not hold"),
+        ([0.1, -0.2, 0.2], "within noise"),
+        ([0.1], "holds (one seed)"),
+        ([-0.1], "does not hold (one seed)"),
+    ],
+)
+def test_a_claim_that_one_arm_is_better(ahead, verdict, tmp_path):
+    (one,) = claims.verdicts(asked(tmp_path, arms(ahead), BETTER))
+    assert one.verdict == verdict and one.metric == results.LOSS
+    assert one.leads[0][1].mean == pytest.approx(sum(ahead) / len(ahead)) and one.leads[0][1].seeds == len(ahead)
+
+
+def test_places_that_differ_are_counted(tmp_path):
+    lines = arms([0.1, 0.2, 0.3]) + arms([-0.1, -0.2, -0.3], ratio=0.8)
+    found = asked(tmp_path, lines, BETTER, BETTER | {"where": {"cut.ratio": [0.8]}})
+    first, second = claims.verdicts(found)
+    assert first.verdict == "holds in 1, does not hold in 1 of 2" and second.verdict == "does not hold"
+    assert first.told == "0.5 +0.2000 ± 0.1155, 0.8 -0.2000 ± 0.1155; 3 seeds"
+    table = formats.tables(found)[0]
+    assert table.title == "Findings" and table.rows[0][2:] == (first.verdict, "validation loss", first.told)
+
+
+def test_more_is_better_of_accuracy(tmp_path):
+    lines = [line("P-R", 0, 4.0, accuracy=0.65), line("S", 0, 3.0, accuracy=0.62)]
+    loss, accuracy = claims.verdicts(asked(tmp_path, lines, BETTER, BETTER | {"on": "piqa acc"}))
+    assert loss.verdict == "does not hold (one seed)" and accuracy.verdict == "holds (one seed)"
+    assert accuracy.told == "0.5 +3.0; 1 seed"
+
+
+def test_a_lead_that_shrinks_is_taken_from_the_same_seeds(tmp_path):
+    """Leads 0.3 and 0.1, 0.5 and 0.2: falls by 0.2 and 0.3, mean 0.25, error 0.05."""
+    lines = arms([0.3, 0.5], ratio=0.5) + arms([9.0, 9.0], ratio=0.6) + arms([0.1, 0.2], ratio=0.8)
+    lead = {"arms": ["P-R", "S"], "along": "cut.ratio"}
+    back = lead | {"values": [0.8, 0.5]}
+    first, second, third = claims.verdicts(
+        asked(tmp_path, lines, *({"says": "x", "shrinks": one} for one in (lead, back, lead | {"values": [0.6, 0.8]})))
+    )
+    assert (first.verdict, second.verdict, third.verdict) == ("holds", "does not hold", "holds")
+    assert [name for name, _ in first.leads] == ["0.5", "0.6", "0.8"] and [name for name, _ in second.leads] == [
+        "0.8",
+        "0.5",
+    ]
+
+
+def test_ranks_that_agree(tmp_path):
+    lines = [one for i, ratio in enumerate((0.2, 0.3, 0.5, 0.6, 0.7, 0.8)) for one in
+             (line("P-R", 0, 3.0 + i, ratio=ratio), line("S", 0, 4.0 + i * i, ratio=ratio))]  # fmt: skip
+    (one,) = claims.verdicts(asked(tmp_path, lines, {"says": "x", "ranks": ["P-R", "S"]}))
+    assert one.verdict == "holds" and one.told == "Kendall's tau +1.00 over 6 places, p = 0.0028"  # 2 of 6! orders
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6])
+def test_kendall_is_scipys(n):
+    for order in itertools.islice(itertools.permutations(range(n)), 0, None, max(1, n * n - 9)):
+        tau, chance = claims.kendall([(float(a), float(b)) for a, b in enumerate(order)])
+        known = stats.kendalltau(range(n), order, method="exact")
+        assert tau == pytest.approx(known.statistic) and chance == pytest.approx(known.pvalue)
+
+
+def test_what_was_not_run_is_said(tmp_path):
+    lead = {"arms": ["P-R", "S"], "along": "cut.ratio"}
+    asking = (BETTER, {"says": "x", "shrinks": lead}, {"says": "x", "ranks": ["P-R", "S"]})
+    found = asked(tmp_path, [line("P-R", 0, 3.0)], *asking)
+    assert {one.verdict for one in claims.verdicts(found)} == {"not run yet"}
+    (tmp_path / "b").mkdir()
+    one = asked(tmp_path / "b", arms([0.1]), asking[1])  # at one ratio only
+    assert claims.verdicts(one)[0].verdict == "not run yet"
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        (BETTER | {"better": ["P-R", "Q"]}, r"claims.0: unknown arm 'Q'"),
+        (BETTER | {"better": ["P-R"]}, r"claims.0: \['P-R'\] are not two arms"),
+        (BETTER | {"ranks": ["P-R", "S"]}, "claims.0: give one of better, shrinks and ranks"),
+        (BETTER | {"where": {"cut.method": ["wanda"]}}, "P-R and S are run at cut.method=flap, minitron-depth"),
+        (BETTER | {"where": {"tokens": [3]}}, "P-R and S are run at tokens=nothing; name values of their grid"),
+    ],
+)
+def test_claims_that_are_refused(claim, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        files.read(written(tmp_path, claims=[claim]))
