@@ -34,10 +34,10 @@ LAYERS = (  # the lowest first; a new module is placed here
     "train.shrink.snapshot train.shrink.cutting train.shrink.pruner train.shrink.masks train.shrink.forecast",
     "train.opening train.estimate train.searched train.teaching train.run train.shearing train.tuning train.listing",
     "tasks tasks.table tasks.local tasks.paired tasks.tree tasks.harness tasks.run generations judge appraisal",
-    "study study.file study.steps study.protocol study.charts study.results study.claims study.formats study.advise study.page "
-    "study.run study.plan study.cluster",
     "plots report checkpoint_plots shrink_plots train_plots comparison",
     "bench export export.vocabulary export.gguf_file export.onnx_file quantize trim export.card export.hub export.serving",
+    "study study.file study.steps study.protocol study.charts study.results study.claims study.formats study.advise study.page "
+    "study.run study.plan study.cluster",
     "printed show show_data show_train show_bench show_study progress quickstart cli_options cli_compare cli_data cli_eval "
     "cli_export cli_train cli_study cli __main__",
 )

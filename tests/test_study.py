@@ -14,11 +14,12 @@ import training
 import yaml
 from pipeline import cli
 
-from prunus import record
+from prunus import bench, record
 from prunus.errors import UserError
 from prunus.ledger import Ledger
 from prunus.study import cluster, protocol
 from prunus.study import file as files
+from prunus.study import run as running
 from prunus.study.plan import plan
 from prunus.study.results import keep, load, rows
 from prunus.study.run import gather, run
@@ -248,6 +249,66 @@ def test_a_rate_found_by_another_arm(tmp_path, monkeypatch):
     everything(study, tmp_path / "out")
     rates = [record.read(tmp_path / "out" / name / "record.jsonl")[-1]["figures"]["lr"] for name in ("swept", "run_seed=1")]
     assert rates[0] == rates[1]
+
+
+def test_a_shape_is_timed_once_however_many_runs_have_it(tmp_path, monkeypatch):
+    """Parent, cut and fresh weights of its shape: two shapes, which every run is told of, and the pictures are drawn by."""
+    pipeline.verify_here(monkeypatch)
+    monkeypatch.setattr(bench, "peak_bytes", lambda *_: None)  # a process of its own, which takes seconds
+    timing = {"context": 8, "new_tokens": 2, "repeats": 1}
+    path = written(
+        tmp_path, measure=timing, compare=[], evaluate=[], grid={"cut.method": ["flap"], "seed+data.seed": [0, 1]}
+    )
+    data = yaml.safe_load(path.read_text())
+    data["arms"] = {name: data["arms"][name] for name in ("P", "P-R", "S")}
+    path.write_text(yaml.safe_dump(data))
+    study, out = files.read(path), tmp_path / "out"
+    measured = [step for step in steps(study).values() if step.kind == "measure"]
+    (cut,) = [step.name for step in steps(study).values() if step.kind == "cut"]
+    assert [step.name for step in measured] == ["measure-P", f"measure-{cut}"]
+    assert {row["step"] for row in plan(study, rate=1e9)["steps"]} >= {step.name for step in measured}
+    everything(study, out)
+    lines = {line["run"]: line for line in running.gather(study, out)}
+    sizes = {name: line["measured"]["models"][0]["params"] for name, line in lines.items()}
+    assert len(lines) == 5 and sizes["P"] > sizes["P-R_method=flap_seed=0"] == sizes["S_method=flap_seed=1"]
+    keep(study, out)
+    runs = {run.name: run for run in load(out).runs}
+    assert set(runs["P"].milliseconds) == {"first token", "a token"} and min(runs["P"].milliseconds.values()) > 0
+
+
+def test_what_is_timed_has_the_machine_to_itself(tmp_path):
+    """Two steps at a time, but none beside one that times."""
+    study = files.read(written(tmp_path, measure={"context": 8}))
+    known = steps(study)
+    doing = running._Doing(study, known, tmp_path / "out", 2, lambda text: None)
+    timed, trained = known["measure-P"], known["P"]
+    assert doing._has_room(timed) and doing._has_room(trained)
+    doing.running = {trained.name: None}
+    assert not doing._has_room(timed) and doing._has_room(trained)
+    doing.running = {timed.name: None}
+    assert not doing._has_room(timed) and not doing._has_room(trained)
+
+
+def test_the_rate_of_the_run_that_ended_lowest(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    fresh = base(tmp_path)
+    arms = {
+        "tried": {"recipe": fresh, "grid": {"optimizer.lr": [1e-6, 1e-2, 1e-5]}},
+        "run": {"recipe": fresh, "lr_of": "tried"},
+    }
+    study = files.read(written(tmp_path, arms=arms, grid={"data.seed": [1]}, compare=[], evaluate=[]))
+    assert sorted(steps(study)["run_seed=1"].needs) == ["tried_lr=0.01", "tried_lr=1e-05", "tried_lr=1e-06"]
+    everything(study, tmp_path / "out")
+    losses = {
+        row["lr"]: row["validation"][-1]["validation"]["loss"]
+        for row in (record.read(path)[-1]["figures"] for path in (tmp_path / "out").glob("tried*/record.jsonl"))
+    }
+    assert len(losses) == 3 and min(losses, key=losses.get) == 1e-2
+    assert resolved(study.of("run")[0], tmp_path / "out").optimizer.lr == 1e-2
+    for arm in arms.values():
+        arm["set"] = {"validate.every": 0}
+    with pytest.raises(UserError, match="'run': lr_of: which run of 'tried' is best is told by validation"):
+        files.read(written(tmp_path, arms=arms, grid={"data.seed": [1]}, compare=[], evaluate=[]))
 
 
 # -- processes --------------------------------------------------------------------------------------------------------------
@@ -529,8 +590,6 @@ def test_too_few_processes(tmp_path):
 
 
 def test_a_study_that_is_asked_to_stop_twice_leaves_nothing_running(tmp_path, monkeypatch):
-    from prunus.study import run as running
-
     ended = []
 
     class Sleeps(running._Process):

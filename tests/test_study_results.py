@@ -6,17 +6,22 @@ import json
 import math
 import re
 import sqlite3
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+import shrinking
 import training
 from pipeline import cli
 
 from prunus.errors import UserError
 from prunus.study import formats, page, results
-from prunus.study.charts import Point, Series, chart
+from prunus.study.charts import Point, Series, chart, leads
 
+BROWSER = Path(__file__).with_name("browser.py")
 EVIL = "</title><script>alert(1)</script>\"'&<img src=x onerror=alert(1)>"
 
 
@@ -197,6 +202,40 @@ def test_one_point_and_equal_points_have_axes():
         assert all(0 < float(one.get("cx")) < 480 for one in root.iter("circle"))
 
 
+def test_rows_of_leads_stand_where_their_numbers_say():
+    rows = ["depth", EVIL, "wanda"]
+    both = [
+        Series("a", (Point(-0.2, 0, 0.1), Point(0.4, 2, 0.1, "3 seeds"))),
+        Series("b", (Point(0.1, 1), Point(math.nan, 1))),
+    ]
+    root = ET.fromstring(leads(both, rows, x="ahead"))
+    titles = [one.text for one in root.iter("title")]
+    assert titles == ["a\ndepth: -0.2 ± 0.1", "a\nwanda: 0.4 ± 0.1\n3 seeds", f"b\n{EVIL}: 0.1"]
+    spots = [
+        (float(m.get("cx")), float(m.get("cy")))
+        for g in root.iter("g")
+        if g.find("title") is not None
+        for m in g.iter("circle")
+    ]
+    grid = [float(one.get("y1")) for one in root.iter("line") if one.get("class") == "grid"]
+    zero = next(float(one.get("x1")) for one in root.iter("line") if one.get("class") == "zero")
+    assert len(grid) == 3 and [min(range(3), key=lambda i: abs(grid[i] - y)) for _, y in spots] == [0, 2, 1]
+    assert spots[0][0] < zero < spots[2][0] < spots[1][0]
+    assert (spots[1][0] - zero) / (zero - spots[0][0]) == pytest.approx(2, rel=0.01)
+    assert leads([Series("a", (Point(math.nan, 0),))], rows, x="ahead") == ""
+
+
+def test_a_logarithmic_height_leaves_out_what_is_not_above_zero():
+    svg = chart(
+        [Series("a", (Point(0, 1e-6), Point(1, 1e-3), Point(2, 1.0), Point(3, 0.0), Point(4, -1.0)))],
+        x="x",
+        y="y",
+        log_y=True,
+    )
+    found = [float(b) for _, b in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4.5"/></g>', svg)][:3]
+    assert len(re.findall("<title>", svg)) == 3 and found[0] - found[1] == pytest.approx(found[1] - found[2], abs=0.2)
+
+
 # -- pages ------------------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +295,77 @@ def test_a_page_shows_what_the_tables_say(tmp_path):
     for svg in re.findall(r"<svg.*?</svg>", text, re.S):
         ET.fromstring(svg)
     assert cli("report", out)[0] == 2 and cli("report", out, "--overwrite")[0] == 0
+
+
+def timed(one, decode):
+    cell = {"first_token_ms": {"median": 10 * decode}, "decode_ms": {"median": decode}}
+    return one | {"measured": {"models": [{"cells": [cell]}]}}
+
+
+def test_quality_against_milliseconds_has_the_line_that_nothing_lies_beyond(tmp_path):
+    """Of (2 ms, 3.4), (1 ms, 3.9) and (3 ms, 3.5) the last is slower and worse than the first."""
+    lines = [
+        timed(line("P-R", 0, 3.4), 2.0),
+        timed(line("S", 0, 3.9), 1.0),
+        timed(line("T", 0, 3.5), 3.0),
+        line("U", 0, 1.0),
+    ]
+    made = page.of_study(results.load(folder(tmp_path, lines)))
+    drawn = {one.title: str(one.svg) for one in made.charts}
+    svg = drawn["validation loss against time to a token"]
+    front = [one.split("\n") for one in re.findall("<title>(nothing beyond[^<]*)</title>", svg)]
+    assert [one[1] for one in front] == ["1: 3.9", "2: 3.4"] and "validation loss against time to first token" in drawn
+    assert "U" not in re.findall("<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_a_page_shows_who_is_ahead_by_method(tmp_path):
+    lines = [line(arm, s, loss, name=f"{arm}{m}{s}") | {"place": {"cut.method": m, "data.seed": s}}
+             for m in ("flap", "wanda") for s in (0, 1) for arm, loss in (("P-R", 3.0 + s), ("S", 3.5 + s))]  # fmt: skip
+    made = page.of_study(results.load(folder(tmp_path, lines)))
+    svg = next(str(one.svg) for one in made.charts if one.title == "Who is ahead on validation loss")
+    pair = "P-R over S, equal training tokens"
+    assert re.findall("<title>([^<]*)</title>", svg) == [f"{pair}\n{m}: 0.5\n2 seeds" for m in ("flap", "wanda")]
+
+
+def test_a_page_of_a_run_that_cuts_shows_what_went(tmp_path):
+    out = tmp_path / "run"
+    shrinking.run(out, shrinking.pruning(saliency={"metric": "second"}))
+    page.write(out, tmp_path / "run.html")
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    cuts = shrinking.events(out)
+    assert "How much of each axis was cut" in text and "What the next group of each kind was worth" in text
+    whole, left = (tiny_sizes(out, which) for which in ("begin", "end"))
+    assert cuts and f"{100 * (1 - left / whole):.4g}"[:4] in text
+
+
+def tiny_sizes(out, which):
+    """FFN channels of all layers, before the first cut and after the last."""
+    cuts = shrinking.events(out)
+    sizes = cuts[-1]["pruned"]["shape"]["intermediate_size"]
+    layers = cuts[-1]["pruned"]["shape"]["num_hidden_layers"]
+    left = sum(sizes) if isinstance(sizes, list) else sizes * layers
+    gone = sum(len(units) for cut in cuts for name, units in cut["pruned"]["units"].items() if name.endswith("intermediate"))
+    return left if which == "end" else left + gone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1100])
+def test_a_page_in_a_real_browser(width, scheme, tmp_path):
+    """Nothing is refused, fails or is loaded; the page fits the screen, a click sorts a table, and the picture is no blank one."""
+    pytest.importorskip("PySide6.QtWebEngineWidgets", exc_type=ImportError)
+    ratios = [
+        line(arm, s, loss + 0.1 * s, ratio=r) for r in (0.3, 0.6) for arm, loss in (("P-R", 3.0), ("S", 3.4)) for s in (0, 1)
+    ]
+    page.write(folder(tmp_path, ratios), tmp_path / "report.html")
+    words = [sys.executable, str(BROWSER), str(tmp_path / "report.html"), str(tmp_path / "page.png"), str(width), scheme]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["said"] == [] and {url.split(":")[0] for url in seen["requests"]} == {"file"}
+    assert seen["width"] <= seen["inner"] <= width and min(seen["drawn"]) > 0.7 * min(width, 480)
+    assert seen["up"] == sorted(seen["up"]) and seen["down"] == seen["up"][::-1] and seen["sorted"] == "descending"
+    light = sum(map(int, re.findall(r"\d+", seen["ground"])[:3])) > 3 * 128
+    assert light == (scheme == "light") and len((tmp_path / "page.png").read_bytes()) > 20_000
 
 
 def test_a_page_of_a_run_finished_or_not(tmp_path):

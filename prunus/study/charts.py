@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 480, 290  # small, so that text is legible on a phone, too
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 44
+_ROW, _SIDE, _NAMED = 30, 130, 18  # of rows: height, room for names, letters of a name
 _MARKS = ("circle", "square", "diamond", "triangle")
 _MARKED = 120  # more points than this have no marks, but for those that no line joins
 COLOURS = 8  # series beyond it take other marks
@@ -36,14 +37,15 @@ class Series:
     joined: bool = True
 
 
-def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, zero: bool = False) -> str:
+def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, log_y: bool = False, zero: bool = False) -> str:
     """An SVG picture with axes and a legend; empty text where there is nothing to show. `zero` marks y = 0."""
-    points = [p for s in series for p in s.points if math.isfinite(p.x) and math.isfinite(p.y) and (p.x > 0 or not log_x)]
+    series = [replace(s, points=tuple(p for p in s.points if _shown(p, log_x, log_y))) for s in series]
+    points = [p for s in series for p in s.points]
     if not points:
         return ""
     scale = _Scale.of([p.x for p in points], log=log_x)
     lows, highs = ([p.y + sign * (p.error or 0) for p in points] for sign in (-1, 1))
-    heights = _Scale.of([*lows, *highs, *([0.0] if zero else [])], log=False)
+    heights = _Scale.of([*(p.y for p in points)] if log_y else [*lows, *highs, *([0.0] if zero else [])], log=log_y)
     names = list(dict.fromkeys(s.name for s in series))
     rows = -(-len(names) // 2)
     parts = [_axes(scale, heights, x, y)]
@@ -51,12 +53,64 @@ def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, zero
         at = _down(heights, 0.0)
         parts.append(f'<line class="zero" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
     marked = len(points) <= _MARKED
-    parts += [_series(one, names.index(one.name), scale, heights, log_x, marked) for one in series]
+    parts += [_series(one, names.index(one.name), scale, heights, marked) for one in series]
     parts += [_legend(name, i) for i, name in enumerate(names)]
     size = HEIGHT + 20 * rows
     body = "".join(parts)
     label = f"{escape(y, quote=True)} by {escape(x, quote=True)}"
     return f'<svg viewBox="0 0 {WIDTH} {size}" role="img" aria-label="{label}">{body}</svg>'
+
+
+def leads(series: Sequence[Series], rows: Sequence[str], *, x: str) -> str:
+    """An SVG picture of named rows: every point stands in the row that its y numbers, its error to both sides, against x = 0."""
+    points = [p for s in series for p in s.points if math.isfinite(p.x)]
+    if not points:
+        return ""
+    ends = [p.x + sign * (p.error or 0) for p in points for sign in (-1, 1)]
+    scale = _Scale.of([*ends, 0.0], log=False)
+    names = list(dict.fromkeys(s.name for s in series))
+    bottom = _TOP + _ROW * len(rows)
+    parts = []
+    for i, name in enumerate(rows):
+        at = _TOP + _ROW * (i + 0.5)
+        short = name if len(name) <= _NAMED else name[: _NAMED - 1] + "…"
+        parts.append(f'<line class="grid" x1="{_SIDE}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{_SIDE - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(short)}</text>')
+    for tick in scale.ticks:
+        text = f'<text x="{_beside(scale, tick):.1f}" y="{bottom + 18}" text-anchor="middle">{_short(tick)}</text>'
+        parts.append(text)
+    nothing = _beside(scale, 0.0)
+    parts.append(f'<line class="zero" x1="{nothing:.1f}" x2="{nothing:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+    parts.append(f'<line class="axis" x1="{_SIDE}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
+    middle = (WIDTH + _SIDE) / 2
+    parts.append(f'<text class="name" x="{middle:.0f}" y="{bottom + 38}" text-anchor="middle">{escape(x)}</text>')
+    for one in series:
+        index = names.index(one.name)
+        shift = _ROW * 0.18 * (index - (len(names) - 1) / 2)  # series of a row stand apart
+        parts.append(f'<g class="c{index % COLOURS}">')
+        for point in (p for p in one.points if math.isfinite(p.x)):
+            a, b = _beside(scale, point.x), _TOP + _ROW * (point.y + 0.5) + shift
+            if point.error:
+                left, right = (_beside(scale, point.x + sign * point.error) for sign in (-1, 1))
+                parts.append(f'<line class="error" x1="{left:.1f}" x2="{right:.1f}" y1="{b:.1f}" y2="{b:.1f}"/>')
+            spread = f" ± {_short(point.error)}" if point.error else ""
+            more = f"\n{point.label}" if point.label else ""
+            told = escape(f"{one.name}\n{rows[round(point.y)]}: {_short(point.x)}{spread}{more}")
+            parts.append(f"<g><title>{told}</title>{_mark(index, a, b)}</g>")
+        parts.append("</g>")
+    parts += [_legend(name, i, bottom + 56, wide=True) for i, name in enumerate(names)]
+    size = bottom + 50 + 20 * len(names)
+    label = f"rows by {escape(x, quote=True)}"
+    return f'<svg viewBox="0 0 {WIDTH} {size}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _shown(point: Point, log_x: bool, log_y: bool) -> bool:
+    there = math.isfinite(point.x) and math.isfinite(point.y)
+    return there and (point.x > 0 or not log_x) and (point.y > 0 or not log_y)
+
+
+def _beside(scale: _Scale, value: float) -> float:
+    return _SIDE + scale.share(value) * (WIDTH - _SIDE - _RIGHT)
 
 
 @dataclass(frozen=True)
@@ -112,15 +166,14 @@ def _axes(across: _Scale, up: _Scale, x: str, y: str) -> str:
     return "".join(out)
 
 
-def _series(one: Series, index: int, across: _Scale, up: _Scale, log_x: bool, marked: bool) -> str:
-    seen = [p for p in one.points if math.isfinite(p.x) and math.isfinite(p.y) and (p.x > 0 or not log_x)]
-    places = [(_across(across, p.x), _down(up, p.y)) for p in seen]
+def _series(one: Series, index: int, across: _Scale, up: _Scale, marked: bool) -> str:
+    places = [(_across(across, p.x), _down(up, p.y)) for p in one.points]
     out = [f'<g class="c{index % COLOURS}">']
     if one.joined and len(places) > 1:
         out.append(f'<polyline points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in places)}"/>')
     if marked or not one.joined:
-        for point, (a, b) in zip(seen, places, strict=True):
-            if point.error:
+        for point, (a, b) in zip(one.points, places, strict=True):
+            if point.error and not up.log:
                 top, low = _down(up, point.y + point.error), _down(up, point.y - point.error)
                 out.append(f'<line class="error" x1="{a:.1f}" x2="{a:.1f}" y1="{top:.1f}" y2="{low:.1f}"/>')
             spread = f" ± {_short(point.error)}" if point.error else ""
@@ -143,9 +196,11 @@ def _mark(index: int, a: float, b: float) -> str:
     return f'<polygon points="{" ".join(f"{a + dx:.1f},{b + dy:.1f}" for dx, dy in corners)}"/>'
 
 
-def _legend(name: str, index: int) -> str:
-    a, b = _LEFT + (index % 2) * (WIDTH - _LEFT) / 2, HEIGHT + 12 + 20 * (index // 2)
-    short = name if len(name) <= 28 else name[:27] + "…"
+def _legend(name: str, index: int, top: float = HEIGHT + 12, *, wide: bool = False) -> str:
+    """Two a line, or one where names are long."""
+    columns, most = (1, 60) if wide else (2, 28)
+    a, b = (0 if wide else _LEFT) + 8 + (index % columns) * (WIDTH - _LEFT) / 2, top + 20 * (index // columns)
+    short = name if len(name) <= most else name[: most - 1] + "…"
     return f'<g class="c{index % COLOURS}">{_mark(index, a, b - 4)}<text x="{a + 10:.0f}" y="{b}">{escape(short)}</text></g>'
 
 

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..api import CALIBRATION, EVALUATION, TextOptions
 from ..appraisal import Question
+from ..bench import Asked
 from ..errors import UserError, nearest, unknown
 from ..planning import Request
 from ..train import recipe as recipes
@@ -33,8 +34,9 @@ from ..train.recipe import Recipe
 
 CUT = "cut."  # before grid keys that are a cut's
 NAMED = "cut"  # the grid key whose values name cuts
+RATE = "optimizer.lr"
 WITH = "+"  # between fields that have one value: seed+data.seed
-RESERVED = ("steps", "cuts", "evaluations", "logs", "slurm")  # folders beside those of the runs
+RESERVED = ("steps", "cuts", "evaluations", "measures", "logs", "slurm")  # folders beside those of the runs
 MADE = "study:"  # before the name of a run in place of the folder that it leaves
 Protocol = Literal["training-tokens", "total-tokens", "total-flops"]
 
@@ -103,6 +105,22 @@ class EvaluatePart(_Strict):
         return Question(tuple(self.texts), options, tuple(self.tasks), data, self.limit, dtype=self.dtype)
 
 
+class MeasurePart(_Strict):
+    """What is timed of every shape that comes up: a prompt and the tokens behind it."""
+
+    threads: int = 1
+    batch: int = 1
+    context: int = 128
+    new_tokens: int = 16
+    repeats: int = 5
+    dtype: str = "float32"
+
+    @property
+    def asked(self) -> Asked:
+        """As `bench.run` takes it."""
+        return Asked((self.threads,), (self.batch,), (self.context,), self.new_tokens, self.repeats, dtype=self.dtype)
+
+
 class ComparePart(_Strict):
     """Arms that are compared, and what must be equal of them; checked before the first run, and proved from ledgers after."""
 
@@ -157,7 +175,9 @@ class ArmPart(_Strict):
     set: dict[str, Any] = Field(default_factory=dict)
     grid: dict[str, list[Any]] | None = Field(None, description="instead of the study's")
     flops_of: str | None = Field(None, description="an arm: as many tokens as its FLOPs pay for, its parents' included")
-    lr_of: str | None = Field(None, description="an arm whose sweep found the rate")
+    lr_of: str | None = Field(
+        None, description="an arm whose sweep found the rate, or whose run at the best of its rates did"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> ArmPart:
@@ -192,6 +212,7 @@ class StudyFile(_Strict):
     compare: list[ComparePart] = []
     claims: list[ClaimPart] = []
     evaluate: list[EvaluatePart] = []
+    measure: MeasurePart | None = None
 
 
 @dataclass(frozen=True)
@@ -203,13 +224,25 @@ class Cell:
     recipe: Recipe | None = None  # its source or shape is `MADE` and a name where another run makes it
     cut: CutPart | None = None
     model: str | None = None
-    others: Mapping[str, Cell] = field(default_factory=dict)  # from, shape_of, flops_of, lr_of
+    others: Mapping[str, Cell] = field(default_factory=dict)  # from, shape_of, flops_of
+    rated: tuple[Cell, ...] = ()  # whose best one's learning rate it takes
 
     @property
     def name(self) -> str:
         """Of its folder."""
         parts = [f"{key.rpartition('.')[2]}={value}" for key, value in self.place.items()]
         return re.sub(r"[^\w.+:=,-]", "-", "_".join([self.arm, *parts]))
+
+    @property
+    def shaped(self) -> Cell:
+        """The run that first had this one's shape: of one with fresh weights, that whose cut made it."""
+        if (other := self.others.get("shape_of")) is not None:
+            return other.shaped
+        if self.cut is not None:
+            return Cell(f"{self.arm}-cut", self.place, None, self.cut, self.model, self.others)
+        if (other := self.others.get("from")) is not None and (self.recipe is None or self.recipe.prune is None):
+            return other.shaped
+        return self
 
     def ancestors(self) -> Iterator[Cell]:
         """What it goes on from, and so on, the nearest first."""
@@ -318,9 +351,7 @@ def _check_arm(path: Path, written: StudyFile, arm: str) -> None:
         if other not in arms:
             raise UserError(f"{path}: arm '{arm}': {name}: there is no arm '{other}'{nearest(other, arms)}; add it")
     if part.lr_of is not None and arms[part.lr_of].recipe is None:
-        raise UserError(
-            f"{path}: arm '{arm}': lr_of: '{part.lr_of}' trains nothing; name an arm whose optimizer.lr is sweep"
-        )
+        raise UserError(f"{path}: arm '{arm}': lr_of: '{part.lr_of}' trains nothing; name an arm that tries rates")
     for name in ("shape_of", "flops_of"):
         named = part.others.get(name)
         if named is not None and arms[named].recipe is None and arms[named].cut is None:
@@ -362,7 +393,8 @@ class _Made:
 
     def _made(self, arm: str, place: Mapping[str, Any]) -> Cell:
         part = self.written.arms[arm]
-        others = {name: self._other(arm, name, other, place) for name, other in part.others.items()}
+        others = {name: self._other(arm, name, other, place)[0] for name, other in part.others.items() if name != "lr_of"}
+        rated = () if part.lr_of is None else self._other(arm, "lr_of", part.lr_of, place)
         for key in place:
             used = any((part.cut if _is_cuts(one) else part.recipe) is not None for one in key.split(WITH))
             if not used and not any(key in other.place for other in others.values()):
@@ -372,13 +404,20 @@ class _Made:
         try:
             cut = None if part.cut is None else self._cut(part.cut, place)
             recipe = None if part.recipe is None else self._recipe(part, place, others)
+            if len(rated) > 1 and any(one.recipe is None or not one.recipe.validate_.every for one in rated):
+                raise UserError(f"lr_of: which run of '{part.lr_of}' is best is told by validation; give validate.every")
         except UserError as error:
             raise UserError(f"{self.path}: arm '{arm}': {error}") from error
-        return Cell(arm, place, recipe, cut, part.model, others)
+        return Cell(arm, place, recipe, cut, part.model, others, rated)
 
-    def _other(self, arm: str, name: str, other: str, place: Mapping[str, Any]) -> Cell:
-        """The run of another arm that has this one's place, as far as it goes."""
-        fitting = [p for p in _places(self.written, other) if all(key in place and place[key] == p[key] for key in p)]
+    def _other(self, arm: str, name: str, other: str, place: Mapping[str, Any]) -> tuple[Cell, ...]:
+        """The run of another arm that has this one's place, as far as it goes; of an arm that tries rates, all of them."""
+        free = RATE if name == "lr_of" and RATE not in place else None
+        fitting = [
+            p
+            for p in _places(self.written, other)
+            if all(place.get(key) == p[key] and key in place for key in p if key != free)
+        ]
         if not fitting:
             keys = ", ".join(_places(self.written, other)[0])
             at = ", ".join(f"{key}={value}" for key, value in place.items()) or "no place in the grid"
@@ -386,7 +425,7 @@ class _Made:
                 f"{self.path}: arm '{arm}' at {at}: {name}: '{other}' has no run there, since its runs differ by {keys}; "
                 "give both arms those keys and values"
             )
-        return self.cell(other, fitting[0])
+        return tuple(self.cell(other, place) for place in (fitting if free else fitting[:1]))
 
     def _cut(self, own: Mapping[str, Any], place: Mapping[str, Any]) -> CutPart:
         data, named = {**self.written.cut, **own}, self.written.cuts
@@ -420,8 +459,8 @@ class _Made:
             changes["teacher"] = teacher | {"source": cut_one}
         if (shaped := others.get("shape_of")) is not None:
             changes |= {"model.shape": MADE + shaped.name, "model.tokenizer": None, "model.target_params": None}
-        if "lr_of" in others:
-            changes |= {"optimizer.lr": 1e-3}  # until it is found
+        if part.lr_of is not None:
+            changes |= {RATE: 1e-3}  # until it is found
         recipe = recipes.read(str(part.recipe), (), changes)
         if "flops_of" in others and recipe.teacher is not None:
             raise UserError("flops_of counts updates alone, and a teacher costs FLOPs too; drop one of them")

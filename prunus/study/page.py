@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from .. import record
 from ..errors import UserError
 from ..ledger import Ledger
 from ..place import check_files, staged_files
+from ..shrink_plots import WORDS, Shrinking
 from ..tables import big
 from ..train.listing import whole_lines
 from ..train.opening import LEDGER, LOG, RECIPE, RECORD
-from .charts import Point, Series, chart
+from .charts import Point, Series, chart, leads
 from .formats import Table, tables
 from .results import LOSS, STUDY, Metric, Results, Run, differences, is_loss, is_seed, load
 
@@ -82,7 +83,11 @@ class Page:
 
     def draw(self, title: str, note: str, series: Sequence[Series], **options: Any) -> None:
         """Add a figure, if there is anything in it."""
-        if svg := chart(series, **options):
+        self.add(title, note, chart(series, **options))
+
+    def add(self, title: str, note: str, svg: str) -> None:
+        """Add a picture, if there is one."""
+        if svg:
             self.charts.append(Drawn(title, note, Markup(svg)))
 
     def html(self) -> str:
@@ -132,6 +137,9 @@ def of_study(found: Results) -> Page:
         page.notes.append(f"Nothing is known of what went into {', '.join(released)}; costs with parents leave that out.")
     for metric in found.metrics[:4]:
         _study_charts(page, found, metric)
+    for metric in found.metrics[:4]:
+        for speed in dict.fromkeys(name for run in found.runs for name in run.milliseconds):
+            _pareto(page, found, metric, speed)
     _curves(page, found)
     page.tables = tables(found)
     page.sources = [
@@ -168,6 +176,10 @@ def _study_charts(page: Page, found: Results, metric: Metric) -> None:
         lines = _by_tokens(found, metric, scale)
         note = "means over seeds, ± twice the standard error"
         page.draw(f"{name} against tokens", note, lines, x="tokens trained on", y=name, log_x=True)
+    lines, rows = _by_place(found, metric, scale)
+    ahead = "nats a token" if is_loss(metric) else "points"
+    note = "first arm over second, ± twice the standard error over seeds"
+    page.add(f"Who is ahead on {name}", note, leads(lines, rows, x=f"ahead, {ahead}"))
     spent: dict[str, list[Point]] = {}
     for run in found.runs:
         if run.total_flops and metric in run.scores:
@@ -180,6 +192,49 @@ def _study_charts(page: Page, found: Results, metric: Metric) -> None:
     for key in dict.fromkeys(k for run in found.runs for k in run.place if _last(k) == "ratio"):
         lines = _advantages(found, metric, key, scale)
         page.draw(f"Advantage on {name} by ratio", note, lines, x="share removed", y="difference", zero=True)
+
+
+def _by_place(found: Results, metric: Metric, scale: float) -> tuple[list[Series], list[str]]:
+    """What first arms of comparisons are ahead, by places that are no number: methods, cuts."""
+    pairs: dict[str, list[tuple[str, Point]]] = {}
+    sign = -scale if is_loss(metric) else scale
+    for one in differences(found):
+        if one.metric == metric:
+            name = f"{' over '.join(one.arms)}, equal {one.protocol.replace('-', ' ')}"
+            row = ", ".join(part.split("=", 1)[-1] for part in one.group.split(", ")) or one.arms[0]
+            error = None if one.error is None else 2 * scale * one.error
+            seeds = f"{one.seeds} seed{'s' if one.seeds > 1 else ''}"
+            pairs.setdefault(name, []).append((row, Point(sign * one.mean, 0, error, seeds)))
+    rows = list(dict.fromkeys(row for points in pairs.values() for row, _ in points))
+    lines = [
+        Series(name, tuple(replace(point, y=rows.index(row)) for row, point in points)) for name, points in pairs.items()
+    ]
+    return lines, rows
+
+
+def _pareto(page: Page, found: Results, metric: Metric, speed: str) -> None:
+    """Quality against measured milliseconds: means over seeds, and the line that nothing lies beyond."""
+    scale = 1.0 if is_loss(metric) else 100.0
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in found.runs:
+        if metric in run.scores and speed in run.milliseconds:
+            groups.setdefault((run.arm, run.group), []).append(run)
+    arms: dict[str, list[Point]] = {}
+    for (arm, group), runs in groups.items():
+        values = [scale * run.scores[metric].value for run in runs]
+        at = statistics.fmean(run.milliseconds[speed] for run in runs)
+        arms.setdefault(arm, []).append(Point(at, statistics.fmean(values), _error(values), group))
+    best, front = math.inf, []
+    sign = 1 if is_loss(metric) else -1
+    for point in sorted((p for points in arms.values() for p in points), key=lambda p: (p.x, sign * p.y)):
+        if sign * point.y < best:
+            best = sign * point.y
+            front.append(Point(point.x, point.y, label=point.label))
+    name = " ".join(metric)
+    dots = [Series(arm, tuple(points), joined=False) for arm, points in arms.items()]
+    lines = [*dots, Series("nothing beyond", tuple(front))] if len(front) > 1 else dots
+    title, note = f"{name} against time to {speed}", "measured here, one at a time; means over seeds"
+    page.draw(title, note, lines, x="milliseconds", y=name)
 
 
 def _last(key: str) -> str:
@@ -272,6 +327,7 @@ def _of_run(folder: Path) -> Page:
     if len({line.get("params") for line in updates}) > 1:
         alive = Series("parameters", _points(thin, "params"))
         page.draw("Parameters", "how the model shrinks", [alive], x="tokens", y="parameters")
+    _shrinking(page, lines)
     if (folder / LEDGER).is_file():
         page.tables.append(_ledger(Ledger.read(folder)))
     page.sources.append(("The recipe", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)))
@@ -279,6 +335,23 @@ def _of_run(folder: Path) -> Page:
         told = {name: done[name] for name in ("commit", "recipe_hash", "time", "versions", "machine")}
         page.sources.append(("Where it comes from", yaml.safe_dump(told, sort_keys=False)))
     return page
+
+
+def _shrinking(page: Page, lines: Sequence[dict[str, Any]]) -> None:
+    """What a run that cuts cut: how much of each axis, and what its next group was worth."""
+    found = Shrinking.of(lines)
+    if found is None:
+        return
+    gone, worth = [], []
+    for kind in found.candidates:
+        shares, edges = found.gone(kind), found.edges
+        steps = [(at, share) for i, share in enumerate(shares) for at in edges[i : i + 2]]  # level between cuts
+        gone.append(Series(WORDS[kind], tuple(Point(float(at), 100 * share) for at, share in _thin(steps))))
+        told = [Point(float(e.tokens), e.saliency[kind]) for e in found.events if kind in e.saliency]
+        worth.append(Series(WORDS[kind], tuple(_thin(told))))
+    page.draw("How much of each axis was cut", "of all layers together", gone, x="tokens", y="% that went")
+    note = "saliency over price; the least went first"
+    page.draw("What the next group of each kind was worth", note, worth, x="tokens", y="saliency", log_y=True)
 
 
 def _points(lines: Sequence[dict[str, Any]], name: str) -> tuple[Point, ...]:

@@ -93,6 +93,8 @@ def _row(study: Study, step: Step, expected: _Expectations) -> dict[str, Any]:
         size = (text.windows, text.seq_len) if text is not None and made.needs_text else (0, 0)
         flops = made.scoring_flops(*size) if size[0] else 0
         return {"tokens": size[0] * size[1], "flops": round(flops), "params": begun.params, "disk": 4 * begun.params}
+    if step.kind == "measure":
+        return {"tokens": None, "flops": 0, "params": None, "disk": 0}  # seconds, mostly of starting
     model = expected.after(cell) if cell.recipe is not None else expected.begun(cell)
     asked = [part for part in study.file.evaluate if not part.tasks]
     flops = None

@@ -49,6 +49,7 @@ class Run:
     recipe_hash: str | None
     commit: str | None
     curve: tuple[tuple[int, float], ...]  # validation loss by tokens
+    milliseconds: Mapping[str, float]  # "first token" and "a token" behind it, where they were measured
 
     @property
     def group(self) -> str:
@@ -74,6 +75,7 @@ class Run:
             total_flops=None if ledger is None else ledger["total_flops"],
             unrecorded=() if ledger is None else tuple(ledger["unrecorded"]), scores=scores,
             recipe_hash=line.get("recipe_hash"), commit=line.get("commit"), curve=tuple(curve),
+            milliseconds=_milliseconds(line.get("measured")),
         )  # fmt: skip
 
 
@@ -88,6 +90,13 @@ def _scores(figures: Mapping[str, Any]) -> dict[Metric, Score]:
     for name, score in figures.get("means", {}).items():
         out[f"mean of {name}", "accuracy"] = Score(score["mean"], score["error"])
     return out
+
+
+def _milliseconds(timed: Mapping[str, Any] | None) -> dict[str, float]:
+    if timed is None:
+        return {}
+    (cell,) = timed["models"][0]["cells"]
+    return {"first token": cell["first_token_ms"]["median"], "a token": cell["decode_ms"]["median"]}
 
 
 def is_seed(key: str) -> bool:

@@ -26,7 +26,7 @@ from .file import Cell, Study
 from .plan import plan
 from .protocol import proofs
 from .results import PROOFS, RECORDS, index, keep, load, rows
-from .steps import EVALUATIONS, Step, ledger_of, model_of, steps
+from .steps import EVALUATIONS, Step, ledger_of, measured_of, model_of, steps
 
 LOGS = "logs"
 _GRACE_S = 120  # that a step has to save what it has once the study is asked to stop
@@ -122,11 +122,17 @@ class _Doing:
             if bad is not None:
                 self.outcome.left[step.name] = self.outcome.left.get(bad, bad)
                 self.todo.remove(step)
-            elif len(self.running) < self.processes and all(self.known[need].is_done(self.out) for need in step.needs):
+            elif self._has_room(step) and all(self.known[need].is_done(self.out) for need in step.needs):
                 self.todo.remove(step)
                 number = len(self.outcome.ran) + len(self.outcome.failed) + len(self.running) + 1
                 self.tell(f"{self.study.name}: step {number} of {self.total}, {step.name}")
                 self.running[step.name] = _Process(self.study, step, self.out, self.processes, self.tell)
+
+    def _has_room(self, step: Step) -> bool:
+        """Whether it may begin now. What is timed has the machine to itself."""
+        if any(self.known[name].kind == "measure" for name in self.running):
+            return False
+        return not self.running if step.kind == "measure" else len(self.running) < self.processes
 
     def _end(self) -> None:
         for name, process in [*self.running.items()]:
@@ -241,6 +247,10 @@ def gather(study: Study, out: Path) -> list[dict[str, Any]]:
         line |= {"run": cell.name, "arm": cell.arm, "place": dict(cell.place)}
         if scored := _evaluations(cell, out):
             line["evaluations"] = scored
+        if (timed := measured_of(cell, study, out)) is not None:
+            line["measured"] = timed | {
+                "models": [{k: v for k, v in row.items() if k != "widths"} for row in timed["models"]]
+            }
         if (folder := ledger_of(cell, out)) is not None:
             line["ledger"] = Ledger.read(folder).summary()
         lines.append(line)

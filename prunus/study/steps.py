@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import api, record
+from .. import api, bench, record
 from ..appraisal import appraise
 from ..checkpoint import EXTRA, MANIFEST
 from ..errors import UserError, unknown
@@ -23,10 +23,10 @@ from ..train import recipe as recipes
 from ..train.opening import MODEL, RECORD, prepare
 from ..train.recipe import Recipe
 from ..train.run import Say, execute
-from .file import MADE, Cell, Study
+from .file import MADE, Cell, MeasurePart, Study
 
-STEPS, CUTS, EVALUATIONS = "steps", "cuts", "evaluations"  # folders beside those of the training runs
-Kind = Literal["cut", "train", "evaluate"]
+STEPS, CUTS, EVALUATIONS, MEASURES = "steps", "cuts", "evaluations", "measures"  # folders beside those of the training runs
+Kind = Literal["cut", "train", "evaluate", "measure"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Step:
 
     def is_done(self, out: Path) -> bool:
         """Whether all that it writes is there."""
-        written = {"cut": self.place / MANIFEST, "train": self.place / RECORD, "evaluate": self.place}[self.kind]
+        written = {"cut": self.place / MANIFEST, "train": self.place / RECORD}.get(self.kind, self.place)
         return (out / written).is_file()
 
     def claim(self, out: Path) -> None:
@@ -86,7 +86,18 @@ class _Steps:
             if parts := [part.model_dump() for part in study.file.evaluate]:
                 what = {"model": cell.model, "parts": parts}
                 self._add("evaluate", cell, f"evaluate-{cell.name}", Path(EVALUATIONS, f"{cell.name}.jsonl"), end, what)
+            if study.file.measure is not None:
+                self.measure(cell.shaped, study.file.measure)
         return self.made
+
+    def measure(self, cell: Cell, part: MeasurePart) -> str:
+        """The step that times a shape: once, however many runs have it."""
+        needs = self.end(cell)
+        name = f"measure-{needs[0] if needs else cell.name}"
+        what = {"model": cell.model if not needs else None, "part": part.model_dump()}
+        if name in self.made:
+            return name
+        return self._add("measure", cell, name, Path(MEASURES, f"{name.removeprefix('measure-')}.json"), needs, what)
 
     def end(self, cell: Cell) -> tuple[str, ...]:
         """The steps that leave a run's model; none for a released one."""
@@ -94,7 +105,8 @@ class _Steps:
         if cell.recipe is None:
             return needs
         others = [need for name, other in cell.others.items() if name != "from" for need in self.needed(name, other)]
-        what = {"recipe": cell.recipe.plain(), "others": sorted(cell.others)}
+        others += [need for one in cell.rated for need in self.end(one)]
+        what = {"recipe": cell.recipe.plain(), "others": sorted([*cell.others, *(["lr_of"] if cell.rated else [])])}
         return (self._add("train", cell, cell.name, Path(cell.name), (*needs, *others), what),)
 
     def needed(self, name: str, other: Cell) -> tuple[str, ...]:
@@ -138,8 +150,10 @@ def do(study: Study, step: Step, out: Path, *, progress: Progress = no_progress,
         _cut(step.cell, out, out / step.place, progress)
     elif step.kind == "train":
         execute(prepare(resolved(step.cell, out), out / step.place), say=say)
-    else:
+    elif step.kind == "evaluate":
         _evaluate(study, step, out, progress)
+    else:
+        _measure(study, step, out, progress)
 
 
 def _cut(cell: Cell, out: Path, place: Path, progress: Progress) -> None:
@@ -161,6 +175,25 @@ def _evaluate(study: Study, step: Step, out: Path, progress: Progress) -> None:
         for part in study.file.evaluate:
             found = appraise([str(model)], part.question, progress=progress)
             record.append(stage, "evaluate", {"run": step.cell.name, **part.model_dump()}, found["models"][0])
+
+
+def _measure(study: Study, step: Step, out: Path, progress: Progress) -> None:
+    assert study.file.measure is not None
+    model = step.cell.model if not step.needs else str(model_of(step.cell, out))
+    place = out / step.place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    found = bench.run([str(model)], study.file.measure.asked, progress=progress)
+    with staged_files(place) as (stage,):
+        stage.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def measured_of(cell: Cell, study: Study, out: Path) -> dict[str, Any] | None:
+    """What the shape of a run costs to run, if that was asked and is known."""
+    if study.file.measure is None:
+        return None
+    made = _Steps()
+    path = out / made.made[made.measure(cell.shaped, study.file.measure)].place
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def model_of(cell: Cell, out: Path) -> Path:
@@ -198,8 +231,11 @@ def resolved(cell: Cell, out: Path) -> Recipe:
     if (shaped := cell.others.get("shape_of")) is not None:
         folder = cut_of(shaped, out) if shaped.cut is not None else model_of(shaped, out)
         data["model"] |= {"shape": str(folder), "mask": _mask(folder)}
-    if (rated := cell.others.get("lr_of")) is not None:
-        data["optimizer"]["lr"] = record.read(out / rated.name / RECORD)[-1]["figures"]["lr"]
+    if tried := [record.read(out / one.name / RECORD)[-1]["figures"] for one in cell.rated]:
+        best = (
+            tried[0] if len(tried) == 1 else min(tried, key=lambda figures: figures["validation"][-1]["validation"]["loss"])
+        )
+        data["optimizer"]["lr"] = best["lr"]
     if (paid := cell.others.get("flops_of")) is not None:
         ledger, anatomy = Ledger.read(ledger_of(paid, out) or out), _anatomy(data["model"])
         seq_len, batch = data["data"]["seq_len"], data["batch_tokens"]
