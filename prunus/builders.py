@@ -143,6 +143,10 @@ def _sparse(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
 _SPARSE_NOTES = ("zeros are stored densely: the file keeps its size and no stock engine runs it faster",)
 
 
+def _standardised(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
+    return shaping.alike(plan, config) if plan.request.target else _global(plan, config, times)
+
+
 def _global(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
     refuse(plan, "target", "pattern")
     anatomy, ratio = plan.anatomy, ratio_of(plan)
@@ -271,7 +275,7 @@ def _sublayers(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
 _BUILDERS: Mapping[str, Callable[[Plan, Any, Mapping[str, Timing]], Plan]] = {
     "per-matrix": _sparse,
     "per-row": _sparse,
-    "global-standardised": _global,
+    "global-standardised": _standardised,
     "global": _global,
     "search": _global,
     "least-error": _global,

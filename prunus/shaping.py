@@ -41,6 +41,31 @@ def stock_when_alike(plan: Plan, config: Any) -> tuple[str, ...]:
     return probe.notes
 
 
+def alike(plan: Plan, config: Any) -> Plan:
+    """Every layer with a target's KV groups and FFN channels."""
+    refuse(plan, "pattern")
+    refuse(plan, "multiple_of", why="--target says the sizes themselves")
+    if not plan.request.uniform:
+        raise UserError(f"target: it gives every layer of {plan.method.name}'s the same sizes; add --uniform")
+    stock_when_alike(plan, config)
+    anatomy = plan.anatomy
+    if len(set(anatomy.shape.layers)) > 1:
+        raise UserError("target: the source's layers differ in size, so no one shape fits them; give --ratio instead")
+    layer = anatomy.shape.layers[0]
+    own = {"num_key_value_heads": layer.num_key_value_heads, "intermediate_size": layer.intermediate_size}
+    sizes = own | target_sizes(plan, tuple(own))
+    for name, size in sizes.items():
+        check_size(name, size, own[name])
+    if sizes == own:
+        raise UserError("target: these are the source's own sizes, so nothing would be cut; give smaller ones")
+    layers = range(anatomy.shape.num_hidden_layers)
+    counts = {name: n for i in layers for name, n in named(anatomy, i, *sizes.values()).items()}
+    keep = Keep({name: tuple(range(n)) for name, n in counts.items() if n < anatomy.axes[name].size})
+    step = sum(anatomy.unit_params(f"layers.{i}.intermediate") for i in layers)
+    target = target_for(config, anatomy, keep, out_bias=plan.out_bias)
+    return replace(plan, counts=counts, target=target, step=step, notes=target.notes)
+
+
 def candidates(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
     """Shapes of layers alike, all within 1 % of the target: stem x FFN, or KV groups x FFN."""
     refuse(plan, "target", "pattern")

@@ -60,7 +60,7 @@ def layer_params(hidden=32, groups=4, per_group=2, head_dim=8, channels=24):
         ),
         *(
             ({"method": m, "ratio": 0.2, "target": {"hidden_size": 8}}, rf"target: {m} does not take it; drop the option")
-            for m in ("magnitude", "wanda", "flap")
+            for m in ("magnitude", "wanda", "llm-pruner")
         ),
         *(
             ({"method": m, "ratio": 0.2, "pattern": "2:4"}, rf"pattern: {m} does not take it; drop the option")
@@ -197,6 +197,34 @@ def test_uniform_flap_needs_a_place_for_its_biases(case):
 def test_uniform_flap_where_a_stock_config_has_biases(case):
     plan = plan_for(pipeline.config(case), method="flap", ratio=0.3, uniform=True)
     assert plan.out_bias == {"attention", "mlp"}
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral"])
+def test_flap_to_the_sizes_of_a_target(case):
+    config = pipeline.config(case)
+    more = {} if case == "llama" else {"compensate": "none"}
+    plan = plan_for(config, method="flap", uniform=True, target={"num_key_value_heads": 1, "intermediate_size": 16}, **more)
+    assert {(x.num_key_value_heads, x.intermediate_size) for x in plan.target.anatomy.shape.layers} == {(1, 16)}
+    assert plan.target.is_stock and plan.step == 3 * plan.anatomy.unit_params("layers.0.intermediate")
+    whole = plan_for(config, method="flap", uniform=True, target={"intermediate_size": 16}, **more)
+    assert whole.target.anatomy.shape.layers[0].num_key_value_heads == config.num_key_value_heads
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"target": {"intermediate_size": 16}}, "target: it gives every layer of flap's the same sizes; add --uniform"),
+        ({"target": {"hidden_size": 24}, "uniform": True}, "unknown size for flap's target 'hidden_size'"),
+        ({"target": {"intermediate_size": 16}, "uniform": True, "ratio": 0.2}, "target: sizes and --ratio contradict"),
+        ({"target": {"intermediate_size": 16}, "uniform": True, "multiple_of": 8}, "multiple_of: --target says the sizes"),
+        ({"target": {"num_key_value_heads": 99}, "uniform": True}, "target: num_key_value_heads=99 is outside 1 to"),
+        ({"target": {"num_key_value_heads": 4}, "uniform": True}, "target: these are the source's own sizes"),
+        ({"target": {"intermediate_size": 16}, "uniform": True, "allocate": "candidates"}, "target: flap does not take it"),
+    ],
+)
+def test_targets_that_flap_refuses(request_, message):
+    with pytest.raises(UserError, match=message):
+        plan_for(LLAMA, method="flap", **request_)
 
 
 def test_uniform_flap_of_layers_that_differ_says_why_not():

@@ -76,6 +76,19 @@ def test_uniform_methods_meet_the_target(method, ratio, multiple_of):
     assert outcome.model.config.intermediate_size % multiple_of == 0
 
 
+@pytest.mark.parametrize("order", ["dense", "sequential"])
+def test_flap_cuts_to_a_target_by_the_scores_that_it_ranks_by(order):
+    outcome, _ = cut(
+        "llama", method="flap", uniform=True, target={"num_key_value_heads": 1, "intermediate_size": 16}, order=order
+    )
+    assert outcome.target.anatomy == outcome.plan.target.anatomy
+    assert outcome.model.config.intermediate_size == 16 and outcome.model.config.num_key_value_heads == 1
+    for name, units in outcome.keep.units.items():
+        best = outcome.scores.values[name].argsort(descending=True)[: len(units)]
+        assert sorted(best.tolist()) == list(units)
+    assert outcome.model.model.layers[0].mlp.down_proj.bias.abs().max() > 0
+
+
 @pytest.mark.parametrize("case", ["llama", "llama_tied", "llama_mha", "llama_gqa4", "llama_mqa", "llama_bias"])
 def test_magnitude_sp_is_the_norm_of_all_that_a_unit_owns(case):
     outcome, dense = cut(case, method="magnitude-sp", ratio=0.15 if case == "llama_mqa" else 0.3)
