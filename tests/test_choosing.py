@@ -18,6 +18,7 @@ from prunus.train.loop import Hook, Training, train_
 from prunus.train.optim import adamw, start_slots_
 from prunus.train.schedule import Schedule
 from prunus.train.shapes import config_of, fresh
+from prunus.train.shrink import goal as goals
 from prunus.train.shrink.goal import Goal
 from prunus.train.shrink.groups import Chooser, Standing
 from prunus.train.shrink.pace import Pace
@@ -55,6 +56,19 @@ def test_what_goes_is_in_proportion_to_the_learning_rate(power):
     assert [t for t in range(100, 1001, 100) if rounds.cuts(t - 100, t)] == [500, 1000]
     nothing = Pace(PacePart(kind="rate", start=0.42, end=0.45), 1000, 100)
     assert [nothing.share(t) for t in (400, 500)] == [0, 1]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_coarse_look_lets_no_pace_pass_that_a_fine_one_refuses(alike):
+    anatomy = Anatomy.of(config_of("nano", 0))
+    part = PrunePart(target={"params": 1_000_000}, alike=alike)
+    goal = Goal.of(part, anatomy, SEQ)
+    left = {n: goals._largest_first(part, anatomy, goal, n) for n in (60, 90, 120, 140, 200)}
+    assert min(left.values()) <= goal.value < max(left.values())  # some arrive
+    for groups, fine in left.items():
+        coarse = goals._largest_first(part, anatomy, goal, groups, 8)
+        assert coarse > goal.value or fine <= goal.value
+        assert coarse == pytest.approx(fine, rel=0.05)
 
 
 def test_groups_go_after_whole_updates():

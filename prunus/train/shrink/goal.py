@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 from ...anatomy import Anatomy
@@ -159,9 +159,15 @@ def cut_to(anatomy: Anatomy, sizes: Mapping[str, int], *, apart: bool = True) ->
     )
 
 
+@lru_cache(maxsize=16)
+def _units(size: int) -> tuple[int, ...]:
+    """The same for all layers, of which each may have thousands, in hundreds of shapes that a forecast looks at."""
+    return tuple(range(size))
+
+
 def _first(anatomy: Anatomy, axis: Axis, size: int, apart: bool) -> tuple[int, ...]:
     if kind_of(axis.name) != "heads" or not apart or axis.layer is None:
-        return tuple(range(size))
+        return _units(size)
     read = anatomy.shape.layers[axis.layer].kv_heads_read
     turns = [read[:q].count(kv) for q, kv in enumerate(read)]  # the first of every KV head, then the second of every one
     return tuple(sorted(sorted(range(axis.size), key=lambda q: (turns[q], q))[:size]))
@@ -190,6 +196,8 @@ def check_pace(part: PrunePart, anatomy: Anatomy, goal: Goal, pace: Pace) -> Non
     most = pace.most_groups
     if most is None:
         return
+    if most > _COARSE and _largest_first(part, anatomy, goal, most, most // _COARSE) <= goal.value:
+        return  # any order that arrives will do, and thousands of groups one by one take long
     reached = _largest_first(part, anatomy, goal, most)
     if reached > goal.value:
         raise UserError(
@@ -198,25 +206,30 @@ def check_pace(part: PrunePart, anatomy: Anatomy, goal: Goal, pace: Pace) -> Non
         )
 
 
-def _largest_first(part: PrunePart, anatomy: Anatomy, goal: Goal, groups: int) -> int:
-    """What so many groups leave if those that free most go first, each axis down to its floor."""
+_COARSE = 128  # steps in which a pace is looked at first
+
+
+def _largest_first(part: PrunePart, anatomy: Anatomy, goal: Goal, groups: int, at_once: int = 1) -> int:
+    """What so many groups leave if those that free most go first, so many of a kind `at_once`, each axis down to its floor."""
     sizes: dict[str, int] = {kind: size_of(anatomy, kind) for kind in part.axes}
     gone, now = 0, goal.measure(anatomy)
     measured = partial(_after, goal.measure, anatomy)
     while gone < groups and now > goal.value:
-        tried: dict[str, tuple[int, int]] = {}
+        tried: dict[str, tuple[float, int, int]] = {}  # freed by a group, units, groups
         for kind in part.axes:
-            step = min(part.units.get(kind, 1), sizes[kind] - goal.floors[kind])
+            units, times = part.units.get(kind, 1), 1
+            if not part.alike and kind in INNER:
+                times = anatomy.shape.num_hidden_layers  # one group a layer
+            step = min(max(1, min(at_once, (groups - gone) // times)) * units, sizes[kind] - goal.floors[kind])
             if step > 0:
-                tried[kind] = (now - measured(sizes | {kind: sizes[kind] - step}), step)
+                count = -(-step // units)
+                tried[kind] = (now - measured(sizes | {kind: sizes[kind] - step})) / count, step, count * times
         if not tried:
             break
         most_freed = max(tried, key=lambda k: tried[k][0])
-        times = 1
-        if not part.alike and most_freed in INNER:
-            times = anatomy.shape.num_hidden_layers  # one group a layer
-        sizes[most_freed] -= tried[most_freed][1]
-        gone, now = gone + times, measured(sizes)
+        _, step, count = tried[most_freed]
+        sizes[most_freed] -= step
+        gone, now = gone + count, measured(sizes)
     return now
 
 
