@@ -25,7 +25,7 @@ from .ledger import Ledger
 from .methods import METHODS
 from .network import offline
 from .oneshot import decided, one_shot_
-from .planning import Plan, Request
+from .planning import BATCH, Plan, Request
 from .source import DTYPES, Source
 from .streaming import Files
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 CALIBRATION_WINDOWS, CALIBRATION_SEQ_LEN = 32, 512
 EVALUATION_WINDOWS, EVALUATION_SEQ_LEN = 16, 1024
-_BATCH = 4  # windows at a time, unless --batch-size says otherwise
 
 
 @dataclass(frozen=True)
@@ -183,20 +182,12 @@ def _latency(made: Plan, source: Source, dtype: str, progress: Progress | None) 
 
 
 def _estimate(made: Plan, text: TextOptions, width: int) -> dict[str, Any]:
-    anatomy = made.anatomy
-    shape = anatomy.shape
-    tokens = text.windows * text.seq_len
     flops = made.scoring_flops(text.windows, text.seq_len)
     rate = measure.gemm_rate()
-    widest = max(layer.intermediate_size for layer in shape.layers)
-    activations = _BATCH * text.seq_len * (4 * widest + 8 * shape.hidden_size) * 4
-    sweep = (tokens * shape.hidden_size * 4 + activations) * made.needs_text
-    memory = anatomy.weight_bytes(width) + (made.gradient_bytes(_BATCH, text.seq_len) or sweep)
-    memory += anatomy.matrix_params if "weights" in made.method.axes else 0  # a bool a weight
     return {
         "scoring_flops": flops,
         "scoring_seconds": flops / rate,
-        "memory_bytes": memory,
+        "memory_bytes": made.memory_bytes(text.windows, text.seq_len, width),
         "measured_gemm_flops_per_s": rate,
         "basis": "float32 matmul rate measured now; loading, saving and verifying come on top",
     }
@@ -222,7 +213,7 @@ def prune(
     text: TextOptions = CALIBRATION,
     statistics: str | Path | None = None,
     dtype: str = "float32",
-    batch_size: int = _BATCH,
+    batch_size: int = BATCH,
     online: bool = False,
     progress: Progress = no_progress,
     stream: bool = False,

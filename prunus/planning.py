@@ -19,6 +19,7 @@ from .keep import Keep
 from .methods import Method
 from .search import SURVIVORS
 
+BATCH = 4  # windows at a time, unless --batch-size says otherwise
 LOSS_WINDOWS, FEW_WINDOWS = 8, 2  # calibration windows that a loss is measured on, and a search's first look
 
 
@@ -169,6 +170,15 @@ class Plan:
         activations = tokens * (6 * widest + 16 * shape.hidden_size)  # what autograd keeps, and the gradients of it
         logits = 4 * seq_len * shape.vocab_size  # themselves, their log-softmax, and the gradients of both
         return 4 * (sums + streams + max(activations + 3 * largest, logits))
+
+    def memory_bytes(self, windows: int, seq_len: int, bytes_per_element: int) -> int:
+        """Memory of the cut: the weights, what scores of so many windows take, and masks."""
+        anatomy, shape = self.anatomy, self.anatomy.shape
+        widest = max(layer.intermediate_size for layer in shape.layers)
+        activations = BATCH * seq_len * (4 * widest + 8 * shape.hidden_size) * 4
+        sweep = (windows * seq_len * shape.hidden_size * 4 + activations) * self.needs_text
+        memory = anatomy.weight_bytes(bytes_per_element) + (self.gradient_bytes(BATCH, seq_len) or sweep)
+        return memory + (anatomy.matrix_params if "weights" in self.method.axes else 0)  # a bool a weight
 
     def scoring_flops(self, windows: int, seq_len: int) -> int:
         """FLOPs of the passes over the calibration windows."""

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from .printed import new_console, new_table, print_notes
 from .show_train import line as line
-from .tables import big
+from .tables import big, scientific
 
 
 def ran(result: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ def advised(made: Mapping[str, Any]) -> None:
         console.print(table)
     cost = made["cost"]
     hours = f"about {cost['hours']:,.3g} hours at {cost['basis']}" if cost["hours"] is not None else cost["basis"]
-    console.print(Text(f"cost: {big(cost['tokens'])} tokens, {cost['flops']:.3g} FLOPs, {hours}"))
+    console.print(Text(f"cost: {big(cost['tokens'])} tokens, {scientific(cost['flops'])} FLOPs, {hours}"))
     if made["rows"]:
         console.print(Text(f"rows: {', '.join(made['rows'])}", style="dim"))
 
@@ -84,24 +84,25 @@ def advised(made: Mapping[str, Any]) -> None:
 def planned(made: Mapping[str, Any]) -> None:
     """Steps, and what they take in all."""
     console = new_console()
-    table = new_table("step", "kind", "parameters", "tokens", "FLOPs", "hours", "disk", left=2)
+    table = new_table("step", "kind", "parameters", "tokens", "FLOPs", "hours", "memory", "disk", left=2)
     table.columns[0].overflow = "fold"
     for row in made["steps"]:
-        hours = "done" if row["done"] else "" if row["hours"] is None else f"{row['hours']:.2f}"
-        flops = "?" if row["flops"] is None else _flops(row["flops"])
-        disk = "" if not row["disk"] else big(row["disk"], "B")
-        table.add_row(row["step"], row["kind"], _big(row["params"]), _big(row["tokens"]), flops, hours, disk)
+        hours = "done" if row["done"] else "" if row["hours"] is None else f"{row['hours']:,.2f}"
+        flops = "?" if row["flops"] is None else scientific(row["flops"])
+        memory, disk = ("" if not row[name] else big(row[name], "B") for name in ("memory", "disk"))
+        table.add_row(row["step"], row["kind"], _big(row["params"]), _big(row["tokens"]), flops, hours, memory, disk)
     console.print(table)
     for part in made["compare"]:
         console.print(Text(f"equal {part['protocol']}: {', '.join(part['arms'])}"))
     at_once = f" of {made['processes']} processes together" if made["processes"] > 1 else ""
     console.print(
         f"{made['study']}: {made['runs']} runs, {len(made['steps'])} steps; left to do: {big(made['tokens'])} tokens, "
-        f"{made['flops']:.3g} FLOPs, about {made['hours']:.2f} hours at {made['basis']}{at_once}, {big(made['disk'], 'B')} of disk"
+        f"{scientific(made['flops'])} FLOPs, about {made['hours']:,.2f} hours at {made['basis']}{at_once}, at most "
+        f"{big(made['memory'], 'B')} of memory (one device), {big(made['disk'], 'B')} of disk"
     )
     unknown = len(made["unknown"])
-    if unknown:
-        print_notes(console, [f"{unknown} steps marked ? are not counted: of tasks, or of models that are not there yet"])
+    uncounted = [f"{unknown} steps marked ? are not counted: of tasks, or of models that are not there yet"] * (unknown > 0)
+    print_notes(console, [*made["notes"], *uncounted])
 
 
 def _big(value: int | None) -> str:
@@ -109,7 +110,7 @@ def _big(value: int | None) -> str:
 
 
 def _flops(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else scientific(value)
 
 
 def _score(score: Mapping[str, Any]) -> str:

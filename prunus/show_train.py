@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .tables import big
+from .tables import big, scientific
 
 
 def line(found: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ def result(record: Mapping[str, Any], out: Path) -> None:
     """A finished run."""
     figures = record["figures"]
     cost = sum(figures["flops"].values())
-    print(f"{out}: {big(figures['tokens'])} tokens in {figures['seconds'] / 60:.1f} min, {cost:.3g} FLOPs")
+    print(f"{out}: {big(figures['tokens'])} tokens in {figures['seconds'] / 60:.1f} min, {scientific(cost)} FLOPs")
     if figures["validation"]:
         first, last = figures["validation"][0]["validation"]["loss"], figures["validation"][-1]["validation"]["loss"]
         print(f"validation loss {first:.4f} at the first look, {last:.4f} at the end")
@@ -98,8 +98,8 @@ def plan(result: Mapping[str, Any]) -> None:
         print(f"disk: {big(result['teacher_cache'], 'B')} of what the teacher says (prunus teach)")
     cuts = result["pruning"]
     about = "" if cuts is None or "unknown" in cuts else "about "
-    print(f"speed: {about}{result['tokens_per_s']:,.0f} tokens/s, {about}{result['hours']:.2f} hours ({result['basis']})")
-    print(f"work: {about}{result['flops']:.3g} FLOPs")
+    print(f"speed: {about}{result['tokens_per_s']:,.0f} tokens/s, {about}{result['hours']:,.2f} hours ({result['basis']})")
+    print(f"work: {about}{scientific(result['flops'])} FLOPs")
     if cuts is not None and "unknown" in cuts:
         print(f"cuts: {cuts['unknown']}")
     elif cuts is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,11 @@ def big(value: float, unit: str = "") -> str:
         if abs(value) >= size:
             return f"{value / size:.4g} {prefix}{unit}"
     return f"{value:.4g} {unit}".rstrip()
+
+
+def scientific(value: float) -> str:
+    """Three significant digits of what is too large for a prefix: ``4.2e22``."""
+    return re.sub(r"e\+0?", "e", f"{value:.3g}")
 
 
 def number(value: float) -> str:

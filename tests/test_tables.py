@@ -9,12 +9,13 @@ from pipeline import cli
 from prunus import report
 from prunus.methods import METHODS
 from prunus.planning import Request
-from prunus.tables import big, flags, markdown, number
+from prunus.tables import big, flags, markdown, number, scientific
 
 
 def test_numbers():
     assert [big(134_515_008), big(19.2e9, "FLOP"), big(12, "B"), big(0.5)] == ["134.5 M", "19.2 GFLOP", "12 B", "0.5"]
     assert [number(46.0712), number(1337.4), number(0.12345)] == ["46.07", "1,337", "0.1235"]
+    assert [scientific(value) for value in (4.2e22, 1e7, 123, 0.0)] == ["4.2e22", "1e7", "123", "0"]
 
 
 def test_a_request_as_the_command_line_says_it():

@@ -25,11 +25,14 @@ from prunus.errors import UserError
 from prunus.hf import target_for
 from prunus.keep import Keep
 from prunus.ledger import Ledger
+from prunus.study import file as studies
+from prunus.study import run as running
+from prunus.study.plan import plan
 from prunus.train import estimate, sweep
 from prunus.train import recipe as recipes
 from prunus.train.learner import Learner, boundaries, recompute_
 from prunus.train.opening import prepare as opened
-from prunus.train.shapes import SHAPES, config_of, fresh
+from prunus.train.shapes import SHAPES, Outline, config_of, fresh, released
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
 
@@ -186,6 +189,16 @@ def test_what_is_kept_for_the_way_back(shape, more, precision):
     assert said == pytest.approx(found, rel=0.02)
 
 
+def test_a_plan_counts_the_rates_that_are_tried():
+    named, swept = (estimate.planned(recipes.read("scratch", [f"optimizer.lr={lr}"]), rate=1e9) for lr in ("1e-3", "sweep"))
+    steps = sweep.prefix(recipes.read("scratch"))
+    assert swept["flops"] / named["flops"] == pytest.approx(1 + 5 * steps * 8192 / 4_000_000)
+    assert swept["hours"] / named["hours"] == pytest.approx(swept["flops"] / named["flops"])
+    assert (
+        swept["notes"] == [f"5 rates are tried on {steps} updates each; FLOPs and hours have them in"] and not named["notes"]
+    )
+
+
 def test_a_plan_says_where_a_run_does_not_fit():
     code, out, err = cli("plan", "scratch", "--train", "--memory", "0.01", "--rate", "1e9", "--json")
     assert code == 0 and not json.loads(out)["fits"] and "it needs" in json.loads(out)["mend"], err
@@ -195,3 +208,49 @@ def test_a_plan_says_where_a_run_does_not_fit():
     assert code == 2 and "devices: 0 are too few" in err
     code, _, err = cli("plan", pipeline.folder())
     assert code == 2 and "Missing option '--method'" in err
+
+
+# -- shapes of models that are not here -----------------------------------------------------------------------------------
+
+RELEASED = "meta-llama/Llama-3.1-8B"
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [  # as counted from the files of the models; of EfficientLLM as its table 8 rounds them
+        (RELEASED, 8_030_261_248),
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("HuggingFaceTB/SmolLM-1.7B", 1_711_376_384),
+        ("HuggingFaceTB/SmolLM-360M", 361_821_120),
+        ("EfficientLLM-134M", pytest.approx(134e6, rel=0.035)),  # one KV head for every query head, which it shares
+        ("EfficientLLM-457M", pytest.approx(457e6, rel=0.001)),
+        ("EfficientLLM-1.1B", pytest.approx(1.1e9, rel=0.02)),
+    ],
+)
+def test_released_shapes_have_the_parameters_that_are_published(name, params):
+    assert Outline.of(name).anatomy.num_params == params and name in released()
+
+
+def test_a_model_that_is_here_goes_before_its_published_shape(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = Outline.of(RELEASED)
+    assert found.note == f"the shape of {RELEASED} is as published; the model itself is not here"
+    (tmp_path / RELEASED).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"Llama-3\.1-8B: no config\.json in this folder"):
+        Outline.of(RELEASED)
+    with pytest.raises(UserError, match="meta-llama/Llama-9: no such file or folder"):
+        Outline.of("meta-llama/Llama-9")
+
+
+def test_a_shape_is_enough_for_a_plan_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"SmolLM-1\.7B: no such file or folder"):
+        opened(recipes.read("continue", ["model.source=HuggingFaceTB/SmolLM-1.7B"]), tmp_path / "run")
+    written = {"name": "x", "arms": {"a": {"model": RELEASED}}, "evaluate": [{"texts": ["wiki.txt"]}]}
+    (tmp_path / "x.yaml").write_text(json.dumps(written), encoding="utf-8")
+    study = studies.read(tmp_path / "x.yaml")
+    assert plan(study, rate=1e15)["published"] == [RELEASED]
+    with pytest.raises(UserError, match=r"Llama-3\.1-8B: no such file or folder"):
+        running.run(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

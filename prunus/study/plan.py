@@ -1,4 +1,4 @@
-"""What a study will take, from its file and from configs alone: tokens, FLOPs, hours, disk. Reads no weight and no data."""
+"""What a study will take, from its file and from configs alone: tokens, FLOPs, hours, memory, disk. Reads no weight and no data."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from ..anatomy import Anatomy
 from ..builders import make_plan
 from ..costs import is_timed
 from ..errors import UserError
-from ..source import Source
 from ..train.estimate import EFFICIENCY, estimate
 from ..train.opening import cutting_of
 from ..train.recipe import Recipe
-from ..train.shapes import config_of
+from ..train.shapes import Outline, config_of, released
 from ..train.shrink.forecast import Forecast
+from ..train.sweep import tried
 from .file import MADE, Cell, CutPart, Study
 from .protocol import check
 from .steps import Step, steps
 
 _SAVED = 3  # numbers a parameter in a checkpoint: itself and AdamW's two moments
+_WIDTH = 4  # bytes of a number in checkpoints, and in models that are cut: float32
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A model before it is made. Where scores decide its sizes, `anatomy` is its parent's, and `share` says how much is left."""
+    """A model before it is made. Where scores decide its sizes it has no config, and `anatomy` is one like it, of whose blocks
+    `share` is left.
+    """
 
-    config: Any
+    config: Any | None
     anatomy: Anatomy
     share: float = 1.0
 
@@ -46,8 +49,9 @@ class Expected:
 
 
 def plan(study: Study, out: Path | None = None, *, rate: float | None = None, processes: int = 1) -> dict[str, Any]:
-    """The steps with what each will take, as plain data; with `out` only what is left to do there.
+    """The steps with what each will take, as plain data; with `out` only what is left to do there. Memory is of one device.
 
+    Of a released model that is not here the published shape is enough for it, if there is one; `notes` say so.
     `rate`: FLOPs a second, as reached in training, of all `processes` together; else half the float32 matmul rate measured
     here now. UserError for what can be known to be wrong: cuts that no shape fits, budgets that are not met.
     """
@@ -64,9 +68,11 @@ def plan(study: Study, out: Path | None = None, *, rate: float | None = None, pr
     basis = "stated rate" if rate is not None else f"{EFFICIENCY:.0%} of the float32 matmul rate measured now"
     sums = {name: sum(row[name] or 0 for row in left) for name in ("tokens", "flops", "hours", "disk")}
     unknown = [row["step"] for row in left if row["flops"] is None]
+    memory = max((row["memory"] or 0 for row in left), default=0)
     return {
         "study": study.name, "runs": len(study.cells), "steps": rows, "processes": processes, "basis": basis,
-        "compare": [part.model_dump() for part in study.file.compare], "unknown": unknown, **sums,
+        "compare": [part.model_dump() for part in study.file.compare], "unknown": unknown, "memory": memory,
+        "published": sorted(expected.published), "notes": sorted(expected.published.values()), **sums,
     }  # fmt: skip
 
 
@@ -76,40 +82,52 @@ def _row(study: Study, step: Step, expected: _Expectations) -> dict[str, Any]:
         assert cell.recipe is not None
         recipe, before = cell.recipe, expected.before(cell)
         if before is None:
-            return {"tokens": recipe.tokens, "flops": None, "params": None, "disk": None}
-        after, each = expected.after(cell) or before, _flops(recipe, before) + expected.taught(cell)
+            return _UNKNOWN | {"tokens": recipe.tokens}
+        after, each = expected.after(cell) or before, expected.flops(cell, before)
         tokens = recipe.steps * recipe.batch_tokens
         if (paid := cell.others.get("flops_of")) is not None and (spent := expected.spent(paid)) is not None:
             tokens = int(spent / each) // recipe.batch_tokens * recipe.batch_tokens
         saved = recipe.save.keep * _SAVED if recipe.save.every else 0
-        disk = 4 * (after.params + saved * before.params)
-        return {"tokens": tokens, "flops": round(each * tokens), "params": after.params, "disk": disk}
+        return {
+            "tokens": tokens,
+            "flops": round(each * (tokens + tried(recipe))),
+            "params": after.params,
+            "memory": _memory(recipe, before, expected.teacher(cell)),
+            "disk": _WIDTH * (after.params + saved * before.params),
+        }
     if step.kind == "cut":
         assert cell.cut is not None
         made, begun = expected.cut(cell), expected.begun(cell)
         if made is None or begun is None:
-            return {"tokens": None, "flops": None, "params": None, "disk": None}
+            return _UNKNOWN
         text = cell.cut.calibration
         size = (text.windows, text.seq_len) if text is not None and made.needs_text else (0, 0)
         flops = made.scoring_flops(*size) if size[0] else 0
-        return {"tokens": size[0] * size[1], "flops": round(flops), "params": begun.params, "disk": 4 * begun.params}
+        return {
+            "tokens": size[0] * size[1],
+            "flops": round(flops),
+            "params": begun.params,
+            "memory": made.memory_bytes(*size, _WIDTH),
+            "disk": _WIDTH * begun.params,
+        }
     if step.kind == "measure":
-        return {"tokens": None, "flops": 0, "params": None, "disk": 0}  # seconds, mostly of starting
+        return _UNKNOWN | {"flops": 0, "disk": 0}  # seconds, mostly of starting
     model = expected.after(cell) if cell.recipe is not None else expected.begun(cell)
     asked = [part for part in study.file.evaluate if not part.tasks]
     flops = None
     if model is not None and len(asked) == len(study.file.evaluate):
         flops = round(sum(part.windows * len(part.texts) * model.flops(part.seq_len) for part in asked))
-    return {"tokens": None, "flops": flops, "params": None if model is None else model.params, "disk": 0}
+    return _UNKNOWN | {"flops": flops, "params": None if model is None else model.params, "disk": 0}
 
 
-def _flops(recipe: Recipe, model: Expected) -> float:
-    """Of one token of an update; what a recipe cuts on the way makes later ones cheaper."""
-    seq_len = recipe.data.seq_len
-    cutting = cutting_of(recipe, model.config)
-    if cutting is not None and not cutting.part.clocked and model.share == 1:
-        return estimate(recipe, model.anatomy, rate=1.0, cuts=Forecast(cutting, recipe)).flops_per_token
-    return 3 * model.flops(seq_len) / seq_len
+_UNKNOWN: dict[str, Any] = dict.fromkeys(("tokens", "flops", "params", "memory", "disk"))
+
+
+def _memory(recipe: Recipe, model: Expected, teacher: Expected | None) -> int:
+    """Bytes that training takes, as if all of it shrank with the blocks where scores decide the sizes."""
+    taught = None if teacher is None else teacher.anatomy
+    found = estimate(recipe, model.anatomy, teacher=taught, rate=1.0)
+    return round(found.memory * model.params / model.anatomy.num_params)
 
 
 class _Expectations:
@@ -117,6 +135,14 @@ class _Expectations:
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, str], Any] = {}
+        self.published: dict[str, str] = {}  # models that are not here -> what is told of that
+
+    def _opened(self, name: str) -> Expected:
+        """A released model."""
+        found = Outline.of(name)
+        if found.note is not None:
+            self.published[name] = found.note
+        return Expected(found.config, found.anatomy)
 
     def _once(self, what: str, cell: Cell, make: Any) -> Any:
         key = (what, cell.name)
@@ -139,7 +165,7 @@ class _Expectations:
             return Expected(made.target.config, made.target.anatomy, 1.0)
         left = made.budget if made.budget is not None and made.cost == "params" else None
         share = 1 - (cell.cut.ratio or 0) if left is None else left / before.anatomy.block_params
-        return Expected(before.config, before.anatomy, share)
+        return Expected(None, before.anatomy, share)
 
     def cut(self, cell: Cell) -> Any:
         """The plan of its cut; UserError for one that no shape fits."""
@@ -147,7 +173,7 @@ class _Expectations:
 
     def _cut(self, cell: Cell, part: CutPart | None) -> Any:
         before = self._source(cell)
-        if before is None or part is None or before.share != 1 or is_timed(part.cost):
+        if before is None or before.config is None or part is None or is_timed(part.cost):
             return None
         try:
             made = make_plan(before.config, before.anatomy, part.request)
@@ -162,8 +188,7 @@ class _Expectations:
             return self.after(parent)
         if cell.model is None:
             return None
-        opened = Source.open(cell.model)
-        return Expected(opened.config, opened.anatomy)
+        return self._opened(cell.model)
 
     def before(self, cell: Cell) -> Expected | None:
         """The model that a run trains, before it does."""
@@ -177,13 +202,12 @@ class _Expectations:
         made = asked.source or asked.shape
         if isinstance(made, str) and made.startswith(MADE):
             return self.begun(cell)
-        if isinstance(made, str) and "/" in made and not Path(made).expanduser().exists():
-            return None  # another study's, that is not done yet
+        if isinstance(made, str) and _is_elsewhere(made):
+            return None
         if asked.source is None:
             config = config_of(asked.shape or "", 0, asked.target_params, asked.enlarge)
             return Expected(config, Anatomy.of(config))
-        opened = Source.open(asked.source)
-        return Expected(opened.config, opened.anatomy)
+        return self._opened(asked.source)
 
     def after(self, cell: Cell) -> Expected | None:
         """The model that a run leaves."""
@@ -192,27 +216,37 @@ class _Expectations:
     def _after(self, cell: Cell) -> Any:
         if cell.recipe is None:
             return self.begun(cell)
-        before = self.before(cell)
-        if before is None or before.share != 1:
-            return before
-        cutting = cutting_of(cell.recipe, before.config)
-        if cutting is None or cutting.part.clocked:
-            return before
-        end = Forecast(cutting, cell.recipe).end
-        return Expected(before.config, before.anatomy, end.block_params / before.anatomy.block_params)
+        before, cuts = self.before(cell), self._cuts(cell)
+        return before if cuts is None else Expected(None, cuts.end)
 
-    def taught(self, cell: Cell) -> float:
-        """FLOPs a token of a teacher that reads along; a snapshot's are among those of the cuts, a cache's were spent before."""
+    def _cuts(self, cell: Cell) -> Forecast | None:
+        """What a run cuts on the way, as far as it can be foreseen."""
+        return self._once("cuts", cell, lambda: self._forecast(cell))
+
+    def _forecast(self, cell: Cell) -> Forecast | None:
+        before = self.before(cell)
+        if cell.recipe is None or before is None or before.config is None:
+            return None
+        cutting = cutting_of(cell.recipe, before.config)
+        return None if cutting is None or cutting.part.clocked else Forecast(cutting, cell.recipe)
+
+    def teacher(self, cell: Cell) -> Expected | None:
+        """Who reads along: a snapshot is among the cuts, and what a cache holds was said before."""
         part = None if cell.recipe is None else cell.recipe.teacher
-        if cell.recipe is None or part is None or part.source is None or part.cache is not None:
-            return 0.0
-        seq_len = cell.recipe.data.seq_len
+        if part is None or part.source is None or part.cache is not None:
+            return None
         if part.source.startswith(MADE):
-            teacher = self._source(cell)
-            return 0.0 if teacher is None else teacher.flops(seq_len) / seq_len
-        if "/" in part.source and not Path(part.source).expanduser().exists():
-            return 0.0  # another study's, that is not done yet; so is its pupil's, and neither is counted
-        return Source.open(part.source).anatomy.flops(seq_len) / seq_len
+            return self._source(cell)
+        return None if _is_elsewhere(part.source) else self._opened(part.source)  # if elsewhere, so is its pupil
+
+    def flops(self, cell: Cell, model: Expected) -> float:
+        """Of one token of an update, the teacher's included; what is cut on the way makes later ones cheaper."""
+        assert cell.recipe is not None
+        seq_len, teacher, cuts = cell.recipe.data.seq_len, self.teacher(cell), self._cuts(cell)
+        each = 3 * model.flops(seq_len) / seq_len
+        if cuts is not None:
+            each = estimate(cell.recipe, model.anatomy, rate=1.0, cuts=cuts).flops_per_token
+        return each + (0.0 if teacher is None else teacher.flops(seq_len) / seq_len)
 
     def spent(self, cell: Cell) -> float | None:
         """FLOPs of a run's training, its parents' included."""
@@ -223,5 +257,10 @@ class _Expectations:
             before = self.before(one)
             if before is None:
                 return None
-            total += (_flops(one.recipe, before) + self.taught(one)) * one.recipe.steps * one.recipe.batch_tokens
+            total += self.flops(one, before) * (one.recipe.steps * one.recipe.batch_tokens + tried(one.recipe))
         return total
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Whether a folder is another study's, that is not done yet."""
+    return "/" in name and name not in released() and not Path(name).expanduser().exists()

@@ -19,6 +19,7 @@ from ..data.text import HUB, documents
 from ..errors import UserError
 from ..ledger import Ledger
 from ..place import staged_files
+from ..source import Source
 from ..train.feeds import check_budget, overlap_notes
 from ..train.opening import RECORD
 from ..train.stopping import StoppedError, asked_to_stop
@@ -50,7 +51,9 @@ def run(study: Study, out: Path, *, processes: int = 1, tell: Tell = lambda text
     if processes < 1:
         raise UserError(f"processes: {processes} are too few; give at least 1")
     record.check_place(out / RECORDS, "out")
-    plan(study, out, rate=1.0)  # refuses what can be known beforehand: protocols, cuts, shapes
+    made = plan(study, out, rate=1.0)  # refuses what can be known beforehand: protocols, cuts, shapes
+    for name in made["published"]:
+        Source.open(name)  # refuses it: a shape is enough for a plan alone
     check_texts(study)
     known = steps(study)
     for step in known.values():

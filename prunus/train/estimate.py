@@ -9,16 +9,16 @@ from .. import measure
 from ..anatomy import Anatomy
 from ..errors import UserError
 from ..shape import LayerShape, Shape
-from ..source import Source
 from .cache import bytes_of
 from .loss import CHUNK
 from .opening import cutting_of
 from .recipe import Recipe
-from .shapes import config_of
+from .shapes import Outline, config_of
 from .shrink.clocked import clocked, known
 from .shrink.cutting import Cutting
 from .shrink.forecast import ASSUMED, Forecast
 from .shrink.masks import too_short
+from .sweep import prefix, tried
 
 # Of the matmul rate that training reaches, unless a rate is stated. The recorded run of `nano` (results/train.jsonl) made 8.96e13
 # FLOPs in 998 seconds: 90 GFLOP/s, 55 % of what its log says the two cores, busy with other work, made of one product.
@@ -31,7 +31,7 @@ UNCLOCKED = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on each of `devices`; tokens a second and hours of all together."""
+    """Bytes on each of `devices`; tokens a second and hours of all together. What a sweep of rates takes is in the hours."""
 
     weights: int
     gradients: int
@@ -102,7 +102,7 @@ def estimate(
         devices=devices,
         flops_per_token=flops,
         tokens_per_s=speed,
-        hours=recipe.tokens / speed / 3600,
+        hours=(recipe.tokens + tried(recipe)) / speed / 3600,
     )
 
 
@@ -171,16 +171,16 @@ def planned(
     for name, value in (("rate", rate), ("memory", memory)):
         if value is not None and not value > 0:
             raise UserError(f"{name}: {value} is not above 0")
-    source = None if recipe.model.source is None else Source.open(recipe.model.source)
-    config = source.config if source is not None else None
-    if config is None:
-        config = config_of(recipe.model.shape or "", 0, recipe.model.target_params, recipe.model.enlarge)
+    source = None if recipe.model.source is None else Outline.of(recipe.model.source)
+    asked = recipe.model
+    config = config_of(asked.shape or "", 0, asked.target_params, asked.enlarge) if source is None else source.config
     anatomy = Anatomy.of(config)
     cutting = _clocked(cutting_of(recipe, config), recipe.dtype, latency)
     unknown = cutting is not None and cutting.part.clocked and not cutting.clocks
     cuts = None if cutting is None or unknown else Forecast(cutting, recipe)
     part = recipe.teacher
-    teacher = None if part is None or part.cache or part.snapshot else Source.open(part.source or "").anatomy
+    taught = None if part is None or part.cache or part.snapshot else Outline.of(part.source or "")
+    teacher = None if taught is None else taught.anatomy
     vocab_size, read = anatomy.shape.vocab_size, recipe.steps * recipe.batch_tokens
     found = estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate, cuts=cuts)
     whole = found if cuts is None else estimate(recipe, anatomy, teacher=teacher, devices=devices, rate=rate or 1.0)
@@ -192,8 +192,10 @@ def planned(
         "tokens": recipe.tokens,
         "steps": recipe.steps,
         "basis": basis,
-        "notes": list(filter(None, [too_short(recipe)])),
-        "flops": round(found.flops_per_token * recipe.tokens),
+        "notes": [
+            *dict.fromkeys(filter(None, [source and source.note, taught and taught.note, too_short(recipe), _tries(recipe)]))
+        ],
+        "flops": round(found.flops_per_token * (recipe.tokens + tried(recipe))),
         "pruning": {"unknown": UNCLOCKED}
         if unknown
         else None
@@ -206,6 +208,12 @@ def planned(
         },
         "teacher_cache": None if part is None or part.cache is None else bytes_of(read, part.top_k or 0, vocab_size),
     } | plain
+
+
+def _tries(recipe: Recipe) -> str | None:
+    if not recipe.optimizer.sweeps:
+        return None
+    return f"{len(recipe.optimizer.rates)} rates are tried on {prefix(recipe):,} updates each; FLOPs and hours have them in"
 
 
 def _clocked(cutting: Cutting | None, dtype: str, measure: bool) -> Cutting | None:

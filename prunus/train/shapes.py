@@ -1,13 +1,21 @@
-"""Shapes for fresh weights: the nano ladder and SmolLM2's own by name, fields of a Hugging Face config, or a checkpoint's."""
+"""Shapes for fresh weights: the nano ladder and released models' by name, fields of a Hugging Face config, or a checkpoint's.
+
+And what a plan goes by: a model, or where that is not here the shape that was published of it.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from ..anatomy import Anatomy
 from ..errors import UserError, unknown
@@ -41,6 +49,35 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def released() -> Mapping[str, dict[str, Any]]:
+    """Released models by name: fields of their configs."""
+    text = (resources.files("prunus") / "train" / "released.yaml").read_text(encoding="utf-8")
+    made: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return made
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a plan needs to know of a model."""
+
+    config: PreTrainedConfig
+    anatomy: Anatomy
+    note: str | None = None  # where it is the published shape of a model that is not here
+
+    @classmethod
+    def of(cls, name: str) -> Outline:
+        """Of a source, by its config and headers; UserError if it is not here and no shape of that name is known."""
+        try:
+            opened = Source.open(name)
+            return cls(opened.config, opened.anatomy)
+        except UserError:
+            if name not in released() or Path(name).expanduser().exists():
+                raise
+        config = config_of(name, 0)
+        return cls(config, Anatomy.of(config), f"the shape of {name} is as published; the model itself is not here")
+
+
 def config_of(
     shape: str | dict[str, Any], vocab_size: int, target_params: int | None = None, enlarge: float | None = None
 ) -> PreTrainedConfig:
@@ -65,7 +102,7 @@ def config_of(
 
 
 def is_folder(shape: str) -> bool:
-    """Whether a shape is that of a checkpoint; a name goes before a folder that is called the same."""
+    """Whether a shape is that of a checkpoint; one of ours goes before a folder that is called the same."""
     return shape not in SHAPES and Path(shape).expanduser().is_dir()
 
 
@@ -83,10 +120,11 @@ def _of_fields(shape: str | dict[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if isinstance(shape, str):
-        if shape not in SHAPES:
-            raise unknown("shape", shape, SHAPES)
-        shape = SHAPES[shape]
-    fields = dict(shape)
+        known = {**SHAPES, **released()}
+        if shape not in known:
+            raise unknown("shape", shape, known)
+        shape = known[shape]
+    fields = copy.deepcopy(shape)
     kind = fields.pop("model_type", None)
     if not isinstance(kind, str):
         raise UserError("model.shape: it has no model_type; give for example model_type: llama")

@@ -52,6 +52,11 @@ def prefix(recipe: Recipe) -> int:
     return min(recipe.steps, max(math.ceil(_SHARE * recipe.steps), warm + _BEYOND))
 
 
+def tried(recipe: Recipe) -> int:
+    """Tokens of all beginnings together; none where the rate is named."""
+    return len(recipe.optimizer.rates) * prefix(recipe) * recipe.batch_tokens if recipe.optimizer.sweeps else 0
+
+
 def swept(
     recipe: Recipe,
     out: Path,
