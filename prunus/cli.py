@@ -306,13 +306,17 @@ def quickstart(
     text: Annotated[str | None, typer.Option("--text", help="Text; default: pydoc_data.topics of this Python.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Cut the real SmolLM2-135M by 20 % with flap, verify it, and print before and after."""
+    """Cut the real SmolLM2-135M by 20 %, train what is left for a few minutes, score and time all three, and write a report."""
     from . import quickstart as run
     from . import show
-    from .progress import Progress
+    from .train.stopping import StoppedError
 
-    with Progress(quiet=as_json) as progress:
-        result = run.run(out, source=source, text=text, progress=progress)
+    note = (lambda line: None) if as_json else (lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        result = run.run(out.expanduser(), source=source, text=text, tell=note)
+    except StoppedError as stop:
+        print(f"prunus: {stop}", file=sys.stderr)
+        raise typer.Exit(stop.code) from stop
     tell(result, as_json, show.quickstart)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rich.measure import Measurement
@@ -272,26 +273,28 @@ def verified(result: dict[str, Any]) -> None:
 
 
 def quickstart(result: dict[str, Any]) -> None:
-    """Before and after, and what both models write."""
+    """The model, what was cut of it, and that trained on, side by side; and what they write."""
     console = new_console()
-    before, after = result["before"], result["after"]
-    table = new_table("", "before", "after", "change", title=f"{result['source']} cut by {result['method']}")
-    for key, label, unit in _COUNTS:
-        table.add_row(label, big(before[key], unit), big(after[key], unit), f"{after[key] / before[key] - 1:+.1%}")
-    for key, label, style in (
-        ("perplexity", "perplexity, held out", "{:.2f}"),
-        ("bits_per_byte", "bits per byte, held out", "{:.3f}"),
-        ("prefill_tokens_per_s", "prefill, tokens/s", "{:.0f}"),
-        ("decode_tokens_per_s", "decode, tokens/s", "{:.1f}"),
+    models = result["models"]
+    title = f"{result['source']}, cut by {result['method']}, and trained on {big(result['trained_tokens'])} tokens"
+    table = new_table("", *(one["name"] for one in models), title=title)
+    first = models[0]
+    for key, label, shown in (
+        ("params", "parameters", big),
+        ("weight_bytes", "weights", partial(big, unit="B")),
+        ("kv_bytes_per_token", "KV cache a token", partial(big, unit="B")),
+        ("prefill_tokens_per_s", "prefill, tokens/s", "{:.0f}".format),
+        ("decode_tokens_per_s", "decode, tokens/s", "{:.1f}".format),
+        ("perplexity", "perplexity, held out", "{:.2f}".format),
+        ("bits_per_byte", "bits per byte, held out", "{:.3f}".format),
     ):
-        old, new = before[key], after[key]
-        table.add_row(label, style.format(old), style.format(new), f"{new / old - 1:+.1%}")
+        change = [f" ({one[key] / first[key] - 1:+.1%})" if one is not first else "" for one in models]
+        table.add_row(label, *(shown(one[key]) + more for one, more in zip(models, change, strict=True)))
     console.print(table)
-    console.print(f"text: {result['text']}; speeds: batch 1, median of {result['repeats']}, on {result['machine']['cpu']}")
-    for item in result["continuations"]:
-        console.print(Text(f"\n{item['prompt']!r}", style="bold"))
-        console.print(Text(f"  before: {item['before']!r}"))
-        console.print(Text(f"  after:  {item['after']!r}"))
-    console.print(
-        f"\n{result['out']}: verified in a clean process. Nothing was trained yet: what a cut loses, training wins back."
-    )
+    console.print(Text(f"text: {result['text']}; speeds: batch 1, on {result['machine']['cpu']}"))
+    for i, prompt in enumerate(result["prompts"]):
+        console.print(Text(f"\n{prompt!r}", style="bold"))
+        for one in models:
+            console.print(Text(f"  {one['name'] + ':':<10} {one['writes'][i]!r}"))
+    console.print(Text(f"\none page of it all: {result['report']}"))
+    console.print(Text(f"a study like any other: prunus study plan {result['out']}/study.yaml"))

@@ -1,4 +1,4 @@
-"""The main job in one command, on a tiny model."""
+"""The whole in one command, on a tiny model; its steps, which are processes of their own, here."""
 
 from __future__ import annotations
 
@@ -8,25 +8,41 @@ import math
 import pipeline
 import pytest
 import tiny
+from test_study import everything
 
-from prunus import quickstart
+from prunus import bench, quickstart
 from prunus.data.windows import pack
 from prunus.errors import UserError
 from prunus.source import Source
+from prunus.study import run as running
+from prunus.study.results import keep
+
+
+def in_this_process(study, out, tell):
+    keep(study, out)
+    everything(study, out)
+    running.gather(study, out)
+    return {"failed": {}}
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """One run: 24 windows of 512 tokens of the corpus, told over often enough."""
+    """(folder, source, what it said, text) of one run: every paragraph of the text is there twice."""
     root = tmp_path_factory.mktemp("quickstart")
     text = root / "text.txt"
-    text.write_text("\n".join(f"{i} {doc}" for i in range(3) for doc in pipeline.corpus()), encoding="utf-8")
+    text.write_text("\n\n".join(f"{i} {doc * 3}" for i in range(4) for doc in pipeline.corpus() * 2), encoding="utf-8")
     source = pipeline.folder("llama_tied", positions=512)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        pipeline.verify_here(monkeypatch)
-        code, out, err = pipeline.cli("quickstart", "--source", source, "--text", text, "-o", root / "out", "--json")
-    assert code == 0, err
-    return root, text, source, json.loads(out)
+    with pytest.MonkeyPatch.context() as patch:
+        pipeline.verify_here(patch)
+        patch.setattr(quickstart, "run_study", in_this_process)
+        patch.setattr(quickstart, "TOKENS", 4096)
+        patch.setattr(bench, "peak_bytes", lambda *_: None)
+        words = ("quickstart", "--source", source, "--text", text, "-o", root / "out", "--json")
+        code, out, err = pipeline.cli(*words)
+        assert code == 0, err
+        again = pipeline.cli(*words)
+    assert again[0] == 0 and json.loads(again[1])["models"][0]["perplexity"] == json.loads(out)["models"][0]["perplexity"]
+    return root / "out", source, json.loads(out), text
 
 
 def naive_perplexity(folder, ids):
@@ -35,52 +51,70 @@ def naive_perplexity(folder, ids):
     return math.exp(-float(log_p.mean()))
 
 
-def test_both_models_are_scored_on_text_that_calibration_never_saw(done):
-    """The first 16 windows calibrate, the 8 behind them score: from the text by hand, softmax in float32."""
-    root, text, source, said = done
-    windows = pack(pipeline.tokenizer(), str(text), windows=24, seq_len=512)
-    assert said["before"]["perplexity"] == pytest.approx(naive_perplexity(source, windows.ids_NT[16:]), rel=1e-5)
-    assert said["after"]["perplexity"] == pytest.approx(naive_perplexity(root / "out", windows.ids_NT[16:]), rel=1e-5)
-    manifest = json.loads((root / "out" / "prunus.json").read_text())
-    calibrated = pack(pipeline.tokenizer(), str(text), windows=16, seq_len=512)
-    assert manifest["calibration"]["sha256"] == calibrated.sha256
-    nats = math.log(said["before"]["perplexity"]) * 8 * 511
-    predicted = sum(
-        len(p) for row in windows.ids_NT[16:] for p in pipeline.tokenizer().convert_ids_to_tokens(row[1:].tolist())
+def test_three_models_are_scored_on_text_that_none_has_seen(done):
+    out, source, said, _ = done
+    seen, unseen = (
+        [json.loads(row)["text"] for row in (out / name).read_text().splitlines()]
+        for name in ("seen.jsonl", "held-out.jsonl")
     )
-    # a character that a window splits may count whole: 3 bytes at each end of 8 windows
-    assert nats / math.log(2) / said["before"]["bits_per_byte"] == pytest.approx(predicted, abs=48)
+    paragraphs = [part for doc in seen for part in doc.split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs)) and not set(paragraphs) & set(unseen)
+    windows = pack(pipeline.tokenizer(), str(out / "held-out.jsonl"), windows=16, seq_len=512)
+    (cut,) = (out / "cuts").iterdir()
+    for one, folder in zip(said["models"], (source, cut, out / "recovered" / "model"), strict=True):
+        assert one["perplexity"] == pytest.approx(naive_perplexity(folder, windows.ids_NT), rel=1e-5)
+        assert one["prefill_tokens_per_s"] > 0 and one["decode_tokens_per_s"] > 0
+    before, cut_, recovered = said["models"]
+    assert before["params"] > cut_["params"] == recovered["params"] and recovered["perplexity"] < cut_["perplexity"]
 
 
-def test_what_it_says(done):
-    root, _, source, said = done
-    assert said["source"] == source.name and said["method"] == "flap at 20% of block parameters"
-    assert said["ratios"]["removed_of_block"] == pytest.approx(0.2, abs=0.01)
-    assert said["before"]["params"] > said["after"]["params"]
-    assert said["text"].startswith("text.txt, windows of 512 tokens, 16 to calibrate")
-    for side in (said["before"], said["after"]):
-        assert side["prefill_tokens_per_s"] > 0 and side["decode_tokens_per_s"] > 0
-        assert side["prefill_spread"] >= 0 and side["decode_spread"] >= 0
-    assert len(said["continuations"]) == 3 and all(set(c) == {"prompt", "before", "after"} for c in said["continuations"])
-    assert said["verified"]["generated_equal"] is True
-    assert str(root) not in json.dumps({k: v for k, v in said.items() if k != "out"})
+def test_what_it_says_and_leaves(done):
+    out, source, said, _ = done
+    assert (
+        said["source"] == source.name
+        and said["method"] == "flap at 20% of block parameters"
+        and said["trained_tokens"] == 4096
+    )
+    assert [one["name"] for one in said["models"]] == ["before", "cut", "recovered"]
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert said["report"] == str(out / "report.html") and f"{said['models'][2]['params']:,}"[:1] and "recovered" in text
+    assert {"study.yaml", "records.jsonl", "seen.jsonl", "held-out.jsonl"} <= {path.name for path in out.iterdir()}
+    code, plan, err = pipeline.cli("study", "plan", out / "study.yaml", "--out", out, "--rate", "1e9", "--json")
+    assert code == 0, err
+    assert all(row["done"] for row in json.loads(plan)["steps"])
 
 
-def test_continuations_are_greedy(done):
-    _, _, source, said = done
+def test_what_models_write_is_greedy(done):
+    _, source, said, _ = done
     model, tokenizer = Source.open(str(source)).load(), pipeline.tokenizer()
-    for item in said["continuations"]:
-        ids = tokenizer(item["prompt"], return_tensors="pt", add_special_tokens=False).input_ids
-        expected = tiny.greedy_by_hand(model, ids, 24)[0, ids.shape[1] :]
-        assert item["before"] == tokenizer.decode(expected)
+    for prompt, written in zip(said["prompts"], said["models"][0]["writes"], strict=True):
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        assert written == tokenizer.decode(tiny.greedy_by_hand(model, ids, 24)[0, ids.shape[1] :])
 
 
 def test_it_can_be_shown(done, capsys):
     from prunus import show
 
-    show.quickstart(done[3])
+    show.quickstart(done[2])
     out = capsys.readouterr().out
-    assert "perplexity, held out" in out and "verified in a clean process" in out
+    assert "perplexity, held out" in out and "report.html" in out and "recovered:" in out
+
+
+def test_a_folder_that_is_something_else(done, tmp_path):
+    out, source, _, text = done
+    (tmp_path / "thesis.txt").write_text("mine")
+    code, _, err = pipeline.cli("quickstart", "--source", source, "--text", text, "-o", tmp_path)
+    assert code == 2 and "holds other things than a quickstart; give another --out" in err
+    other = pipeline.folder("llama", positions=512)
+    code, _, err = pipeline.cli("quickstart", "--source", other, "--text", text, "-o", out)
+    assert code == 2 and f"is a quickstart of {source}; give another --out" in err
+
+
+def test_a_step_that_fails_is_told(done, tmp_path, monkeypatch):
+    _, source, _, text = done
+    monkeypatch.setattr(quickstart, "run_study", lambda *_, **__: {"failed": {"cut-1": "no room"}})
+    code, _, err = pipeline.cli("quickstart", "--source", source, "--text", text, "-o", tmp_path / "out")
+    assert code == 2 and "quickstart: cut-1 failed: no room" in err
 
 
 def test_without_the_model_package(monkeypatch, tmp_path):
@@ -91,11 +125,14 @@ def test_without_the_model_package(monkeypatch, tmp_path):
     assert code == 2 and err.startswith("prunus: quickstart: no model found") and not list(tmp_path.iterdir())
 
 
-def test_the_default_text_ships_with_python(tmp_path):
-    text = (tmp_path / "pydoc-topics.txt").as_posix()
-    assert quickstart.default_text(tmp_path) == text
-    words = (tmp_path / "pydoc-topics.txt").read_text(encoding="utf-8")
-    assert len(words) > 200_000 and 'The "if" statement' in words
+def test_the_default_text_ships_with_python():
+    """Its topics repeat each other; here no paragraph is seen and scored on."""
+    seen, unseen = quickstart.texts(None)
+    assert (
+        sum(map(len, seen)) > 200_000 and sum(map(len, unseen)) > 50_000 and any('The "if" statement' in doc for doc in seen)
+    )
+    parts = [{" ".join(part.split()) for doc in docs for part in doc.split("\n\n")} for docs in (seen, unseen)]
+    assert not parts[0] & parts[1]
 
 
 def test_too_little_text(tmp_path):
@@ -103,4 +140,4 @@ def test_too_little_text(tmp_path):
     text.write_text("a cat")
     source = pipeline.folder("llama_tied", positions=512)
     code, _, err = pipeline.cli("quickstart", "--source", source, "--text", text, "-o", tmp_path / "out")
-    assert code == 2 and "short.txt" in err and "24 windows of 512" in err and not (tmp_path / "out").exists()
+    assert code == 2 and "short.txt has 5 letters that differ; give one with at least 200,000" in err
