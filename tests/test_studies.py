@@ -1,9 +1,11 @@
 """The study files that ship with the source: every recipe in them is one, and arms that are compared train on the same tokens."""
 
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from test_study_results import folder, line
 
 from prunus.study import file as studies
 from prunus.study.plan import plan
@@ -12,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "studies" / "while-training").glob("*.yaml"))
 ALL = sorted(set((ROOT / "studies").glob("*/*.yaml")) - set((ROOT / "studies" / "paper").glob("*")))  # those: test_papers.py
 sys.path.insert(0, str(ROOT / "tools"))
-import study_tables  # noqa: E402  (a tool, not of the package)
+import study_pages  # noqa: E402  (tools, not of the package)
+import study_tables  # noqa: E402
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -50,3 +53,21 @@ def test_an_arm_whose_order_few_shot_never_had_is_not_compared():
     more["figures"]["tokens"] = 40
     assert "| longer | 10 |  | 40 | 40 | 1 | 3.0000 |  | abc |" in "\n".join(study_tables.tables([rows[0], more]))
     assert "| x optimizer.lr=0.001 | 10 |  | 20 | 40 | 1 | 3.0000 |  | abc |" in "\n".join(study_tables.tables(rows))
+
+
+def test_the_page_of_a_recorded_study_has_its_tables_its_figures_and_what_people_make_of_it(tmp_path):
+    lines = [line(arm, seed, loss + 0.1 * seed) for arm, loss in (("P-R", 3.0), ("S", 3.4)) for seed in (0, 1)]
+    recorded = tmp_path / "recorded"
+    recorded.mkdir()
+    folder(recorded, lines, missing=["S_later"]).rename(recorded / "small")
+    (recorded / "small" / "reading.md").write_text("We make **this** of it.\n", encoding="utf-8")
+    made = study_pages.pages(recorded, tmp_path / "docs")
+    text = made[tmp_path / "docs" / "small.md"]
+    assert "-0.4000 ± 0.0000" in text and "We make **this** of it." in text and "Not done yet: S_later" in text
+    drawn = {path: svg for path, svg in made.items() if path.suffix == ".svg"}
+    assert drawn and all(f"]({path.name})" in text for path in drawn)
+    for svg in drawn.values():
+        root = ET.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and "prefers-color-scheme: dark" in svg and "<script" not in svg
+    assert study_pages.lead_picture(recorded, "small") in drawn.values()
+    assert study_pages.lead_picture(recorded, "none") is None and study_pages.pages(tmp_path / "nowhere", tmp_path) == {}

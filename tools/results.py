@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import shipping_tables
+import study_pages
 import study_tables
 
 from prunus import record, tables
@@ -372,6 +373,7 @@ def main() -> int:
     pages = {ROOT / "docs" / "results.md": page(records)}
     if answers := shipping_tables.answers(records):
         pages[ROOT / "docs" / "answers.md"] = answers
+    pages |= study_pages.pages(ROOT / "results" / "studies", ROOT / "docs" / "studies")
     pages[readme] = with_table(readme.read_text(encoding="utf-8"), readme_table(records))
     stale = [p for p, text in pages.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     for path in stale:

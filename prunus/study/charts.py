@@ -15,7 +15,41 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 44
 _ROW, _SIDE, _NAMED = 30, 130, 18  # of rows: height, room for names, letters of a name
 _MARKS = ("circle", "square", "diamond", "triangle")
 _MARKED = 120  # more points than this have no marks, but for those that no line joins
-COLOURS = 8  # series beyond it take other marks
+_LIGHT = ("#2166ac", "#c4501b", "#1b7f5c", "#8e3b8e", "#a07800", "#4b5ec9", "#b02a5b", "#5d6b78")
+_DARK = ("#6fb1f0", "#ff9b66", "#5fcfa3", "#dd8fdd", "#e0b84a", "#9aa9ff", "#ff85b0", "#a9b6c4")
+COLOURS = len(_LIGHT)  # series beyond it take other marks
+
+
+def _style() -> str:
+    def named(colours: Sequence[str]) -> str:
+        return " ".join(f"--c{i}: {colour};" for i, colour in enumerate(colours))
+
+    rules = [
+        f"svg {{ {named(_LIGHT)} }}",
+        f"@media (prefers-color-scheme: dark) {{ svg {{ {named(_DARK)} }} }}",
+        "svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .name { fill: var(--ink); }",
+        "svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }",
+        "svg .zero { stroke: var(--soft); stroke-dasharray: 4 4; }",
+        "svg polyline { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }",
+        "svg .error { stroke: currentColor; stroke-width: 1.5; }",
+        "svg circle, svg rect, svg polygon { fill: currentColor; stroke: var(--card); stroke-width: 1; }",
+        *(f"svg .c{i} {{ color: var(--c{i}); }}" for i in range(COLOURS)),
+    ]
+    return "\n".join(rules)
+
+
+STYLE = _style()  # of what is drawn here, in a page that says --ink, --soft, --line and --card
+_ALONE = """svg { --ink: #1d2127; --soft: #646b76; --line: #dfe3e8; --card: #ffffff; }
+@media (prefers-color-scheme: dark) { svg { --ink: #e6e9ee; --soft: #9aa3af; --line: #333a44; --card: #1b1f25; } }
+svg > .ground { fill: var(--card); stroke: none; }
+"""
+
+
+def alone(svg: str) -> str:
+    """A picture as a file of its own, light or dark as its reader's system is."""
+    head, _, rest = svg.partition(">")
+    ground = '<rect class="ground" width="100%" height="100%"/>'
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_ALONE}{STYLE}</style>{ground}{rest}\n'
 
 
 @dataclass(frozen=True)

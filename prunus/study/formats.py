@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import unknown
-from ..tables import big, markdown
+from ..tables import big, markdown, scientific
 from .claims import verdicts
 from .results import COUNTS, Difference, Metric, Results, Run, Score, differences, is_loss
 
@@ -55,7 +55,7 @@ def _arms(found: Results) -> Table:
         rows.append((
             arm, group, str(len(runs)), _span([r.params for r in runs if r.params is not None], big),
             _span([r.tokens for r in runs], big), (_span(whole, big) + more).strip() or "?",
-            _span([r.flops for r in runs], _short), (_span(spent, _short) + more).strip() or "?",
+            _span([r.flops for r in runs], scientific), (_span(spent, scientific) + more).strip() or "?",
             *(_spread([run.scores[metric] for run in runs if metric in run.scores], metric) for metric in metrics),
         ))  # fmt: skip
     left = len(found.missing)
@@ -97,10 +97,6 @@ def _span(values: Sequence[int], show: Callable[[float], str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}"
-
-
 # -- as text ----------------------------------------------------------------------------------------------------------------
 
 _LATEX = {
@@ -111,14 +107,15 @@ _LATEX = {
 
 def as_markdown(found: Results) -> str:
     """Tables under headings."""
-    out = [f"# {_cell(found.name)}", ""]
+    out = [f"# {cell(found.name)}", ""]
     for table in tables(found):
-        rows = [[_cell(cell) for cell in row] for row in table.rows]
+        rows = [[cell(one) for one in row] for row in table.rows]
         out += [f"## {table.title}", "", *markdown([*table.header], rows, left=table.left), ""]
     return "\n".join(out)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 

@@ -24,10 +24,10 @@ from ..errors import UserError
 from ..ledger import Ledger
 from ..place import check_files, staged_files
 from ..shrink_plots import WORDS, Shrinking
-from ..tables import big
+from ..tables import big, scientific
 from ..train.listing import whole_lines
 from ..train.opening import LEDGER, LOG, RECIPE, RECORD
-from .charts import Point, Series, chart, leads
+from .charts import STYLE, Point, Series, chart, leads
 from .formats import Table, tables
 from .results import LOSS, STUDY, Metric, Results, Run, differences, is_loss, is_seed, load
 
@@ -95,7 +95,7 @@ class Page:
         digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
         loader = PackageLoader("prunus.study", ".")
         made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-        told = vars(self) | {"script": Markup(_SCRIPT), "script_hash": f"sha256-{digest}"}
+        told = vars(self) | {"script": Markup(_SCRIPT), "script_hash": f"sha256-{digest}", "chart_style": Markup(STYLE)}
         return made.get_template("page.html.j2").render(told | {"version": record.versions()["prunus"]})
 
 
@@ -127,7 +127,7 @@ def of_study(found: Results) -> Page:
         ("runs done", f"{runs} of {total}"),
         ("protocols kept", f"{sum(kept)} of {len(kept)}" if kept else "none promised"),
         ("tokens trained on", big(sum(run.tokens for run in found.runs))),
-        ("FLOPs, each run's own", f"{sum(run.flops for run in found.runs):.3g}"),
+        ("FLOPs, each run's own", scientific(sum(run.flops for run in found.runs))),
     ]
     page.lead = _found(found)
     if found.missing:
@@ -313,7 +313,7 @@ def _of_run(folder: Path) -> Page:
         page.facts.append(("validation loss", f"{watched[-1]['validation']['loss']:.4f}"))
     if done is not None:
         figures = done["figures"]
-        page.facts += [("parameters", big(figures["params"])), ("FLOPs", f"{sum(figures['flops'].values()):.3g}")]
+        page.facts += [("parameters", big(figures["params"])), ("FLOPs", scientific(sum(figures["flops"].values())))]
         page.facts.append(("seconds", f"{figures['seconds']:,.0f}"))
     else:
         page.notes.append("This run is not finished: what it has logged so far.")
@@ -362,7 +362,7 @@ def _ledger(ledger: Ledger) -> Table:
     rows = [
         (
             stage["name"], "parent" if stage["parent"] else "this run", big(stage["tokens"]), big(stage["unique_tokens"]),
-            f"{sum(stage['flops'].values()):.3g}", " ".join(stage["data"]),
+            scientific(sum(stage["flops"].values())), " ".join(stage["data"]),
         )
         for stage in ledger.summary()["stages"]
     ]  # fmt: skip
