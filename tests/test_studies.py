@@ -69,5 +69,7 @@ def test_the_page_of_a_recorded_study_has_its_tables_its_figures_and_what_people
     for svg in drawn.values():
         root = ET.fromstring(svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg" and "prefers-color-scheme: dark" in svg and "<script" not in svg
-    assert study_pages.lead_picture(recorded, "small") in drawn.values()
-    assert study_pages.lead_picture(recorded, "none") is None and study_pages.pages(tmp_path / "nowhere", tmp_path) == {}
+    front = study_pages.front(recorded, "small")
+    titles = [one.text for one in ET.fromstring(front).iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == ["ahead of fresh weights that saw the same tokens\n0.5: 0.4\n2 seeds"]
+    assert study_pages.front(recorded, "none") is None and study_pages.pages(tmp_path / "nowhere", tmp_path) == {}

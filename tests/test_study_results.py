@@ -322,8 +322,8 @@ def test_a_page_shows_who_is_ahead_by_method(tmp_path):
     lines = [line(arm, s, loss, name=f"{arm}{m}{s}") | {"place": {"cut.method": m, "data.seed": s}}
              for m in ("flap", "wanda") for s in (0, 1) for arm, loss in (("P-R", 3.0 + s), ("S", 3.5 + s))]  # fmt: skip
     made = page.of_study(results.load(folder(tmp_path, lines)))
-    svg = next(str(one.svg) for one in made.charts if one.title == "Who is ahead on validation loss")
-    pair = "P-R over S, equal training tokens"
+    svg = next(str(one.svg) for one in made.charts if one.title == "Who is ahead on validation loss, equal training tokens")
+    pair = "P-R over S"
     assert re.findall("<title>([^<]*)</title>", svg) == [f"{pair}\n{m}: 0.5\n2 seeds" for m in ("flap", "wanda")]
 
 

@@ -374,6 +374,8 @@ def main() -> int:
     if answers := shipping_tables.answers(records):
         pages[ROOT / "docs" / "answers.md"] = answers
     pages |= study_pages.pages(ROOT / "results" / "studies", ROOT / "docs" / "studies")
+    if picture := study_pages.front(ROOT / "results" / "studies", "half"):
+        pages[ROOT / "docs" / "front.svg"] = picture
     pages[readme] = with_table(readme.read_text(encoding="utf-8"), readme_table(records))
     stale = [p for p, text in pages.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     for path in stale:

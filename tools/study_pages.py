@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prunus.study import formats, page
-from prunus.study.charts import alone
-from prunus.study.results import Results, load
+from prunus.study.charts import Series, alone, leads
+from prunus.study.results import LOSS, Results, load
 from prunus.tables import markdown
 
 READING = "reading.md"  # what people make of it, beside the records
@@ -49,9 +50,28 @@ def _table(table: formats.Table) -> list[str]:
     return [f"## {table.title}", "", *markdown([*table.header], rows, left=table.left), ""]
 
 
-def lead_picture(recorded: Path, name: str) -> str | None:
-    """The first figure of who is ahead, for the front page."""
+FRONT = {  # protocol -> what the front page calls it
+    "training-tokens": "ahead of fresh weights that saw the same tokens",
+    "total-tokens": "ahead of fresh weights that saw the parent's tokens, too",
+}
+
+
+def front(recorded: Path, name: str) -> str | None:
+    """The picture of the front page: what pruned weights are ahead, by method, in the first comparison of each protocol."""
     if not (recorded / name).is_dir():
         return None
-    drawn = page.of_study(load(recorded / name)).charts
-    return next((alone(str(one.svg)) for one in drawn if one.title.startswith("Who is ahead")), None)
+    found = load(recorded / name)
+    rows: list[str] = []
+    drawn = []
+    for protocol, told in FRONT.items():
+        arms = next((" over ".join(part["arms"]) for part in found.written["compare"] if part["protocol"] == protocol), None)
+        lines, places = page.by_place(found, LOSS, 1.0, protocol)
+        for one in lines:
+            if one.name == arms:
+                rows += [row for row in places if row not in rows]
+                points = tuple(replace(point, y=rows.index(places[round(point.y)])) for point in one.points)
+                drawn.append(Series(told, points))
+    used = [row for i, row in enumerate(rows) if any(round(p.y) == i for one in drawn for p in one.points)]
+    moved = [replace(one, points=tuple(replace(p, y=used.index(rows[round(p.y)])) for p in one.points)) for one in drawn]
+    svg = leads(moved, used, x="nats a token, ± twice the standard error where there are seeds")
+    return alone(svg) if svg else None

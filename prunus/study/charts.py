@@ -12,7 +12,7 @@ from html import escape
 
 WIDTH, HEIGHT = 480, 290  # small, so that text is legible on a phone, too
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 44
-_ROW, _SIDE, _NAMED = 30, 130, 18  # of rows: height, room for names, letters of a name
+_ROW, _APART, _SIDE, _NAMED = 26, 9, 130, 18  # of rows: height, between their series, room for names, letters of a name
 _MARKS = ("circle", "square", "diamond", "triangle")
 _MARKED = 120  # more points than this have no marks, but for those that no line joins
 _LIGHT = ("#2166ac", "#c4501b", "#1b7f5c", "#8e3b8e", "#a07800", "#4b5ec9", "#b02a5b", "#5d6b78")
@@ -103,10 +103,16 @@ def leads(series: Sequence[Series], rows: Sequence[str], *, x: str) -> str:
     ends = [p.x + sign * (p.error or 0) for p in points for sign in (-1, 1)]
     scale = _Scale.of([*ends, 0.0], log=False)
     names = list(dict.fromkeys(s.name for s in series))
-    bottom = _TOP + _ROW * len(rows)
+    there = [
+        [s.name for s in series if any(round(p.y) == i and math.isfinite(p.x) for p in s.points)] for i in range(len(rows))
+    ]
+    tops = [_TOP]
+    for found in there:
+        tops.append(tops[-1] + _ROW + _APART * max(0, len(found) - 2))
+    bottom = tops[-1]
     parts = []
     for i, name in enumerate(rows):
-        at = _TOP + _ROW * (i + 0.5)
+        at = (tops[i] + tops[i + 1]) / 2
         short = name if len(name) <= _NAMED else name[: _NAMED - 1] + "…"
         parts.append(f'<line class="grid" x1="{_SIDE}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{_SIDE - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(short)}</text>')
@@ -120,16 +126,17 @@ def leads(series: Sequence[Series], rows: Sequence[str], *, x: str) -> str:
     parts.append(f'<text class="name" x="{middle:.0f}" y="{bottom + 38}" text-anchor="middle">{escape(x)}</text>')
     for one in series:
         index = names.index(one.name)
-        shift = _ROW * 0.18 * (index - (len(names) - 1) / 2)  # series of a row stand apart
         parts.append(f'<g class="c{index % COLOURS}">')
         for point in (p for p in one.points if math.isfinite(p.x)):
-            a, b = _beside(scale, point.x), _TOP + _ROW * (point.y + 0.5) + shift
+            row = round(point.y)
+            beside = there[row].index(one.name) - (len(there[row]) - 1) / 2  # series of a row stand apart
+            a, b = _beside(scale, point.x), (tops[row] + tops[row + 1]) / 2 + _APART * beside
             if point.error:
                 left, right = (_beside(scale, point.x + sign * point.error) for sign in (-1, 1))
                 parts.append(f'<line class="error" x1="{left:.1f}" x2="{right:.1f}" y1="{b:.1f}" y2="{b:.1f}"/>')
             spread = f" ± {_short(point.error)}" if point.error else ""
             more = f"\n{point.label}" if point.label else ""
-            told = escape(f"{one.name}\n{rows[round(point.y)]}: {_short(point.x)}{spread}{more}")
+            told = escape(f"{one.name}\n{rows[row]}: {_short(point.x)}{spread}{more}")
             parts.append(f"<g><title>{told}</title>{_mark(index, a, b)}</g>")
         parts.append("</g>")
     parts += [_legend(name, i, bottom + 56, wide=True) for i, name in enumerate(names)]

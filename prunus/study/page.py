@@ -176,10 +176,12 @@ def _study_charts(page: Page, found: Results, metric: Metric) -> None:
         lines = _by_tokens(found, metric, scale)
         note = "means over seeds, ± twice the standard error"
         page.draw(f"{name} against tokens", note, lines, x="tokens trained on", y=name, log_x=True)
-    lines, rows = _by_place(found, metric, scale)
     ahead = "nats a token" if is_loss(metric) else "points"
-    note = "first arm over second, ± twice the standard error over seeds"
-    page.add(f"Who is ahead on {name}", note, leads(lines, rows, x=f"ahead, {ahead}"))
+    note = "right of zero the first arm is; ± twice the standard error over seeds"
+    for protocol in dict.fromkeys(part["protocol"] for part in found.written["compare"]):
+        lines, rows = by_place(found, metric, scale, protocol)
+        title = f"Who is ahead on {name}, equal {protocol.replace('-', ' ')}"
+        page.add(title, note, leads(lines, rows, x=f"ahead, {ahead}"))
     spent: dict[str, list[Point]] = {}
     for run in found.runs:
         if run.total_flops and metric in run.scores:
@@ -194,13 +196,13 @@ def _study_charts(page: Page, found: Results, metric: Metric) -> None:
         page.draw(f"Advantage on {name} by ratio", note, lines, x="share removed", y="difference", zero=True)
 
 
-def _by_place(found: Results, metric: Metric, scale: float) -> tuple[list[Series], list[str]]:
-    """What first arms of comparisons are ahead, by places that are no number: methods, cuts."""
+def by_place(found: Results, metric: Metric, scale: float, protocol: str) -> tuple[list[Series], list[str]]:
+    """What first arms of comparisons are ahead, by methods and cuts; what hangs on tokens has a picture of its own."""
     pairs: dict[str, list[tuple[str, Point]]] = {}
     sign = -scale if is_loss(metric) else scale
     for one in differences(found):
-        if one.metric == metric:
-            name = f"{' over '.join(one.arms)}, equal {one.protocol.replace('-', ' ')}"
+        if one.metric == metric and one.protocol == protocol and "tokens=" not in one.group:
+            name = " over ".join(one.arms)
             row = ", ".join(part.split("=", 1)[-1] for part in one.group.split(", ")) or one.arms[0]
             error = None if one.error is None else 2 * scale * one.error
             seeds = f"{one.seeds} seed{'s' if one.seeds > 1 else ''}"
