@@ -49,6 +49,7 @@ experiments: $(VENV)/.model
 
 studies: $(VENV)/.core
 	$(BIN)/python tools/while_training.py --data $(DATA) --work runs/while-training --record results/while-training.jsonl
+	$(BIN)/python tools/prune_or_scratch.py --data $(DATA) --work runs/prune-or-scratch
 	$(BIN)/python tools/results.py
 
 bench: $(VENV)/.model

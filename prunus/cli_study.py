@@ -79,6 +79,21 @@ def step_of_study(
         raise typer.Exit(stop.code) from stop
 
 
+@studies.command(name="gather")
+def gather_study(file: StudyArg, out: OutOpt, as_json: JsonOpt = False) -> None:
+    """Gather what a study has done so far, on a cluster or here, and prove its protocols; runs nothing."""
+    from . import show_study
+    from .study import file as files
+    from .study.run import done, gather
+
+    out = out.expanduser()
+    if not out.is_dir():
+        raise UserError(f"{out}: no such folder; give the --out of prunus study run")
+    study = files.read(file)
+    gather(study, out)
+    tell(done(study, out), as_json, show_study.ran)
+
+
 @studies.command(name="table")
 def tables_of_study(
     folder: Annotated[Path, typer.Argument(help="The --out of prunus study run.", metavar="DIR")],

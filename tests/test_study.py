@@ -607,6 +607,20 @@ def test_a_study_that_is_asked_to_stop_twice_leaves_nothing_running(tmp_path, mo
     assert len(ended) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(ended[0], 0)
+    assert not load(tmp_path / "out").runs and load(tmp_path / "out").missing  # which can be looked at all the same
+
+
+def test_a_study_is_gathered_while_it_is_on_its_way(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    path, out = written(tmp_path, compare=[], evaluate=[]), tmp_path / "out"
+    study = files.read(path)
+    do(study, steps(study)["P"], out)
+    code, said, err = cli("study", "gather", path, "--out", out, "--json")
+    assert code == 0, err
+    assert [row["run"] for row in json.loads(said)["rows"]] == ["P"] == [run.name for run in load(out).runs]
+    assert len(load(out).missing) == 8 and (out / "index.sqlite").is_file()
+    code, _, err = cli("study", "gather", path, "--out", tmp_path / "nowhere")
+    assert code == 2 and "nowhere: no such folder; give the --out of prunus study run" in err
 
 
 def test_stopping_says_how_to_go_on():

@@ -23,7 +23,7 @@ _SUBMIT = """#!/bin/bash
 # Submits the steps of the study {name}; written by prunus study slurm. Again after a failure: what is done is done.
 set -eu
 {lines}
-echo "submitted as $job; {python} -m prunus study run {file} --out {out} gathers the records once it has ended"
+echo "submitted as $job; {python} -m prunus study gather {file} --out {out} gathers the records once it has ended"
 """
 
 

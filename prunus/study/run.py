@@ -62,13 +62,18 @@ def run(study: Study, out: Path, *, processes: int = 1, tell: Tell = lambda text
     for note in overlaps(study):
         tell(f"note: {note}")
     keep(study, out)
-    outcome = _Doing(study, known, out, processes, tell).all()
-    gather(study, out)
-    with staged_files(out / PROOFS) as (stage,):
-        stage.write_text(json.dumps(proofs(study, out), indent=1) + "\n", encoding="utf-8")
+    doing = _Doing(study, known, out, processes, tell)
+    try:
+        doing.all()
+    finally:  # what is done can be looked at, however this ended
+        gather(study, out)
+    return done(study, out) | vars(doing.outcome)
+
+
+def done(study: Study, out: Path) -> dict[str, Any]:
+    """What a study's folder holds, gathered: rows and proofs."""
     found = load(out)
-    index(found)
-    return {"study": study.name, "out": str(out), **vars(outcome), "rows": rows(found), "proofs": list(found.proofs)}
+    return {"study": study.name, "out": str(out), **vars(Outcome()), "rows": rows(found), "proofs": list(found.proofs)}
 
 
 def check_texts(study: Study) -> None:
@@ -229,7 +234,11 @@ def _evaluations(cell: Cell, out: Path) -> list[dict[str, Any]]:
 
 
 def gather(study: Study, out: Path) -> list[dict[str, Any]]:
-    """Writes all records in one file, in the study's order, each with its arm and place; a cut alone is its manifest."""
+    """Writes all records in one file, in the study's order, each with its arm and place, what ledgers prove, and the index.
+
+    A cut alone is its manifest. What the study is stands beside them, so that no file of it is needed to read them.
+    """
+    keep(study, out)
     lines = []
     for cell in study.cells:
         if not is_done(cell, out):
@@ -261,4 +270,7 @@ def gather(study: Study, out: Path) -> list[dict[str, Any]]:
     with staged_files(out / RECORDS) as (stage,):
         text = "".join(json.dumps(entry, sort_keys=True, allow_nan=False) + "\n" for entry in lines)
         stage.write_text(text, encoding="utf-8")
+    with staged_files(out / PROOFS) as (stage,):
+        stage.write_text(json.dumps(proofs(study, out), indent=1) + "\n", encoding="utf-8")
+    index(load(out))
     return lines
