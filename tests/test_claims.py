@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -100,6 +101,12 @@ def test_what_was_not_run_is_said(tmp_path):
     (tmp_path / "b").mkdir()
     one = asked(tmp_path / "b", arms([0.1]), asking[1])  # at one ratio only
     assert claims.verdicts(one)[0].verdict == "not run yet"
+
+
+def test_a_verdict_without_all_of_its_runs_says_so_far(tmp_path):
+    found = asked(tmp_path, arms([0.1, 0.2, 0.3]), BETTER)
+    for missing, verdict in ((("S_later",), "holds, so far"), (("Saint_later",), "holds"), ((), "holds")):
+        assert claims.verdicts(replace(found, missing=missing))[0].verdict == verdict
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .results import LOSS, Metric, Results, Run, is_loss, is_seed
@@ -69,7 +69,15 @@ class Verdict:
 
 def verdicts(found: Results) -> list[Verdict]:
     """Every finding of the study's file, as far as its runs are done."""
-    return [_KINDS[_kind(claim)](found, claim) for claim in found.written.get("claims", [])]
+    return [_so_far(found, claim, _KINDS[_kind(claim)](found, claim)) for claim in found.written.get("claims", [])]
+
+
+def _so_far(found: Results, claim: Mapping[str, Any], verdict: Verdict) -> Verdict:
+    """Says so where runs of its arms are missing that could change it."""
+    kind = _kind(claim)
+    arms = claim[kind]["arms"] if kind == "shrinks" else claim[kind]
+    open_ = any(name == arm or name.startswith(f"{arm}_") for name in found.missing for arm in arms)
+    return replace(verdict, verdict=f"{verdict.verdict}, so far") if open_ and verdict.verdict != OPEN else verdict
 
 
 def _kind(claim: Mapping[str, Any]) -> str:
