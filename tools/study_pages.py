@@ -73,5 +73,5 @@ def front(recorded: Path, name: str) -> str | None:
                 drawn.append(Series(told, points))
     used = [row for i, row in enumerate(rows) if any(round(p.y) == i for one in drawn for p in one.points)]
     moved = [replace(one, points=tuple(replace(p, y=used.index(rows[round(p.y)])) for p in one.points)) for one in drawn]
-    svg = leads(moved, used, x="nats a token, ± twice the standard error where there are seeds")
+    svg = leads(moved, used, x="nats a token that pruned weights are ahead")
     return alone(svg) if svg else None
