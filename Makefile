@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data  # where the texts of `make experiments` lie; see docs/protocol.md
 
-.PHONY: quickstart test coverage slow lint results experiments studies bench clean
+.PHONY: quickstart test coverage slow lint site results experiments studies bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+site: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
 results: $(VENV)/.core
 	$(BIN)/python tools/results.py
 
@@ -56,4 +59,4 @@ bench: $(VENV)/.model
 	$(BIN)/python benchmarks/oneshot.py --data $(DATA) --record results/benchmarks.jsonl
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
