@@ -22,14 +22,24 @@ def test_figures_on_pages_are_those_of_the_records():
     assert done.returncode == 0, done.stderr
 
 
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+
+
+def lines_of(text: str) -> list[str]:
+    """The commands of a block, each on one line, without comments."""
+    lines = [re.sub(r"(^| )#.*", "", line).strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
 def commands() -> list[tuple[str, str]]:
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith("prunus "):
-                    found.append((page.relative_to(ROOT).as_posix(), line.partition(" #")[0].rstrip()))
-    return found
+    """(page, command) of every command line of ours."""
+    pages = [page.relative_to(ROOT).as_posix() for page in PAGES]
+    found = [
+        (page, line) for page in pages for language, text in blocks(page) if language == "bash" for line in lines_of(text)
+    ]
+    return [(page, line) for page, line in found if line.startswith("prunus ")]
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
