@@ -80,7 +80,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
         _resume_(run, training, pruner)
         if pruner is not None:
             pruner.begin(training)
-        peak = world.total(measure.gemm_rate())
+        peak = world.total(measure.gemm_rate(dtype=torch.float32 if recipe.precision == "float32" else torch.bfloat16))
         with asked_to_stop() as asked:
             began, before = training.step, run.clock.seconds
 
