@@ -152,7 +152,7 @@ def run(out: Path, *, source: str | None, text: str | None, tell: Tell = lambda 
     origin = "pydoc_data.topics of this Python" if text is None else Path(text).name
     return {
         "out": str(out), "source": Source.open(name).label, "method": f"{METHOD} at {RATIO:.0%} of block parameters",
-        "trained_tokens": TOKENS, "text": f"{origin}, every fifth document of which is scored on and never seen before",
+        "trained_tokens": TOKENS, "text": f"{origin}, every fifth document of which is scored on, and the others are trained on",
         "prompts": list(_PROMPTS), "models": models, "machine": record.machine(), "report": str(out / REPORT),
     }  # fmt: skip
 

@@ -48,7 +48,7 @@ SMALLER = {  # what a page says -> what a model of a ten-thousandth of the size 
     "--vocab-size 4096": "--vocab-size 320",
     "--ratio 0.2 --calibration": "--ratio 0.2 --windows 8 --seq-len 128 --calibration",
     'ratio=0.2, calibration="help.jsonl"': 'ratio=0.2, calibration="help.jsonl", text=prunus.TextOptions(8, 128)',
-    "tests/conformance tests/test_hf.py tests/test_families.py tests/test_every": "tests/conformance/test_counts.py tests/test_every",
+    "tests/conformance tests/test_hf.py tests/test_families.py": "tests/conformance/test_counts.py",
     "-k ernie": "-k 'ernie and (conformance or flap or shortgpt)'",
     "-k energy": "-k 'test_energy or energy and (llama_tied or gemma2 or saved)'",
     "SmolLM2-135M --text wiki.txt": "SmolLM2-135M --text wiki.txt --windows 4 --seq-len 256",

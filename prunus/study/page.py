@@ -189,7 +189,8 @@ def _study_charts(page: Page, found: Results, metric: Metric) -> None:
                 Point(float(run.total_flops), scale * run.scores[metric].value, label=run.name)
             )
     dots = [Series(arm, tuple(points), joined=False) for arm, points in spent.items()]
-    page.draw(f"{name} against what it cost", "every run, with its parents", dots, x="FLOPs", y=name, log_x=True)
+    if sum(len(one.points) for one in dots) > 1:
+        page.draw(f"{name} against what it cost", "every run, with its parents", dots, x="FLOPs", y=name, log_x=True)
     note = "first arm less second" + ("; below zero the first is better" if is_loss(metric) else "")
     for key in dict.fromkeys(k for run in found.runs for k in run.place if _last(k) == "ratio"):
         lines = _advantages(found, metric, key, scale)
@@ -235,6 +236,8 @@ def _pareto(page: Page, found: Results, metric: Metric, speed: str) -> None:
     name = " ".join(metric)
     dots = [Series(arm, tuple(points), joined=False) for arm, points in arms.items()]
     lines = [*dots, Series("nothing beyond", tuple(front))] if len(front) > 1 else dots
+    if sum(len(points) for points in arms.values()) < 2:
+        return
     title, note = f"{name} against time to {speed}", "measured here, one at a time; means over seeds"
     page.draw(title, note, lines, x="milliseconds", y=name)
 
