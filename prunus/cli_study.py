@@ -88,7 +88,7 @@ def gather_study(file: StudyArg, out: OutOpt, as_json: JsonOpt = False) -> None:
 
     out = out.expanduser()
     if not out.is_dir():
-        raise UserError(f"{out}: no such folder; give the --out of prunus study run")
+        raise UserError(f"{out}: no such file or folder; give the --out of prunus study run")
     study = files.read(file)
     gather(study, out)
     tell(done(study, out), as_json, show_study.ran)

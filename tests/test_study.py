@@ -620,7 +620,7 @@ def test_a_study_is_gathered_while_it_is_on_its_way(tmp_path, monkeypatch):
     assert [row["run"] for row in json.loads(said)["rows"]] == ["P"] == [run.name for run in load(out).runs]
     assert len(load(out).missing) == 8 and (out / "index.sqlite").is_file()
     code, _, err = cli("study", "gather", path, "--out", tmp_path / "nowhere")
-    assert code == 2 and "nowhere: no such folder; give the --out of prunus study run" in err
+    assert code == 2 and "nowhere: no such file or folder; give the --out of prunus study run" in err
 
 
 def test_stopping_says_how_to_go_on():

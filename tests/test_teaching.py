@@ -19,7 +19,7 @@ from prunus.errors import UserError
 from prunus.ledger import Ledger
 from prunus.source import Source
 from prunus.train import cache as cache_module
-from prunus.train import estimate, sweep, teaching
+from prunus.train import estimate, teaching
 from prunus.train import recipe as recipes
 from prunus.train.cache import MANIFEST, Cache, Manifest, bytes_of, files, ids_dtype
 from prunus.train.opening import prepare as opened
@@ -184,9 +184,8 @@ def test_the_teachers_flops_are_counted_and_said_to_be_the_caches(tmp_path):
     assert code == 0 and f"when its cache {manifest.digest} was written, once for all runs" in " ".join(out.split()), err
 
 
-def test_a_sweep_reads_again_what_was_paid_for_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "RATES", (1e-9, 1e-2))
-    run(tmp_path / "run", taught_by(written(), optimizer__lr="sweep"))
+def test_a_sweep_reads_again_what_was_paid_for_once(tmp_path):
+    run(tmp_path / "run", taught_by(written(), optimizer__lr=[1e-9, 1e-2]))
     stages = Ledger.read(tmp_path / "run" / "ledger.json").stages
     assert [stage.flops.get("teacher", 0) for stage in stages] == [0, Manifest.read(written()).flops]
 
