@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -70,7 +72,7 @@ def digest(data: Any) -> str:
 
 
 def append(path: Path, kind: str, recipe: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
-    """Append one record as one line (a single write, so that two processes do not mix theirs) and return it."""
+    """Append one record as one line, whole or not at all, and return it. Two processes do not mix theirs."""
     record = {
         "kind": kind,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -82,9 +84,33 @@ def append(path: Path, kind: str, recipe: dict[str, Any], figures: dict[str, Any
         "figures": figures,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
+    line = json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
+    with path.open("a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        end, missing = _end(file.read())
+        file.truncate(end)
+        try:
+            if file.write(missing + line) < len(missing + line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            file.truncate(end)
+            raise UserError(
+                f"{path}: the record cannot be written: {error.strerror}; make room, and run it again"
+            ) from error
     return record
+
+
+def _end(content: bytes) -> tuple[int, bytes]:
+    """Where the next line begins, and what must stand before it: half a line of a killed process goes, a whole one gets its end."""
+    last = content.rpartition(b"\n")[2]
+    if not last:
+        return len(content), b""
+    try:
+        json.loads(last)
+    except ValueError:
+        return len(content) - len(last), b""
+    return len(content), b"\n"
 
 
 def check_place(path: Path, what: str = "record") -> None:
@@ -97,9 +123,11 @@ def check_place(path: Path, what: str = "record") -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a file, oldest first; UserError names the line that is none."""
+    """All records of a file, oldest first, but for half a line that a killed process left at its end; UserError names another."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    content = path.read_bytes()
+    whole = content[: _end(content)[0]]
+    for number, line in enumerate(whole.split(b"\n"), 1):
         if line.strip():
             try:
                 records.append(json.loads(line))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import platform
 import re
+import resource
 import socket
 import subprocess
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError
 
+import pytest
 import torch
 
 from prunus import record
+from prunus.errors import UserError
 
 
 def test_a_record_is_one_line_and_comes_back(tmp_path):
@@ -84,3 +88,40 @@ def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
     assert record.commit() == head
     (package / "record.py").write_text("2\n")
     assert record.commit() == head + "+"
+
+
+def test_half_a_record_is_none(tmp_path):
+    path = tmp_path / "records.jsonl"
+    first = record.append(path, "eval", {}, {"x": 1})
+    with path.open("a") as file:
+        file.write('{"kind": "ev')
+    assert record.read(path) == [first]
+    second = record.append(path, "eval", {}, {"x": 2})
+    assert record.read(path) == [first, second]
+    path.write_text(path.read_text().rstrip("\n"))  # a whole line, by hand
+    assert len(record.read(path)) == 2
+    record.append(path, "eval", {}, {"x": 3})
+    assert [line["figures"]["x"] for line in record.read(path)] == [1, 2, 3]
+
+
+@contextmanager
+def file_limit(size):
+    """Files cannot grow beyond it: as a full disk, but for the words."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_record_that_does_not_fit_harms_no_other(tmp_path):
+    path = tmp_path / "records.jsonl"
+    record.append(path, "eval", {}, {})
+    before = path.read_bytes()
+    with (
+        file_limit(len(before) + 20),
+        pytest.raises(UserError, match=r"records.jsonl: the record cannot be written: .*make room"),
+    ):
+        record.append(path, "eval", {}, {})
+    assert path.read_bytes() == before
