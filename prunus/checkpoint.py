@@ -25,15 +25,16 @@ from .hf import quiet
 from .job import Outcome
 from .keep import Keep, WeightMask
 from .ledger import LEDGER, Ledger, Stage
+from .place import beside, clear_left, swap
 from .planning import Plan
-from .source import Source
+from .source import MANIFEST, Source
 from .tensorfiles import read, write
 from .verification import NEW_TOKENS, NEW_TOKENS_STREAMED, check_fingerprint, check_saved, probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MANIFEST, DECISION = "prunus.json", "keep.json"
+DECISION = "keep.json"
 EXTRA = "prunus"  # sub-folder for what engines that glob *.safetensors must not see
 FORMAT = 1
 
@@ -160,32 +161,18 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    clear_left(out)
+    stage = beside(out)
     try:
         stage.mkdir()
         yield stage
         if out.exists() and not overwrite:
             raise UserError(f"{out}: appeared while prunus was working; nothing was written")
-        _swap(stage, out, old)
+        swap(stage, out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _swap(stage: Path, out: Path, old: Path) -> None:
-    """Put `stage` in the place of `out`; what was there is removed only once the new folder stands."""
-    try:
-        if out.exists():
-            out.rename(old)
-        try:
-            stage.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            raise
-    except OSError as error:
-        raise UserError(f"{out}: cannot be put in place: {error.strerror or error}") from error
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # -- what goes there ----------------------------------------------------------------------------------------------------

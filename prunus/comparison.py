@@ -26,7 +26,7 @@ from .job import Outcome, Progress, no_progress
 from .methods import METHODS
 from .network import offline
 from .oneshot import one_shot_
-from .place import staged_files
+from .place import locked, staged_files
 from .planning import Plan, Request
 from .source import DTYPES, Source
 
@@ -217,7 +217,7 @@ def check_folder(out: Path, about: Mapping[str, Any]) -> None:
     """UserError unless the folder is free or holds a comparison of the same source on the same text."""
     path = out / ABOUT
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
             raise UserError(f"{out}: is not a comparison that prunus wrote; give another --out")
         record.check_place(out / RUNS, "out")
         return
@@ -245,21 +245,22 @@ def run(question: Question, out: Path, *, also: Path | None = None, progress: Pr
         record.check_place(also)
     setting = prepare(question)
     check_folder(out, setting.about)
-    known = record.read(out / RUNS) if (out / RUNS).exists() else []
-    todo = [(plan, seed) for plan, seed in setting.runs() if not _is_done(known, setting.recipe(plan, seed))]
-    for n, (plan, seed) in enumerate(todo, 1):
-        name = f"run {n} of {len(todo)}, " + (f"{plan.method.name} {plan.request.ratio}" if plan else "dense")
-        figures = _figures(setting, plan, seed, _named(progress, name))
-        _begin(out, setting.about)
-        recipe = setting.recipe(plan, seed)
-        known.append(record.append(out / RUNS, KIND, recipe, figures))
-        if also is not None:
-            record.append(also, KIND, recipe, figures)
-        gc.collect()
-    result = report.comparison(setting.about, known)
-    with staged_files(out / TABLE, out / PICTURE) as (table, picture):
-        table.write_text(report.comparison_page(result, PICTURE), encoding="utf-8")
-        plots.comparison(result, picture)
+    with locked(out):
+        known = record.read(out / RUNS) if (out / RUNS).exists() else []
+        todo = [(plan, seed) for plan, seed in setting.runs() if not _is_done(known, setting.recipe(plan, seed))]
+        for n, (plan, seed) in enumerate(todo, 1):
+            name = f"run {n} of {len(todo)}, " + (f"{plan.method.name} {plan.request.ratio}" if plan else "dense")
+            figures = _figures(setting, plan, seed, _named(progress, name))
+            _begin(out, setting.about)
+            recipe = setting.recipe(plan, seed)
+            known.append(record.append(out / RUNS, KIND, recipe, figures))
+            if also is not None:
+                record.append(also, KIND, recipe, figures)
+            gc.collect()
+        result = report.comparison(setting.about, known)
+        with staged_files(out / TABLE, out / PICTURE) as (table, picture):
+            table.write_text(report.comparison_page(result, PICTURE), encoding="utf-8")
+            plots.comparison(result, picture)
     return {"out": str(out), "table": str(out / TABLE), "picture": str(out / PICTURE), "ran": len(todo), **result}
 
 

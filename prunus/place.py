@@ -2,31 +2,102 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import glob
+import hashlib
 import os
+import re
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UserError
 
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+
 
 @contextmanager
 def staged_files(*paths: Path) -> Iterator[list[Path]]:
     """Temporary names beside `paths`, which take their places when the block ends well, and vanish when it does not."""
-    stages = [path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}") for path in paths]
+    stages = [beside(path) for path in paths]
     try:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
+            clear_left(path)
         yield stages
         for stage, path in zip(stages, paths, strict=True):
             stage.replace(path)
     except OSError as error:
-        raise UserError(f"{error.filename or paths[0]}: cannot be written: {error.strerror or error}") from error
+        why = error.strerror or f"{error}; is there room?"  # numpy's own words have no number
+        raise UserError(f"{error.filename or paths[0]}: cannot be written: {why}") from error
     finally:
         for stage in stages:
             if stage.exists():
                 stage.unlink()
+
+
+def beside(path: Path, kind: str = "partial") -> Path:
+    """This process's own name beside `path`; it tells machine and process, so that what a killed one left can be removed."""
+    return path.with_name(f".{path.stem}.{kind}-{_machine()}-{os.getpid()}{path.suffix}")
+
+
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def clear_left(path: Path) -> None:
+    """Remove what killed processes of this machine left beside `path`, or put it back if it stood there. Others may be at work."""
+    name = f".{path.stem}.", f"-{_machine()}-"
+    ours = re.compile(rf"{re.escape(name[0])}(partial|replaced){name[1]}(\d+){re.escape(path.suffix)}(-journal)?")
+    for left in path.parent.glob(f"{glob.escape(name[0])}*{name[1]}*"):
+        found = ours.fullmatch(left.name)
+        if found is None or _is_another(int(found[2])):
+            continue
+        if found[1] == "replaced" and not path.exists():
+            left.rename(path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _is_another(process: int) -> bool:
+    """Whether a process of that number is at work, and is not this one."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return process != os.getpid()
+
+
+def swap(stage: Path, out: Path) -> None:
+    """Put the folder `stage` in the place of `out`; what was there is removed only once the new folder stands."""
+    old = beside(out, "replaced")
+    try:
+        if out.exists():
+            if exchange(stage, out):  # `stage`, now what was there, goes as it would have gone
+                return
+            out.rename(old)
+        try:
+            stage.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
+    except OSError as error:
+        raise UserError(f"{out}: cannot be put in place: {error.strerror or error}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Whether the two have changed places, at no moment with nothing there; not every system and disk can."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    return call is not None and call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def check_files(*paths: Path, overwrite: bool) -> None:
@@ -42,10 +113,11 @@ def check_files(*paths: Path, overwrite: bool) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One process a folder, which is made if need be; UserError for the second."""
+    """One process a folder, which is made if need be; UserError for the second. A folder that stays empty goes again."""
+    found, lock = out.exists(), out / ".lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a")
+        file = lock.open("a")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     with file:
@@ -53,4 +125,9 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{out}: another process is at work there; wait for it, or give another --out") from error
-        yield
+        try:
+            yield
+        finally:
+            if not found and [*out.iterdir()] == [lock]:
+                lock.unlink()
+                out.rmdir()

@@ -18,7 +18,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunus import api, checkpoint
+from prunus import api, checkpoint, place
 from prunus.anatomy import Anatomy
 from prunus.errors import UserError, VerificationError
 from prunus.headers import sha256
@@ -409,6 +409,7 @@ def test_an_old_checkpoint_survives_a_failing_swap(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(place, "exchange", lambda *_: False)  # as on a disk that cannot
     with pytest.raises(UserError, match=r"out: cannot be .*Input/output error"):
         cut.save(out, overwrite=True)
     assert contents(tmp_path) == before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ from ..checkpoint import MANIFEST, read_manifest
 from ..data.text import HUB, documents
 from ..errors import UserError
 from ..ledger import Ledger
-from ..place import staged_files
+from ..place import locked, staged_files
 from ..source import Source
 from ..train.feeds import check_budget, overlap_notes
 from ..train.opening import RECORD
@@ -61,12 +63,13 @@ def run(study: Study, out: Path, *, processes: int = 1, tell: Tell = lambda text
             step.claim(out)  # refuses what is another study's, before any work
     for note in overlaps(study):
         tell(f"note: {note}")
-    keep(study, out)
-    doing = _Doing(study, known, out, processes, tell)
-    try:
-        doing.all()
-    finally:  # what is done can be looked at, however this ended
-        gather(study, out)
+    with locked(out):
+        keep(study, out)
+        doing = _Doing(study, known, out, processes, tell)
+        try:
+            doing.all()
+        finally:  # what is done can be looked at, however this ended
+            gather(study, out)
     return done(study, out) | vars(doing.outcome)
 
 
@@ -162,6 +165,16 @@ class _Doing:
             process.wait(max(0.1, end - time.monotonic()))
 
 
+def _end_with_parent() -> None:
+    """In a step's process: it is killed with the study, so that the same command finds nobody at work on what it goes on with."""
+    call = getattr(_LIBRARY, "prctl", None)  # of Linux; elsewhere a step of a killed study comes to its own end
+    if call is not None:
+        call(_SIGNAL_OF_PARENT, signal.SIGKILL)
+
+
+_LIBRARY, _SIGNAL_OF_PARENT = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
 class _Process:
     """One step in a process of its own, so that nothing that befalls it befalls another; what it says goes to its log."""
 
@@ -172,7 +185,7 @@ class _Process:
         words = [sys.executable, "-m", "prunus", "study", "step", str(study.path), step.name, "--out", str(out)]
         self.process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            env=threads(processes), start_new_session=True,
+            env=threads(processes), start_new_session=True, preexec_fn=_end_with_parent,
         )  # fmt: skip
         tells = tell if processes == 1 else lambda text: None
         assert self.process.stdout is not None

@@ -1,0 +1,59 @@
+"""Files and folders that take their places whole, and what a process leaves that is killed while they do."""
+
+import os
+from pathlib import Path
+
+from prunus import checkpoint, place
+
+
+def test_a_folder_is_replaced_at_one_stroke(tmp_path):
+    """A kill between two renames would leave nothing where the old folder was."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    assert place.exchange(one, other) and (one / "name").read_text() == "other"
+    assert not place.exchange(one, tmp_path / "none")
+
+
+def left_by(path: Path, kind: str = "partial") -> Path:
+    """The name that a process has, or had, which was this process's child."""
+    reads, writes = os.pipe()
+    if not (pid := os.fork()):
+        os.write(writes, str(place.beside(path, kind)).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writes)
+    with os.fdopen(reads) as pipe:
+        return Path(pipe.read())
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    out = tmp_path / "out"
+    left_by(out).mkdir()
+    (left_by(out) / "half").mkdir(parents=True)
+    place.beside(out).mkdir()  # of a process that had our number
+    alive = tmp_path / f".out.partial-{place._machine()}-{os.getppid()}"
+    elsewhere = tmp_path / f".out.partial-00000000-{2**22}"
+    for folder in (alive, elsewhere):
+        folder.mkdir()
+    with checkpoint.staged(out, overwrite=False) as stage:
+        (stage / "whole").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, elsewhere.name}
+    file = tmp_path / "page.sqlite"
+    left_by(file).touch()
+    Path(f"{left_by(file)}-journal").touch()
+    with place.staged_files(file) as (stage,):
+        stage.touch()
+    assert [path.name for path in tmp_path.glob("*page*")] == ["page.sqlite"]
+
+
+def test_what_was_set_aside_comes_back(tmp_path):
+    """Where two folders cannot change places at one stroke, a kill may come between."""
+    out = tmp_path / "out"
+    left_by(out, "replaced").mkdir()
+    place.clear_left(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    left_by(out, "replaced").mkdir()
+    place.clear_left(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
