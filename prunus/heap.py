@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
 _LARGEST = 32 << 20  # where glibc's own threshold ends up, once tensors of that size have come and gone
 _MAPPINGS = 65536  # glibc's default
+
+
+def free_bytes() -> int | None:
+    """Memory that this process may still take: what the machine, its control group and its own limit leave; None if unknown."""
+    found = []
+    with suppress(OSError, ValueError, KeyError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(sum(int(lines[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree")))
+    with suppress(OSError, ValueError, KeyError):
+        group = Path("/sys/fs/cgroup")
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(int((group / "memory.max").read_text()) - int(used["anon"]))
+    with suppress(OSError, ImportError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            found.append(limit - pages * resource.getpagesize())
+    return min(found, default=None)
 
 
 @cache

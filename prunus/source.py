@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from . import hf
+from . import heap, hf
 from .anatomy import Anatomy
 from .errors import UserError, unknown
 from .headers import Entry, gguf_metadata, safetensors_entries, sha256
 from .hf import quiet
+from .sealed import stamp
 from .tensorfiles import Stored, check_finite, same_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, StrictDataclassError)
+MANIFEST = "prunus.json"  # what a folder says of itself that prunus cut
 QUANTIZED = "quantized.json"  # how a folder with fewer bits was made
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What llama.cpp calls a pre-tokenizer, where transformers' conversion drops it: these split digits one by one first.
@@ -60,11 +62,12 @@ class Source:
             source = cls(name, _snapshot(name, online), "hub")
         if source.kind != "gguf":
             source._check_folder()
-            if source.is_quantized and not quantized:
-                raise UserError(
-                    f"{name}: its weights are quantised ({source._quantization.get('quant_method')}), which eval and measure can "
-                    "run, and nothing can cut, train or export; give the folder that it was made from"
-                )
+        assert source._stamps  # as they are before anything of them is read
+        if source.is_quantized and not quantized:
+            raise UserError(
+                f"{name}: its weights are quantised ({source._quantization.get('quant_method')}), which eval and measure can "
+                "run, and nothing can cut, train or export; give the folder that it was made from"
+            )
         return source
 
     @cached_property
@@ -100,8 +103,21 @@ class Source:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 over the weight files' bytes."""
-        return sha256(self.weight_files)
+        """SHA-256 over the weight files' bytes; UserError if they are not what was opened, or what prunus wrote there."""
+        found = sha256(self.weight_files)
+        if self._stamps != [stamp(file) for file in self.weight_files]:
+            raise UserError(f"{self.name}: its weights were changed while they were read; run this again")
+        told = _json(self.path / MANIFEST).get("weights_sha256") if (self.path / MANIFEST).is_file() else None
+        if told not in (None, found):
+            raise UserError(
+                f"{self.name}: its weights are not those that prunus wrote there (SHA-256); prune again, or delete its {MANIFEST} "
+                "if you changed them yourself"
+            )
+        return found
+
+    @cached_property
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        return [stamp(file) for file in self.weight_files]
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -226,6 +242,12 @@ class Source:
             path = str(self.path.parent)
         self.anatomy.checked()
         self.check_dtype(dtype)
+        needed, free = self.anatomy.weight_bytes(DTYPES[dtype].itemsize), heap.free_bytes()
+        if not self.is_quantized and free is not None and needed > free:
+            raise UserError(
+                f"{self.name}: its weights take {needed / 1e9:.2f} GB in {dtype}, but {free / 1e9:.2f} GB of memory are free; "
+                "use --dtype bfloat16, or --stream where a command has it, or end other programs"
+            )
         try:
             with quiet():
                 model = AutoModelForCausalLM.from_pretrained(path, config=self.config, dtype=DTYPES[dtype], **where)

@@ -26,6 +26,7 @@ from prunus.data.prepare import Text, check_splits, prepare
 from prunus.data.shards import Shards
 from prunus.data.tokenizer import END, fingerprint, open_tokenizer, train_tokenizer
 from prunus.errors import UserError
+from prunus.sealed import sealed, unsealed
 
 DOCS = texts()
 NAMES = list(SPLITS)
@@ -473,9 +474,9 @@ def test_a_broken_or_cut_state(tmp_path, ask, monkeypatch):
     assert cli(*ask())[0] == 0
     unfinished(tmp_path, ask)
     path = tmp_path / "out" / "progress.json"
-    state = json.loads(path.read_text())
+    state = unsealed(path.read_text())
     state["ranges"]["retrain"]["open"] = [10, 2, 40]
-    path.write_text(json.dumps(state))
+    path.write_text(sealed(state))
     refused(r"retrain-00000.bin.partial: 0 bytes where 20 were; remove the folder and begin again", *ask())
     path.write_text("{")
     refused(r"progress.json: is broken; remove the folder and begin again", *ask())

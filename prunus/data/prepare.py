@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from ..errors import UserError
 from ..headers import sha256
 from ..place import staged_files
+from ..sealed import sealed, stamp, unsealed
 from .encode import Coding, Encoded, die_with_parent, encode, limits
 from .shards import DTYPES, MANIFEST, PROGRESS, RANGE_NAME, SMALL_VOCAB, TOKENIZER, Manifest, Origin
 from .text import HUB, check, count, documents
@@ -57,9 +57,14 @@ class Text:
         """All of its documents."""
         return documents(self.source, field=self.field, separator=self.separator, online=self.online)
 
+    @property
+    def path(self) -> Path | None:
+        """The file, unless it is on the hub."""
+        return None if self.source.startswith(HUB) else Path(self.source).expanduser()
+
     def origin(self) -> Origin:
         """What the manifest says of it; reads the whole file once."""
-        path = None if self.source.startswith(HUB) else Path(self.source).expanduser()
+        path = self.path
         return Origin(
             source=path.name if path else self.source,
             sha256=sha256([path]) if path else None,
@@ -94,7 +99,7 @@ def prepare(
     for text in sources:
         text.check()
     check_folder(out)
-    vocab_size = num_ids(tokenizer)
+    vocab_size, found = num_ids(tokenizer), _stamps(sources)
     work = Manifest(
         tokenizer_sha256=fingerprint(tokenizer),
         vocab_size=vocab_size,
@@ -114,7 +119,13 @@ def prepare(
             state = _begin(out, work, tokenizer)
             ranges = [RangeWriter(out, name, work, state["ranges"][name]) for name in work.ranges]
             try:
-                return _run(sources, out, work, state, ranges, processes, checkpoint_tokens, progress)
+                manifest = _run(sources, out, work, state, ranges, processes, checkpoint_tokens, progress)
+                for text, before, after in zip(sources, found, _stamps(sources), strict=True):
+                    if before != after:
+                        raise UserError(f"{text.source}: was changed while it was read; leave it alone, and run this again")
+                manifest.write(out)
+                (out / PROGRESS).unlink()
+                return manifest
             except UserError as error:
                 if not isinstance(error.__cause__, OSError):  # the text must change, so this work cannot be gone on with
                     _discard(out, work)
@@ -210,7 +221,7 @@ def _begin(out: Path, work: Manifest, tokenizer: PreTrainedTokenizerBase) -> dic
         left.unlink()
     if path.exists():
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = unsealed(path.read_text(encoding="utf-8"))
             asked = state["asked"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: is broken; remove the folder and begin again") from error
@@ -226,7 +237,7 @@ def _begin(out: Path, work: Manifest, tokenizer: PreTrainedTokenizerBase) -> dic
 
 def _save(out: Path, state: Mapping[str, Any]) -> None:
     with staged_files(out / PROGRESS) as (stage,), stage.open("w", encoding="utf-8") as file:
-        json.dump(state, file)
+        file.write(sealed(state))
         file.flush()
         os.fsync(file.fileno())
 
@@ -325,7 +336,8 @@ def _run(
         for written in ranges:
             written.release()
     origins = [o.model_copy(update={"documents": n}) for o, n in zip(work.sources, state["done"], strict=True)]
-    manifest = work.model_copy(update={"sources": origins, "ranges": {r.name: r.shards for r in ranges}})
-    manifest.write(out)
-    (out / PROGRESS).unlink()
-    return manifest
+    return work.model_copy(update={"sources": origins, "ranges": {r.name: r.shards for r in ranges}})
+
+
+def _stamps(sources: Sequence[Text]) -> list[tuple[int, int, int] | None]:
+    return [None if text.path is None else stamp(text.path) for text in sources]

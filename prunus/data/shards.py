@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import UserError, unknown
 from ..headers import sha256
 from ..place import staged_files
+from ..sealed import stamp
 
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -55,6 +56,11 @@ class Shard(_Strict):
     def starts(self) -> str:
         """Name of the file of document starts."""
         return self.file.removesuffix(".bin") + ".starts.bin"
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of both files, by name."""
+        return {self.file: self.sha256, self.starts: self.starts_sha256}
 
 
 class Origin(_Strict):
@@ -149,13 +155,16 @@ class Manifest(_Strict):
                         "copy it again or prepare the data again"
                     )
 
-    def verify(self, folder: Path, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """UserError if a file of any range was changed since (SHA-256 of every file)."""
-        shards = [(which, shard) for which, listed in self.ranges.items() for shard in listed]
-        for which in self.ranges:
-            self.check_files(folder, which)
-        for done, (_, shard) in enumerate(shards, 1):
-            for name, promised in ((shard.file, shard.sha256), (shard.starts, shard.starts_sha256)):
+    def verify(
+        self, folder: Path, progress: Callable[[str, int, int], None] | None = None, *, which: str | None = None
+    ) -> None:
+        """UserError if a file of one range, or of any, was changed since (SHA-256 of every file)."""
+        ranges = [*self.ranges] if which is None else [which]
+        shards = [shard for name in ranges for shard in self.ranges[name]]
+        for name in ranges:
+            self.check_files(folder, name)
+        for done, shard in enumerate(shards, 1):
+            for name, promised in shard.hashes.items():
                 if sha256([folder / name]) != promised:
                     raise UserError(f"{folder / name}: was changed since it was written (SHA-256); prepare the data again")
             if progress is not None:
@@ -171,10 +180,15 @@ class Shards:
         self.shards = manifest.ranges[which]
         self.ends = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
         self._maps: dict[str, np.ndarray] = {}
+        self._hashes = {name: promised for shard in self.shards for name, promised in shard.hashes.items()}
+        self._stamps = {name: stamp(folder / name) for name in self._hashes}
 
     @classmethod
-    def open(cls, folder: Path, which: str, *, tokenizer: str | None = None) -> Shards:
-        """Open a range; UserError if files are missing or truncated, or the `tokenizer` (its fingerprint) is another one."""
+    def open(cls, folder: Path, which: str, *, tokenizer: str | None = None, whole: bool = False) -> Shards:
+        """Open a range; UserError if files are missing or truncated, or the `tokenizer` (its fingerprint) is another one.
+
+        `whole`: every byte is read once, and held against the manifest.
+        """
         manifest = Manifest.read(folder)
         if which not in manifest.ranges:
             raise unknown(f"range of {folder}", which, manifest.ranges)
@@ -186,7 +200,10 @@ class Shards:
         if not manifest.tokens(which):
             share = manifest.splits[which]
             raise UserError(f"{folder}: range '{which}' holds no tokens; its share of {share:g} took none of the documents")
-        return cls(folder, which, manifest)
+        opened = cls(folder, which, manifest)
+        if whole:  # behind the stamps, so that nothing changes unseen between
+            manifest.verify(folder, which=which)
+        return opened
 
     @property
     def num_tokens(self) -> int:
@@ -237,8 +254,15 @@ class Shards:
         return self._map(self.shards[i].file, DTYPES[self.manifest.dtype])
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
+        path = self.folder / name
+        if (now := stamp(path)) != self._stamps[
+            name
+        ]:  # a file that shrinks under a map would end the process without a word
+            if now is None or sha256([path]) != self._hashes[name]:
+                raise UserError(f"{path}: was changed while it was read; copy it again or prepare the data again")
+            self._stamps[name] = now
         if name not in self._maps:
-            self._maps[name] = np.memmap(self.folder / name, dtype=dtype, mode="r")
+            self._maps[name] = np.memmap(path, dtype=dtype, mode="r")
         return self._maps[name]
 
     def identity(self) -> dict[str, Any]:

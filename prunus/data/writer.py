@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ class RangeWriter:
         self.out, self.name, self.limit = out, name, work.shard_tokens
         self.dtype = np.dtype(DTYPES[work.dtype])
         self.shards = [Shard.model_validate(shard) for shard in state["shards"]]
-        self.tokens, self.documents, self.text_bytes = state["open"]
+        self.tokens, self.documents, self.text_bytes, *self.promised = state["open"]
         self.files: tuple[BinaryIO, BinaryIO] | None = None
+        self.digests = hashlib.sha256(), hashlib.sha256()  # of the open shard's files as they grow
         self._take_up()
 
     def _paths(self) -> tuple[Path, Path]:
@@ -32,7 +34,8 @@ class RangeWriter:
 
     def _take_up(self) -> None:
         known = {name for shard in self.shards for name in (shard.file, shard.starts)}
-        for path, size in zip(self._paths(), (self.tokens * self.dtype.itemsize, self.documents * 8), strict=True):
+        sizes, promised = (self.tokens * self.dtype.itemsize, self.documents * 8), self.promised or (None, None)
+        for path, size, digest, asked in zip(self._paths(), sizes, self.digests, promised, strict=True):
             stage = _stage(path)
             if path.exists():  # it was closed, but the kill came before the state said so
                 path.replace(stage)
@@ -42,6 +45,11 @@ class RangeWriter:
                 if have < size:
                     raise UserError(f"{stage}: {have:,} bytes where {size:,} were; remove the folder and begin again")
                 os.truncate(stage, size)
+                digest.update(stage.read_bytes())
+                if asked not in (None, digest.hexdigest()):
+                    raise UserError(
+                        f"{stage}: was changed since it was written (SHA-256); remove the folder and begin again"
+                    )
         for path in range_files(self.out, self.name):
             if path.name not in known:
                 path.unlink()
@@ -51,8 +59,10 @@ class RangeWriter:
         if self.files is None:
             tokens, starts = (_stage(path).open("ab") for path in self._paths())
             self.files = tokens, starts
-        self.files[0].write(ids.astype(self.dtype, copy=False).tobytes())
-        self.files[1].write(np.array(self.tokens, STARTS).tobytes())
+        parts = ids.astype(self.dtype, copy=False).tobytes(), np.array(self.tokens, STARTS).tobytes()
+        for file, digest, part in zip(self.files, self.digests, parts, strict=True):
+            file.write(part)
+            digest.update(part)
         self.tokens, self.documents, self.text_bytes = (
             self.tokens + len(ids),
             self.documents + 1,
@@ -80,17 +90,24 @@ class RangeWriter:
         self.flush()
         self.release()
         paths = self._paths()
-        hashes = [sha256([_stage(path)]) for path in paths]
+        hashes = [digest.hexdigest() for digest in self.digests]
+        for path, promised in zip(paths, hashes, strict=True):
+            if sha256([_stage(path)]) != promised:
+                raise UserError(
+                    f"{_stage(path)}: was changed while it was written (SHA-256); remove the folder and begin again"
+                )
         for path in paths:
             _stage(path).replace(path)
         counts = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
         self.shards.append(Shard(file=paths[0].name, sha256=hashes[0], starts_sha256=hashes[1], **counts))
         self.tokens = self.documents = self.text_bytes = 0
+        self.digests = hashlib.sha256(), hashlib.sha256()
 
     def state(self) -> dict[str, Any]:
         """Where it is, as plain data."""
         shards = [shard.model_dump() for shard in self.shards]
-        return {"shards": shards, "open": [self.tokens, self.documents, self.text_bytes]}
+        found = [digest.hexdigest() for digest in self.digests]
+        return {"shards": shards, "open": [self.tokens, self.documents, self.text_bytes, *found]}
 
 
 def range_files(out: Path, which: str) -> list[Path]:

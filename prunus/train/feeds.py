@@ -16,6 +16,7 @@ from ..data.overlap import text_overlap
 from ..data.shards import Shards
 from ..data.text import documents, select
 from ..data.tokenizer import fingerprint
+from ..distributed import leads
 from ..errors import UserError
 from ..ledger import Data, Ledger, Stage
 
@@ -43,9 +44,9 @@ class Feeds:
     def open(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Feeds:
         """UserError for shards that are missing, of another tokenizer, or too few for the budget."""
         part, key = recipe.data, fingerprint(tokenizer)
-        training = _training(part, key)
+        training = _training(part, key, whole=leads())  # one process is enough to hash files
         training.check_budget(recipe.steps * recipe.sequences)
-        validation = Stream(_domains(part, VALIDATION, key), part.seq_len, seed=0)
+        validation = Stream(_domains(part, VALIDATION, key, whole=leads()), part.seq_len, seed=0)
         notes = [note for text in part.evaluation for note in overlap_notes(text, [one.folder for one in part.domains])]
         mixer = None
         if part.mixing is not None:
@@ -130,23 +131,24 @@ class Feeds:
 _TOGETHER = 1024  # sequences whose ranges are looked up at a time
 
 
-def _training(part: DataPart, key: str | None) -> Stream | Chain:
+def _training(part: DataPart, key: str | None, *, whole: bool = False) -> Stream | Chain:
     """What is trained on, in its order."""
     if isinstance(part.range, str):
-        return Stream(_domains(part, part.range, key), part.seq_len, part.seed, part.epochs)
+        return Stream(_domains(part, part.range, key, whole=whole), part.seq_len, part.seed, part.epochs)
     streams = {}
     for name, asked in part.range.items():
         seed = part.seed if asked.seed is None else asked.seed
-        streams[name] = (Stream(_domains(part, name, key), part.seq_len, seed, part.epochs), asked.tokens // part.seq_len)
+        stream = Stream(_domains(part, name, key, whole=whole), part.seq_len, seed, part.epochs)
+        streams[name] = (stream, asked.tokens // part.seq_len)
     return Chain(streams)
 
 
-def _domains(part: DataPart, which: str, key: str | None) -> list[Domain]:
+def _domains(part: DataPart, which: str, key: str | None, *, whole: bool = False) -> list[Domain]:
     out = []
     for place, domain in enumerate(part.domains):
         folder = Path(domain.folder).expanduser()
         try:
-            shards = Shards.open(folder, which, tokenizer=key)
+            shards = Shards.open(folder, which, tokenizer=key, whole=whole)
         except UserError as error:
             raise UserError(f"data.domains.{place}: {error}") from error
         out.append(Domain(domain.name or folder.name, shards, domain.weight))

@@ -238,6 +238,7 @@ def _save(run: Run, training: Training, pruner: Pruner | None) -> None:
         "flops": run.spent,
         "pruning": None if pruner is None else pruner.state(),
         "mixing": run.feeds.mixing_state(),
+        "data": run.feeds.identity(),
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "versions": record.versions(),
     }
@@ -261,6 +262,10 @@ def _resume_(run: Run, training: Training, pruner: Pruner | None) -> None:
         state = saved.read_state(folder)
         if state["recipe"] != run.recipe.hash:
             raise UserError(f"{folder}: is of another recipe; delete it")
+        if state.get("data", run.feeds.identity()) != run.feeds.identity():  # none: of an older version
+            raise UserError(
+                f"{folder}: was trained on what data.domains held then, which is other data now; give another --out"
+            )
         training.step, training.tokens, training.skipped = state["step"], state["tokens"], state["skipped"]
         if pruner is not None:
             pruner.shape_(training, state["pruning"])

@@ -7,7 +7,6 @@ A checkpoint is a folder that appears whole: it is written under another name, i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import warnings
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..distributed import ALONE, World
 from ..errors import UserError
+from ..sealed import sealed, unsealed
 
 STATE, FORMAT = "state.json", 1
 _PREFIX = "step-"
@@ -47,6 +48,7 @@ def write(
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.api import CheckpointException
 
     target = folder_of(checkpoints, step)
     stage = world.agree(target.with_name(f".{target.name}.partial-{os.getpid()}"))
@@ -61,14 +63,19 @@ def write(
             dcp.save(dict(tensors), storage_writer=writer, no_dist=world.alone)
         if world.first:
             files = {path.name: _sha256(path) for path in sorted(stage.glob("*.safetensors"))}
-            text = json.dumps({"format": FORMAT, **state, "files": files}, allow_nan=False)
-            (stage / STATE).write_text(text + "\n", encoding="utf-8")
+            (stage / STATE).write_text(sealed({"format": FORMAT, **state, "files": files}), encoding="utf-8")
             _to_disk(stage)
             _remove(target)
             stage.rename(target)
         world.barrier()
-    except OSError as error:
-        raise UserError(f"{target}: the checkpoint cannot be written: {error.strerror or error}") from error
+    except (OSError, CheckpointException) as error:
+        first = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
+        if not isinstance(first, OSError | SafetensorError):
+            raise
+        why = getattr(first, "strerror", None) or first
+        raise UserError(
+            f"{target}: the checkpoint cannot be written: {why}; mend that, and the same command goes on from the one before"
+        ) from error
     finally:
         if world.first:
             shutil.rmtree(stage, ignore_errors=True)
@@ -103,10 +110,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     """`state.json`; UserError if it is not what we write."""
     path = folder / STATE
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = unsealed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}; delete the folder to go on from the one before") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
     return state
 
