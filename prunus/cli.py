@@ -48,7 +48,7 @@ from .cli_options import (
     tell,
 )
 from .cli_options import multiple_of as multiple
-from .errors import UserError, VerificationError
+from .errors import UserError, VerificationError, lacking
 from .methods import METHODS
 from .network import offline
 
@@ -348,11 +348,11 @@ def _terminated(signum: int, frame: Any) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run with these arguments and return the exit code."""
-    offline(online="--online" in arguments)  # before anything heavy is imported
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        offline(online="--online" in arguments)  # before anything heavy is imported
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
         check_processes(arguments)
         result = app(arguments, standalone_mode=False)
     except (UserError, VerificationError) as error:
@@ -364,14 +364,10 @@ def run(arguments: list[str]) -> int:
         return _fail(error.format_message().rstrip("."), 2, "--json" in arguments)
     except (KeyboardInterrupt, typer.Abort):
         result = 130
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+    except Exception as error:
+        if (said := lacking(error, *arguments[:1])) is None:
             raise
-        return _fail(
-            "out of memory: lower --windows, --seq-len or --batch-size, or use --dtype bfloat16",
-            1,
-            "--json" in arguments,
-        )
+        return _fail(*said, "--json" in arguments)
     if result == 130 and os.environ.get("RANK", "0") == "0":  # typer turns Ctrl-C into this code itself
         print("prunus: stopped; nothing half-written was left behind", file=sys.stderr)
     return result if isinstance(result, int) else 0

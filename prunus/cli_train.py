@@ -114,6 +114,7 @@ def train(
     from .distributed import leads
     from .train import recipe as recipes_
     from .train import track as tracking
+    from .train.estimate import too_large
     from .train.opening import prepare
     from .train.run import execute
     from .train.searched import recipe_of
@@ -129,7 +130,7 @@ def train(
     else:
         asked = recipes_.read(str(recipe), changes or (), fields)
     run = prepare(asked, out, online=online)
-    for note in run.notes if leads() else ():
+    for note in (*run.notes, *filter(None, [too_large(run)])) if leads() else ():
         print(f"note: {note}", file=sys.stderr)
     sinks = [tracking.sink(kind, out) for kind in track or ()] + ([] if as_json else [show_train.line])
 

@@ -67,8 +67,8 @@ class World:
             if not any(word in str(error) for word in _LOST):
                 raise
             raise UserError(
-                f"one of {world.size} processes was lost, and its own message says why; the same command goes on from the "
-                "last checkpoint"
+                f"one of {world.size} processes was lost, and its own message says why, or torchrun's if it was killed (signal 9: "
+                "perhaps by a system without memory); the same command goes on from the last checkpoint"
             ) from error
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -25,3 +26,27 @@ def unknown(kind: str, word: str, known: Iterable[str], remedy: str = "") -> Use
     names = sorted(known)
     tail = f"; {remedy}" if remedy else ""
     return UserError(f"unknown {kind} '{word}'{nearest(word, names)}: known are {', '.join(names)}{tail}")
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_MEMORY = ("allocate memory", "out of memory", "unable to mmap")  # as torch, CUDA and safetensors say it
+_LOWER = {  # what takes the memory, by command
+    "eval": "lower --seq-len, or use --dtype bfloat16",
+    "train": "lower micro_batch or data.seq_len, set checkpoint_activations, or start more processes with torchrun",
+    "teach": "lower micro_batch or data.seq_len",
+    "tune": "lower micro_batch",
+    "data": "lower --processes",
+    "study": "lower --processes, or micro_batch in the recipes",
+    "export": "end other programs, or write a smaller --type",
+}
+
+
+def lacking(error: Exception, command: str = "") -> tuple[str, int] | None:
+    """Sentence and exit code for a machine without room, rights or memory for a command; None for another error."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = error.filename or "a file cannot be written or read"
+        return f"{where}: {error.strerror}; mend that, and run the same command again", 2
+    memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not memory and not any(word in str(error) for word in _MEMORY):
+        return None
+    return f"out of memory: {_LOWER.get(command, 'lower --windows, --seq-len or --batch-size, or use --dtype bfloat16')}", 1

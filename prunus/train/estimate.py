@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .. import measure
+from .. import heap, measure
 from ..anatomy import Anatomy
+from ..distributed import processes
 from ..errors import UserError
 from ..shape import LayerShape, Shape
 from .cache import bytes_of
 from .loss import CHUNK
-from .opening import cutting_of
+from .opening import Run, cutting_of
 from .recipe import Recipe
 from .shapes import Outline, config_of
 from .shrink.clocked import clocked, known
@@ -208,6 +209,16 @@ def planned(
         },
         "teacher_cache": None if part is None or part.cache is None else bytes_of(read, part.top_k or 0, vocab_size),
     } | plain
+
+
+def too_large(run: Run) -> str | None:
+    """A word of warning for a run that will not fit into the memory that is free now, with what to lower."""
+    free = heap.free_bytes()
+    if free is None:
+        return None
+    teacher = None if run.teacher is None else run.teacher.anatomy
+    found = estimate(run.recipe, run.anatomy, teacher=teacher, devices=processes(), rate=1.0)
+    return found.describe(free // processes()).get("mend")
 
 
 def _tries(recipe: Recipe) -> str | None:
