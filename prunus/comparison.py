@@ -245,7 +245,7 @@ def run(question: Question, out: Path, *, also: Path | None = None, progress: Pr
         record.check_place(also)
     setting = prepare(question)
     check_folder(out, setting.about)
-    with locked(out):
+    with locked(out, mark=False):
         known = record.read(out / RUNS) if (out / RUNS).exists() else []
         todo = [(plan, seed) for plan, seed in setting.runs() if not _is_done(known, setting.recipe(plan, seed))]
         for n, (plan, seed) in enumerate(todo, 1):

@@ -112,22 +112,28 @@ def check_files(*paths: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """One process a folder, which is made if need be; UserError for the second. A folder that stays empty goes again."""
-    found, lock = out.exists(), out / ".lock"
+def locked(out: Path, *, mark: bool = True) -> Iterator[None]:
+    """One process a folder, which is made if need be; UserError for the second. A folder that stays empty goes again.
+
+    The lock is a file in it, or without a `mark` the folder itself, which some network file systems cannot lock.
+    """
+    found, lock = out.exists(), out / ".lock" if mark else out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT if mark else os.O_RDONLY, 0o666)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-    with file:
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{out}: another process is at work there; wait for it, or give another --out") from error
         try:
             yield
         finally:
-            if not found and [*out.iterdir()] == [lock]:
-                lock.unlink()
+            if not found and out.is_dir() and all(path == lock for path in out.iterdir()):
+                if mark:
+                    lock.unlink()
                 out.rmdir()
+    finally:
+        os.close(handle)

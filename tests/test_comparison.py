@@ -195,10 +195,15 @@ def test_times_are_asked_for_again_where_there_are_none(tmp_path):
     assert json.loads(ask(tmp_path / "cmp", "shortgpt", (0.4,), "--json")[1])["ran"] == 0  # a record with times answers too
 
 
-def test_a_truncated_line_is_named(tmp_path):
+def test_a_truncated_line_is_named_and_half_a_line_at_the_end_is_done_again(tmp_path):
     assert ask(tmp_path / "cmp", "shortgpt")[0] == 0
-    with (tmp_path / "cmp" / "runs.jsonl").open("a") as file:
-        file.write('{"kind": "comp')
+    path = tmp_path / "cmp" / "runs.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-20])  # of a process that was killed while it wrote
+    assert json.loads(ask(tmp_path / "cmp", "shortgpt", (0.4,), "--json")[1])["ran"] == 1
+    assert len(record.read(path)) == 2
+    with path.open("a") as file:
+        file.write('{"kind": "comp\n')
     code, _, err = ask(tmp_path / "cmp", "shortgpt")
     assert code == 2 and re.search(r"runs.jsonl: line 3 is not JSON; remove it", err)
 
