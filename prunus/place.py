@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import glob
 import hashlib
@@ -16,6 +17,11 @@ from pathlib import Path
 
 from .errors import UserError
 
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+)  # some network file systems: one process a folder is the user's care
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
 
 
@@ -126,8 +132,11 @@ def locked(out: Path, *, mark: bool = True) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"{out}: another process is at work there; wait for it, or give another --out") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"{out}: cannot be locked: {error.strerror or error}") from error
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .place import NO_LOCKS
 
 _PACKAGES = ("prunus", "torch", "transformers", "safetensors", "numpy")
 
@@ -86,7 +87,11 @@ def append(path: Path, kind: str, recipe: dict[str, Any], figures: dict[str, Any
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
     with path.open("a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"{path}: cannot be locked: {error.strerror}") from error
         file.seek(0)
         end, missing = _end(file.read())
         file.truncate(end)

@@ -62,7 +62,7 @@ class Source:
             source = cls(name, _snapshot(name, online), "hub")
         if source.kind != "gguf":
             source._check_folder()
-        assert source._stamps  # as they are before anything of them is read
+        _ = source._stamps  # as they are before anything of them is read
         if source.is_quantized and not quantized:
             raise UserError(
                 f"{name}: its weights are quantised ({source._quantization.get('quant_method')}), which eval and measure can "

@@ -1,9 +1,11 @@
 """Files and folders that take their places whole, and what a process leaves that is killed while they do."""
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
-from prunus import checkpoint, place
+from prunus import checkpoint, place, record
 
 
 def test_a_folder_is_replaced_at_one_stroke(tmp_path):
@@ -57,3 +59,13 @@ def test_what_was_set_aside_comes_back(tmp_path):
     left_by(out, "replaced").mkdir()
     place.clear_left(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def none(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with place.locked(tmp_path / "run"):
+        record.append(tmp_path / "run" / "records.jsonl", "eval", {}, {})
+    assert len(record.read(tmp_path / "run" / "records.jsonl")) == 1
