@@ -50,19 +50,16 @@ class Command:
 
 @functools.cache
 def imported() -> None:
-    """What commands import late, here, so that their forks have it; and data that is saved more often than a user's would be."""
+    """What commands import late, here, so that their forks have it."""
     for name in ("matplotlib.pyplot", "gguf", "onnx", "onnxscript", "onnxruntime", "torch.onnx", "torch.distributed.checkpoint",
                  "prunus.cli", "prunus.api", "prunus.show", "prunus.show_bench", "prunus.show_train", "prunus.show_study",
                  "prunus.show_data", "prunus.appraisal", "prunus.comparison", "prunus.export.gguf_file", "prunus.export.onnx_file",
                  "prunus.study.page", "prunus.study.steps", "prunus.train.searched", "prunus.train.track"):  # fmt: skip
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    from prunus.data import prepare
     from prunus.train import recipe
 
     recipe.shipped()  # what finds files of a package is imported then, from where other users may not read
-    prepare._BATCH_CHARS = 3000
-    prepare.prepare.__kwdefaults__["checkpoint_tokens"] = 1500
 
 
 @functools.cache
@@ -209,6 +206,10 @@ def spoken(words: tuple[object, ...], said: int, calls: Calls | None = None) -> 
         import sys
 
         sys.stdout, sys.stderr = (os.fdopen(os.dup(said), "w", buffering=1) for _ in range(2))
+        from prunus.data import prepare
+
+        prepare._BATCH_CHARS = 3000  # so that tokens are saved more often than a user's would be
+        prepare.prepare.__kwdefaults__["checkpoint_tokens"] = 1500
         if calls is not None:
             calls.install_()
         code = run([str(word) for word in words])
