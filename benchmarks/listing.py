@@ -16,7 +16,8 @@ from pathlib import Path
 from prunus import record
 from prunus.train import recipe as recipes
 from prunus.train.listing import listed
-from prunus.train.opening import LOG, RECIPE
+from prunus.train.log import LOG
+from prunus.train.opening import RECIPE
 
 TARGET_S = 1.0
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from . import plots, record, shrink_plots
 from .errors import UserError
 from .place import staged_files
-from .train.listing import whole_lines
-from .train.opening import LOG, RECIPE, RECORD
+from .train import log
+from .train.opening import RECIPE, RECORD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -45,9 +45,9 @@ class Curve:
     def read(cls, folder: Path) -> Curve:
         """UserError if nothing was logged yet."""
         try:
-            lines = [json.loads(text) for text in whole_lines(folder / LOG)]
+            lines = [json.loads(text) for text in log.lines(folder)]
         except ValueError as error:
-            raise UserError(f"{folder / LOG}: not readable as JSON lines: {error}") from error
+            raise UserError(f"{folder / log.LOG}: not readable as JSON lines: {error}") from error
         updates = [(line["tokens"], line["loss"], line["lr"], line["flops"]) for line in lines if "loss" in line]
         if not updates:
             raise UserError(f"{folder}: this run has logged nothing yet")

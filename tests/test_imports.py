@@ -28,7 +28,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "api",
     "train train.strict train.parts train.shrink train.shrink.part train.shrink.pace",
     "train.schedule train.loss train.optim train.saved train.recipe train.shapes train.learner train.loop "
-    "train.drawn train.stopping train.assembly train.feeds train.export train.lora train.track train.sweep train.cache",
+    "train.drawn train.stopping train.assembly train.feeds train.export train.lora train.track train.log train.sweep train.cache",
     "train.shrink.goal train.shrink.carried train.shrink.activations train.shrink.saliency train.shrink.groups "
     "train.shrink.clocked train.shrink.adaptive train.shrink.repair train.shrink.resize "
     "train.shrink.snapshot train.shrink.cutting train.shrink.pruner train.shrink.masks train.shrink.forecast",

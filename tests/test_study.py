@@ -1,5 +1,6 @@
 """Studies: arms that share what they can, protocols that are promised and proved, steps that are done once."""
 
+import io
 import json
 import os
 import signal
@@ -625,3 +626,14 @@ def test_a_study_is_gathered_while_it_is_on_its_way(tmp_path, monkeypatch):
 
 def test_stopping_says_how_to_go_on():
     assert str(StoppedError(143, 2, "study")) == "stopped with 2 steps done; the same command goes on from there"
+
+
+def test_what_a_step_says_does_not_grow_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "LOG_BYTES", 200)
+    process, told = object.__new__(running._Process), []
+    process.log, process.said = tmp_path / "step.log", ""
+    process._read(io.StringIO("".join(f"line {i}\n" for i in range(100)) + "\n"), told.append)
+    assert process.said == "line 99" and len(told) == 100
+    kept = [path.read_text() for path in (tmp_path / "step.log.1", tmp_path / "step.log")]
+    assert all(len(text) <= 200 for text in kept) and "".join(kept).endswith("line 98\nline 99\n\n")
+    assert len(list(tmp_path.iterdir())) == 2

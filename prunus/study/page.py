@@ -25,8 +25,8 @@ from ..ledger import Ledger
 from ..place import check_files, staged_files
 from ..shrink_plots import WORDS, Shrinking
 from ..tables import big, scientific
-from ..train.listing import whole_lines
-from ..train.opening import LEDGER, LOG, RECIPE, RECORD
+from ..train import log
+from ..train.opening import LEDGER, RECIPE, RECORD
 from .charts import STYLE, Point, Series, chart, leads
 from .formats import Table, tables
 from .results import LOSS, STUDY, Metric, Results, Run, differences, is_loss, is_seed, load
@@ -306,7 +306,7 @@ def of_run(folder: Path) -> Page:
 
 def _of_run(folder: Path) -> Page:
     recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    lines = [json.loads(text) for text in whole_lines(folder / LOG)] if (folder / LOG).is_file() else []
+    lines = [json.loads(text) for text in log.lines(folder)]
     done = record.read(folder / RECORD)[-1] if (folder / RECORD).is_file() else None
     updates = [line for line in lines if "loss" in line]
     watched = [line for line in lines if "validation" in line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +35,7 @@ from .results import PROOFS, RECORDS, index, keep, load, rows
 from .steps import EVALUATIONS, Step, ledger_of, measured_of, model_of, steps
 
 LOGS = "logs"
+LOG_BYTES = 4 << 20  # of what a step says, over all its starts; then the file becomes NAME.log.1, and the one before goes
 _GRACE_S = 120  # that a step has to save what it has once the study is asked to stop
 Tell = Callable[[str], None]
 
@@ -193,10 +197,10 @@ class _Process:
         self.reader.start()
 
     def _read(self, said: IO[str], tell: Tell) -> None:
-        with said, self.log.open("a", encoding="utf-8") as log:
+        log = RotatingFileHandler(self.log, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
+        with said, closing(log):
             for line in said:
-                log.write(line)
-                log.flush()
+                log.handle(logging.makeLogRecord({"msg": line.rstrip("\n")}))
                 if text := line.rstrip():
                     self.said = text
                     tell(f"  {text}")

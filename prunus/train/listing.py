@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .opening import LOG, RECIPE, RECORD
+from . import log
+from .opening import RECIPE, RECORD
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:
@@ -30,7 +31,7 @@ def _row(place: str, name: str) -> dict[str, Any] | None:
     try:
         with open(f"{place}/{RECIPE}", "rb") as file:
             recipe = json.loads(file.read())
-        lines = _whole_lines(f"{place}/{LOG}")
+        lines = log.lines(place)
         updates = (json.loads(line) for line in reversed(lines) if b'"loss"' in line)
         last: dict[str, Any] = next((line for line in updates if "loss" in line), {})
         validated = [
@@ -50,16 +51,3 @@ def _row(place: str, name: str) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place}: the run cannot be read: {error}") from error
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The last line of a running process may be half there."""
-    return [line.decode() for line in _whole_lines(str(path))]
-
-
-def _whole_lines(path: str) -> list[bytes]:
-    try:
-        with open(path, "rb") as file:
-            return file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []

@@ -28,9 +28,7 @@ from .shrink.masks import too_short
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RECIPE, LOG, LEDGER, RECORD, MODEL, CHECKPOINTS = (
-    "recipe.json", "log.jsonl", "ledger.json", "record.jsonl", "model", "checkpoints",
-)  # fmt: skip
+RECIPE, LEDGER, RECORD, MODEL, CHECKPOINTS = "recipe.json", "ledger.json", "record.jsonl", "model", "checkpoints"
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """One training run in a folder: begun, stopped anywhere, gone on with, finished with a model that is proven to load.
 
 RUN/recipe.json   what was asked for, every field said       RUN/checkpoints/   weights, moments and where it stood
-RUN/log.jsonl     one line an interval                       RUN/model/         the trained model, at the end
+RUN/log.jsonl     one line an interval, and log.1.jsonl ...   RUN/model/         the trained model, at the end
 RUN/ledger.json   tokens and FLOPs                           RUN/record.jsonl   the figures
 RUN/latency.json  milliseconds, where a recipe prunes by them
 RUN/stops/        models on the way, where a recipe prunes and names them
@@ -26,11 +26,11 @@ from ..distributed import World
 from ..errors import UserError
 from ..latency import Table
 from ..place import locked, staged_files
-from . import lora, optim, saved
+from . import log, lora, optim, saved
 from .assembly import learner_of, model_of, optimizer_of, tensors_of
 from .export import export
 from .loop import Hook, Sparse, Training, train_, validate
-from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, RECIPE, RECORD, Run
+from .opening import CHECKPOINTS, LEDGER, MODEL, RECIPE, RECORD, Run
 from .recipe import Recipe
 from .shrink.clocked import clock_of, clocked, table_of
 from .shrink.cutting import Cutting
@@ -70,7 +70,7 @@ def execute(run: Run, *, say: Say = lambda line: None, hooks: tuple[Hook, ...] =
 
         def tell(line: Mapping[str, Any]) -> None:
             if world.first:
-                _log(out, line)
+                log.append(out, line)
                 say(line)
 
         spending, pruner = _Spending(run), None
@@ -279,29 +279,8 @@ def _resume_(run: Run, training: Training, pruner: Pruner | None) -> None:
         run.spent = state["flops"]
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
     if world.first:
-        _cut_log(run.out / LOG, at)
+        log.cut(run.out, at)
         _prune(run)
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """What was logged after the checkpoint will be logged again."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    with staged_files(path) as (stage,):
-        stage.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the last line of a killed process may be cut short
-
-
-def _log(out: Path, line: Mapping[str, Any]) -> None:
-    with (out / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 # -- the end --------------------------------------------------------------------------------------------------------------
@@ -360,7 +339,7 @@ def _recorded(
     run: Run, training: Training, pruner: Pruner | None, verified: dict[str, Any], tried: Sweep | None
 ) -> dict[str, Any]:
     """Write the record."""
-    lines = [json.loads(line) for line in (run.out / LOG).read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in log.lines(run.out)]
     last = next(line for line in reversed(lines) if "loss" in line)
     figures = {
         "params": Anatomy.of(training.learner.model.config).num_params,

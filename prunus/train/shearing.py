@@ -24,9 +24,9 @@ from ..keep import Keep
 from ..ledger import Ledger
 from ..network import offline
 from ..source import DTYPES, Source
+from . import log, saved
 from . import recipe as recipes
-from . import saved
-from .opening import CHECKPOINTS, LEDGER, LOG, MODEL, Run, prepare
+from .opening import CHECKPOINTS, LEDGER, MODEL, Run, prepare
 from .run import Say, execute
 from .shrink.part import SIZES
 
@@ -125,13 +125,13 @@ def _outcome(run: Run, plan: Plan, source: Source, dtype: str, record: dict[str,
     kept = Keep.from_json(state["pruning"]["kept"], "state.json")
     figures = record["figures"]
     note = (figures["pruning"]["masks"] or {}).get("note")
-    log = [json.loads(line) for line in (run.out / LOG).read_text(encoding="utf-8").splitlines()]
+    told = [json.loads(line) for line in log.lines(run.out)]
     return Outcome(
         plan,
         Source.open(str(run.out / MODEL)).load(dtype).eval(),
         target_for(source.config, source.anatomy, kept),
         keep=kept,
-        measured={"training": record, "log": log},
+        measured={"training": record, "log": told},
         seconds={"train": figures["seconds"]},
         notes=() if note is None else (note,),
         ledger=Ledger.read(run.out / LEDGER),

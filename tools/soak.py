@@ -1,0 +1,172 @@
+"""Hours of pruning-aware training with saves, validation and restarts, watched from outside: memory, files, threads, speed, logs.
+
+    python tools/soak.py --data DATA --work WORK --hours 2 --record results/soak.jsonl
+
+`prunus train` works in a process of its own, as a user's; every so many minutes it is asked to stop (SIGTERM) or killed (SIGKILL),
+by turns, and the same command goes on. What is measured hangs little on what else the machine does: a process's own memory, its
+open files, its processor time. Figures are of each life from `--warm-up` seconds on, when the allocator has what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import yaml
+from while_training import prepare
+
+from prunus import record
+from prunus.train import log
+
+RECIPE: dict[str, Any] = {  # small updates, so that there are many; logged one by one, so that the log has parts
+    "name": "soak",
+    "model": {"shape": "nano", "tokenizer": "tokenizer"},
+    "data": {"domains": [{"folder": "stories"}, {"folder": "wiki"}, {"folder": "c4"}], "range": "parent", "seq_len": 256},
+    "batch_tokens": 512,
+    "micro_batch": 2,
+    "optimizer": {"lr": 5e-4},
+    "log_every": 1,
+    "save": {"every": 1000, "keep": 2},
+    "validate": {"every": 1000, "sequences": 32},
+    "prune": {
+        "target": {"ratio": 0.25},
+        "axes": ["kv_heads", "intermediate", "hidden"],
+        "alike": True,
+        "saliency": {"metric": "second", "matrices": "output", "average": 0.9},
+        "per": "params",
+        "pace": {"kind": "curve", "start": 0.02, "end": 0.95},
+    },
+}
+EVERY_S = 5.0
+
+
+@dataclass
+class Life:
+    """One process from its start to its end; rows of (seconds, resident MB, open files, threads, processor seconds, step)."""
+
+    ended: str = ""
+    rows: list[tuple[float, float, int, int, float, int]] = field(default_factory=list)
+
+    def figures(self, warm_up: float) -> dict[str, Any] | None:
+        """None for one that ended before it was warm."""
+        rows = [row for row in self.rows if row[0] >= warm_up]
+        if len(rows) < 12:
+            return None
+        parts = [rows[i : i + len(rows) // 4 + 1] for i in range(0, len(rows), len(rows) // 4 + 1)]
+        speed = [(b[-1][4] - b[0][4]) / max(b[-1][5] - b[0][5], 1) for b in parts if len(b) > 1]
+        first = statistics.median(row[1] for row in rows[:6])
+        return {
+            "ended": self.ended,
+            "seconds": self.rows[-1][0],
+            "updates": self.rows[-1][5] - self.rows[0][5],
+            "rss_mb": first,
+            "rss_growth": max(row[1] for row in rows) / first,
+            "open_files": [min(row[2] for row in rows), statistics.median(row[2] for row in rows[-6:])],
+            "threads": [rows[0][3], rows[-1][3]],
+            "processor_ms_an_update": [1e3 * seconds for seconds in speed],  # of each quarter
+        }
+
+
+def look(process: int, run: Path, since: float) -> tuple[float, float, int, int, float, int] | None:
+    """A row of a process that is alive and has logged something."""
+    try:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+        times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        files = len(os.listdir(f"/proc/{process}/fd"))
+        lines = log.lines(run) if not (run / log.LOG).exists() else _tail(run / log.LOG)
+        step = next((json.loads(line)["step"] for line in reversed(lines)), None)
+    except (OSError, KeyError, ValueError):
+        return None
+    if step is None or "VmRSS" not in status:
+        return None
+    processor = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - since, int(status["VmRSS"].split()[0]) / 1e3, files, int(status["Threads"]), processor, step
+
+
+def _tail(path: Path, size: int = 20_000) -> list[bytes]:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read().split(b"\n")[1:-1]
+
+
+def live(run: Path, recipe: Path, seconds: float, signum: int) -> Life:
+    """Start the command, or go on with it, and end it after so many seconds."""
+    life, since = Life(), time.monotonic()
+    with Path("said.txt").open("a", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prunus", "train", str(recipe), "--out", str(run)],
+            stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            while process.poll() is None and time.monotonic() - since < seconds:
+                time.sleep(EVERY_S)
+                if (row := look(process.pid, run, since)) is not None:
+                    life.rows.append(row)
+        finally:
+            done = process.poll() is not None
+            if not done:
+                process.send_signal(signum)
+            code = process.wait()
+    if done and code:
+        raise SystemExit(f"the run ended with {code} by itself; see {Path('said.txt').resolve()}")
+    life.ended = "its end" if done else signal.Signals(signum).name
+    return life
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with tinystories/, wiki_passages/ and c4/")
+    parser.add_argument("--work", type=Path, required=True, help="where tokens and the run go")
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="of the run's schedule; it may end before")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of each process")
+    parser.add_argument("--warm-up", type=float, default=120.0, help="seconds of each process that its figures leave out")
+    parser.add_argument("--record", type=Path, required=True)
+    asked = parser.parse_args()
+    data, to = asked.data.resolve(), asked.record.resolve()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    os.chdir(asked.work)
+    prepare(data)
+    asking = RECIPE | {"tokens": asked.tokens // 512 * 512}
+    asking["data"] = RECIPE["data"] | {"epochs": 1 + asked.tokens // 1_000_000}
+    recipe, run, lives = Path("soak.yaml"), Path("run"), []
+    recipe.write_text(yaml.safe_dump(asking, sort_keys=False), encoding="utf-8")
+    end = time.monotonic() + 3600 * asked.hours
+    for signum in cycle((signal.SIGTERM, signal.SIGKILL)):
+        left = end - time.monotonic()
+        if left < 60 or (run / "record.jsonl").exists():
+            break
+        lives.append(live(run, recipe, min(left, 60 * asked.minutes), signum))
+        print(json.dumps(lives[-1].figures(asked.warm_up)), flush=True)
+    told = [found for life in lives if (found := life.figures(asked.warm_up)) is not None]
+    lines = [json.loads(line) for line in log.lines(run)]
+    steps = [line["step"] for line in lines if "loss" in line]
+    figures = {
+        "hours": sum(life.rows[-1][0] for life in lives if life.rows) / 3600,
+        "lives": told,
+        "rss_growth": max(one["rss_growth"] for one in told),
+        "rss_mb": [told[0]["rss_mb"], told[-1]["rss_mb"]],
+        "open_files": [told[0]["open_files"][0], told[-1]["open_files"][1]],
+        "processor_ms_an_update": [ms for one in told for ms in one["processor_ms_an_update"]],
+        "updates": steps[-1],
+        "each_logged_once": steps == list(range(1, steps[-1] + 1)),
+        "cuts": sum("loss_after" in line for line in lines),
+        "params": [next(line["params"] for line in some if "params" in line) for some in (lines, lines[::-1])],
+        "log_parts_mb": [Path(part).stat().st_size / 1e6 for part in log.parts(run) if Path(part).exists()],
+        "validation": [line["validation"]["loss"] for line in lines if "validation" in line],
+    }
+    record.append(to, "soak", {"recipe": asking, "minutes": asked.minutes, "warm_up": asked.warm_up}, figures)
+
+
+if __name__ == "__main__":
+    main()
