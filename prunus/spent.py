@@ -37,6 +37,8 @@ _COUNTED: Mapping[Any, Callable[..., int]] = {
     _aten.mv: lambda a, b: 2 * a.numel(),
     _aten.addmm: _added,
     _aten.baddbmm: _added,
+    _aten.addmm_: _added,
+    _aten.baddbmm_: _added,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back,
     _aten._scaled_dot_product_flash_attention: _attention,

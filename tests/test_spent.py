@@ -36,8 +36,11 @@ def test_all_kinds_of_products():
         a[0] @ b[0, :, 0]  # mv
         torch.addmm(torch.zeros(4), a[0], b[0])
         torch.baddbmm(torch.zeros(5, 2, 4), a, b)
+        torch.zeros(2, 4).addmm_(a[0], b[0])
+        torch.zeros(5, 2, 4).baddbmm_(a, b)
+        torch.mm(a[0], b[0], out=torch.empty(2, 4))
         a + 1
-    assert spent.total == 2 * 2 * 3 * 4 * (5 + 1 + 1 + 5) + 2 * 2 * 3
+    assert spent.total == 2 * 2 * 3 * 4 * (5 + 1 + 1 + 5 + 1 + 5 + 1) + 2 * 2 * 3
 
 
 @pytest.mark.parametrize("name", ["shortgpt", "minitron-depth", "sleb"])
