@@ -363,7 +363,14 @@ def outcome(at: Path) -> dict[str, object]:
     return {str(path.relative_to(at)): told(path) for path in found}
 
 
-GROWING = {"log.jsonl", "runs.jsonl", "records.jsonl", "progress.json"}  # while a command is at work
+GROWING = {
+    "log.jsonl",
+    "runs.jsonl",
+    "records.jsonl",
+    "progress.json",
+    "index.sqlite",
+    "proofs.json",
+}  # while a command is at work
 
 
 def half(at: Path, whole: dict[str, object], older: dict[str, object]) -> list[str]:

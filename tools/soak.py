@@ -4,7 +4,8 @@
 
 `prunus train` works in a process of its own, as a user's; every so many minutes it is asked to stop (SIGTERM) or killed (SIGKILL),
 by turns, and the same command goes on. What is measured hangs little on what else the machine does: a process's own memory, its
-open files, its processor time. Figures are of each life from `--warm-up` seconds on, when the allocator has what it needs.
+open files, its processor time. Figures are of each process from its
+first save and validation on, when it has allocated what it needs. A soak that is stopped goes on: hours add up.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,22 @@ RECIPE: dict[str, Any] = {  # small updates, so that there are many; logged one 
     },
 }
 EVERY_S = 5.0
+LIVES = Path("lives.jsonl")
+Row = tuple[float, float, int, int, float, int]  # seconds, resident MB, open files, threads, processor seconds, step
 
 
 @dataclass
 class Life:
-    """One process from its start to its end; rows of (seconds, resident MB, open files, threads, processor seconds, step)."""
+    """One process from its start to its end."""
 
     ended: str = ""
-    rows: list[tuple[float, float, int, int, float, int]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
-    def figures(self, warm_up: float) -> dict[str, Any] | None:
-        """None for one that ended before it was warm."""
-        rows = [row for row in self.rows if row[0] >= warm_up]
+    def figures(self) -> dict[str, Any] | None:
+        """None for one that ended before it was warm, or soon after."""
+        every = RECIPE["save"]["every"]
+        saved = (self.rows[0][5] // every + 1) * every if self.rows else 0
+        rows = [row for row in self.rows if row[5] > saved + 20]
         if len(rows) < 12:
             return None
         parts = [rows[i : i + len(rows) // 4 + 1] for i in range(0, len(rows), len(rows) // 4 + 1)]
@@ -71,13 +76,13 @@ class Life:
             "updates": self.rows[-1][5] - self.rows[0][5],
             "rss_mb": first,
             "rss_growth": max(row[1] for row in rows) / first,
-            "open_files": [min(row[2] for row in rows), statistics.median(row[2] for row in rows[-6:])],
-            "threads": [rows[0][3], rows[-1][3]],
+            "open_files": [rows[0][2], max(row[2] for row in rows)],
+            "threads": [rows[0][3], max(row[3] for row in rows)],
             "processor_ms_an_update": [1e3 * seconds for seconds in speed],  # of each quarter
         }
 
 
-def look(process: int, run: Path, since: float) -> tuple[float, float, int, int, float, int] | None:
+def look(process: int, run: Path, since: float) -> Row | None:
     """A row of a process that is alive and has logged something."""
     try:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
@@ -123,6 +128,11 @@ def live(run: Path, recipe: Path, seconds: float, signum: int) -> Life:
     return life
 
 
+def lasted(lives: Sequence[Life]) -> float:
+    """Seconds."""
+    return sum(life.rows[-1][0] for life in lives if life.rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with tinystories/, wiki_passages/ and c4/")
@@ -130,7 +140,6 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="of the run's schedule; it may end before")
     parser.add_argument("--minutes", type=float, default=20.0, help="of each process")
-    parser.add_argument("--warm-up", type=float, default=120.0, help="seconds of each process that its figures leave out")
     parser.add_argument("--record", type=Path, required=True)
     asked = parser.parse_args()
     data, to = asked.data.resolve(), asked.record.resolve()
@@ -139,24 +148,24 @@ def main() -> None:
     prepare(data)
     asking = RECIPE | {"tokens": asked.tokens // 512 * 512}
     asking["data"] = RECIPE["data"] | {"epochs": 1 + asked.tokens // 1_000_000}
-    recipe, run, lives = Path("soak.yaml"), Path("run"), []
+    recipe, run = Path("soak.yaml"), Path("run")
+    lives = [Life(**json.loads(line)) for line in LIVES.read_text().splitlines()] if LIVES.exists() else []
     recipe.write_text(yaml.safe_dump(asking, sort_keys=False), encoding="utf-8")
-    end = time.monotonic() + 3600 * asked.hours
-    for signum in cycle((signal.SIGTERM, signal.SIGKILL)):
-        left = end - time.monotonic()
-        if left < 60 or (run / "record.jsonl").exists():
-            break
+    while (left := 3600 * asked.hours - lasted(lives)) > 60 and not (run / "record.jsonl").exists():
+        signum = (signal.SIGTERM, signal.SIGKILL)[len(lives) % 2]
         lives.append(live(run, recipe, min(left, 60 * asked.minutes), signum))
-        print(json.dumps(lives[-1].figures(asked.warm_up)), flush=True)
-    told = [found for life in lives if (found := life.figures(asked.warm_up)) is not None]
+        with LIVES.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(vars(lives[-1])) + "\n")
+        print(json.dumps(lives[-1].figures()), flush=True)
+    told = [found for life in lives if (found := life.figures()) is not None]
     lines = [json.loads(line) for line in log.lines(run)]
     steps = [line["step"] for line in lines if "loss" in line]
     figures = {
-        "hours": sum(life.rows[-1][0] for life in lives if life.rows) / 3600,
+        "hours": lasted(lives) / 3600,
         "lives": told,
         "rss_growth": max(one["rss_growth"] for one in told),
         "rss_mb": [told[0]["rss_mb"], told[-1]["rss_mb"]],
-        "open_files": [told[0]["open_files"][0], told[-1]["open_files"][1]],
+        "open_files": [told[0]["open_files"][0], max(one["open_files"][1] for one in told)],
         "processor_ms_an_update": [ms for one in told for ms in one["processor_ms_an_update"]],
         "updates": steps[-1],
         "each_logged_once": steps == list(range(1, steps[-1] + 1)),
@@ -165,7 +174,7 @@ def main() -> None:
         "log_parts_mb": [Path(part).stat().st_size / 1e6 for part in log.parts(run) if Path(part).exists()],
         "validation": [line["validation"]["loss"] for line in lines if "validation" in line],
     }
-    record.append(to, "soak", {"recipe": asking, "minutes": asked.minutes, "warm_up": asked.warm_up}, figures)
+    record.append(to, "soak", {"recipe": asking, "minutes": asked.minutes}, figures)
 
 
 if __name__ == "__main__":
