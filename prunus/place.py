@@ -10,7 +10,9 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,20 +24,25 @@ NO_LOCKS = (
     errno.EOPNOTSUPP,
     errno.ENOSYS,
 )  # some network file systems: one process a folder is the user's care
+_ASKING = (signal.SIGINT, signal.SIGTERM)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
 
 
 @contextmanager
 def staged_files(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary names beside `paths`, which take their places when the block ends well, and vanish when it does not."""
+    """Temporary names beside `paths`, which take their places when the block ends well, and vanish when it does not.
+
+    The first comes last: where it stands, all do.
+    """
     stages = [beside(path) for path in paths]
     try:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             clear_left(path)
         yield stages
-        for stage, path in zip(stages, paths, strict=True):
-            stage.replace(path)
+        with unbroken():
+            for stage, path in reversed([*zip(stages, paths, strict=True)]):
+                stage.replace(path)
     except OSError as error:
         why = error.strerror or f"{error}; is there room?"  # numpy's own words have no number
         raise UserError(f"{error.filename or paths[0]}: cannot be written: {why}") from error
@@ -45,6 +52,23 @@ def staged_files(*paths: Path) -> Iterator[list[Path]]:
                 stage.unlink()
 
 
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """What is asked by Ctrl-C or SIGTERM meanwhile is done afterwards. For moments."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler runs
+        yield
+        return
+    asked: list[int] = []
+    before = {signum: signal.signal(signum, lambda signum, frame: asked.append(signum)) for signum in _ASKING}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        if asked:
+            os.kill(os.getpid(), asked[0])
+
+
 def beside(path: Path, kind: str = "partial") -> Path:
     """This process's own name beside `path`; it tells machine and process, so that what a killed one left can be removed."""
     return path.with_name(f".{path.stem}.{kind}-{_machine()}-{os.getpid()}{path.suffix}")
@@ -52,6 +76,18 @@ def beside(path: Path, kind: str = "partial") -> Path:
 
 def _machine() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for what becomes that file; it goes when the block ends, or, if the process is killed, at the next."""
+    clear_left(path)
+    folder = beside(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear_left(path: Path) -> None:

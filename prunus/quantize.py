@@ -22,6 +22,7 @@ from .errors import UserError, VerificationError, unknown
 from .hf import quiet
 from .ledger import LEDGER
 from .source import DTYPES, QUANTIZED, Source
+from .tensorfiles import sort_metadata
 from .verification import check_saved, probe
 
 if TYPE_CHECKING:
@@ -181,3 +182,5 @@ def _is_few(weight: Any) -> bool:
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        sort_metadata(path)

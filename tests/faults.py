@@ -33,6 +33,7 @@ import warm
 import yaml
 
 from prunus import reload, verification
+from prunus.place import unbroken
 from prunus.study import run as studies
 from prunus.train import saved
 
@@ -263,7 +264,8 @@ class Step:
 def looked_at(request: Path) -> subprocess.CompletedProcess[str]:
     """As `verification.clean_process`; not clean, but at once."""
     reads, writes = os.pipe()
-    pid = os.fork()
+    with unbroken():  # Python loses a Ctrl-C in what modules do at a fork, which no real process of ours does
+        pid = os.fork()
     if not pid:
         spec = importlib.util.spec_from_file_location("__reload__", reload.__file__)
         assert spec is not None and spec.loader is not None

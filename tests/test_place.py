@@ -3,7 +3,10 @@
 import errno
 import fcntl
 import os
+import signal
 from pathlib import Path
+
+import pytest
 
 from prunus import checkpoint, place, record
 
@@ -69,3 +72,25 @@ def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
     with place.locked(tmp_path / "run"):
         record.append(tmp_path / "run" / "records.jsonl", "eval", {}, {})
     assert len(record.read(tmp_path / "run" / "records.jsonl")) == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_who_asks_while_files_take_their_places_waits(tmp_path, monkeypatch, signum):
+    """All of them or none; the first comes last, so that it does not stand without the others."""
+    replaced, told, real = [], [], Path.replace
+
+    def replace(stage, path):
+        replaced.append(path.name)
+        os.kill(os.getpid(), signum)
+        return real(stage, path)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    before = signal.signal(signum, lambda *_: told.append(sorted(path.name for path in tmp_path.iterdir())))
+    try:
+        with place.staged_files(tmp_path / "main", tmp_path / "more") as stages:
+            for stage in stages:
+                stage.touch()
+        assert replaced == ["more", "main"] and told == [["main", "more"]]
+        assert signal.getsignal(signum) is not signal.SIG_DFL
+    finally:
+        signal.signal(signum, before)

@@ -124,3 +124,11 @@ def test_without_torchao(monkeypatch):
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'prunus\[quantize\]'"):
         quantize.Plan.of(Source.open(str(pipeline.folder("llama"))), "int8")
+
+
+def test_the_same_twice_byte_for_byte(folders, tmp_path):
+    """Each tensor has a line of metadata, and the library that writes them keeps no order."""
+    source, first, _ = folders("int8")
+    quantize.quantize(quantize.Plan.of(source, "int8", None), tmp_path / "again")
+    names = [path.name for path in sorted(first.glob("*.safetensors"))]
+    assert names and all((first / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)

@@ -110,7 +110,10 @@ class Plan:
 def export(plan: Plan, out: Path, *, modelfile: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Write the file, whole or not at all, and beside it an ollama Modelfile if it is wanted; what is in it."""
     named = out.with_name(out.name + ".Modelfile")
-    check_files(out, *([named] if modelfile else []), overwrite=overwrite)
+    same = (
+        named.is_file() and not out.exists() and named.read_text(encoding="utf-8") == _modelfile(plan, out)
+    )  # left by a kill
+    check_files(out, *([named] if modelfile and not same else []), overwrite=overwrite)
     with staged_files(out, *([named] if modelfile else [])) as (stage, *beside):
         sizes = _write(plan, stage)
         for path in beside:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from .. import record, reload, verification
 from ..errors import UserError, VerificationError, unknown
 from ..hf import quiet
-from ..place import check_files
+from ..place import check_files, scratch, unbroken
 from ..source import Source
 
 if TYPE_CHECKING:
@@ -116,18 +115,19 @@ def export(plan: Plan, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     check_files(out, *([beside] if plan.is_large else []), overwrite=overwrite)
     model = plan.source.load("float32")
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.partial-") as folder:
-            stage = Path(folder, out.name)
+        with scratch(out) as folder:
+            stage = folder / out.name
             modules, left = write(model, stage, plan), list[str]()
             if plan.kind != "f32":
                 left = outliers(model) if plan.kind == "int8" else []
                 kept = {name for name, module in modules.items() if module in left}
-                stage = _quantised(stage, Path(folder, plan.kind, out.name), plan, kept)
+                stage = _quantised(stage, folder / plan.kind / out.name, plan, kept)
             found = compare(model, Session(stage), exact=plan.kind == "f32")
             size = sum(path.stat().st_size for path in stage.parent.glob(out.name + "*"))
-            if plan.is_large:
-                stage.with_name(beside.name).replace(beside)
-            stage.replace(out)
+            with unbroken():
+                if plan.is_large:
+                    stage.with_name(beside.name).replace(beside)
+                stage.replace(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     return {
