@@ -1,4 +1,4 @@
-"""Write docs/results.md, and the table in README.md, from the records in results/*.jsonl. Nobody types a number.
+"""Write docs/results.md, and tables of other pages, from the records in results/*.jsonl. Nobody types a number.
 
 With --check nothing is written: exit code 1 says that a page differs from its records.
 """
@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import reliability_tables
 import shipping_tables
 import study_pages
 import study_tables
@@ -376,6 +377,8 @@ def main() -> int:
     pages |= study_pages.pages(ROOT / "results" / "studies", ROOT / "docs" / "studies")
     if picture := study_pages.front(ROOT / "results" / "studies", "half"):
         pages[ROOT / "docs" / "front.svg"] = picture
+    trust = ROOT / "docs" / "reliability.md"
+    pages[trust] = with_table(trust.read_text(encoding="utf-8"), reliability_tables.table(records))
     pages[readme] = with_table(readme.read_text(encoding="utf-8"), readme_table(records))
     stale = [p for p, text in pages.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     for path in stale:

@@ -1,0 +1,97 @@
+"""The table of docs/reliability.md: what was done to prunus to find what breaks it, from the records in results/*.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prunus.tables import markdown
+
+Record = dict[str, Any]
+HEADER = ["what was asked", "what was found", "commit", "again by"]
+
+
+def table(records: Sequence[Record]) -> str:
+    """A row for everything that was recorded."""
+    by_kind: dict[str, list[Record]] = {}
+    for one in records:
+        by_kind.setdefault(one["kind"], []).append(one)
+    rows = [row(found) for kind, row in ROWS.items() if (found := by_kind.get(kind))]
+    return "\n".join(markdown(HEADER, rows, left=len(HEADER)))
+
+
+def _total(found: Sequence[Record], *names: str) -> list[int]:
+    return [sum(one["figures"][name] for one in found) for name in names]
+
+
+def _commits(found: Sequence[Record]) -> str:
+    return ", ".join(dict.fromkeys(str(one["commit"]) for one in found))
+
+
+def _faults(found: list[Record]) -> list[str]:
+    kills, exact = _total(found, "kills", "exact_resumes")
+    commands = ", ".join(one["recipe"]["command"] for one in found)
+    return [
+        f"a signal (SIGKILL, SIGTERM, Ctrl-C) at a random moment, half of them inside a save, in each of {len(found)} commands "
+        f"({commands}); looked at, then run again",
+        f"{kills} disturbances, {exact} with nothing harmed, nothing half-written taken for whole, and an end that is bit for bit "
+        "the undisturbed one",
+        _commits(found), "`python tools/faults.py --kills 20 --record FILE`",
+    ]  # fmt: skip
+
+
+def _fuzz(found: list[Record]) -> list[str]:
+    tried, refused, taken, failed = _total(found, "tried", "refused", "taken", "failed")
+    return [
+        f"bad input of {len(found)} kinds: damaged, hostile, absurd",
+        f"{tried:,} inputs: {refused:,} refused in one sentence with the place, {taken:,} taken, {failed:,} with a traceback, a "
+        "hang, too much memory or a write outside the output folder",
+        _commits(found), "`python tools/fuzz.py`",
+    ]  # fmt: skip
+
+
+def _mutants(found: list[Record]) -> list[str]:
+    f = found[-1]["figures"]
+    return [
+        f"{f['mutants']} mutants of the core, a seeded sample: does a test fail?",
+        f"{f['killed']} killed ({f['killed'] / f['mutants']:.1%}), {f['survived']} survived, {f['explained']} of them explained",
+        _commits(found), "`make mutants`",
+    ]  # fmt: skip
+
+
+def _coverage(found: list[Record]) -> list[str]:
+    f = found[-1]["figures"]
+    return [
+        "lines of the package that the default tests run",
+        f"{f['covered_lines']:,} of {f['num_statements']:,} ({f['covered_lines'] / f['num_statements']:.2%})",
+        _commits(found), "`make coverage`",
+    ]  # fmt: skip
+
+
+def _soak(found: list[Record]) -> list[str]:
+    f = found[-1]["figures"]
+    speed = f["processor_ms_an_update"]
+    return [
+        f"{f['hours']:.2f} hours of pruning-aware training, {len(f['lives'])} processes that were stopped or killed by turns, with "
+        "saves and validation",
+        f"{f['updates']:,} updates and {f['cuts']:,} cuts, each logged once: {'yes' if f['each_logged_once'] else 'no'}; memory of "
+        f"a process grows by at most {f['rss_growth'] - 1:.2%} after its first save; open files {f['open_files'][0]} to "
+        f"{f['open_files'][1]}; processor time of an update {min(speed):.0f} to {max(speed):.0f} ms, {speed[0]:.0f} at first and "
+        f"{speed[-1]:.0f} at last; log in {len(f['log_parts_mb'])} parts",
+        _commits(found), "`python tools/soak.py --data DATA --work FOLDER --record FILE`",
+    ]  # fmt: skip
+
+
+def _listing(found: list[Record]) -> list[str]:
+    one = found[-1]
+    f = one["figures"]
+    return [
+        f"`prunus runs` of a folder of {one['recipe']['runs']:,} runs",
+        f"{f['listed']['median_s']:.2f} s, {f['ratio_to_floor']:.1f} times what reading their {f['bytes'] / 1e6:.0f} MB takes",
+        _commits(found), "`python benchmarks/listing.py`",
+    ]  # fmt: skip
+
+
+ROWS: dict[str, Callable[[list[Record]], list[str]]] = {
+    "faults": _faults, "fuzz": _fuzz, "mutants": _mutants, "coverage": _coverage, "soak": _soak, "listing": _listing,
+}  # fmt: skip
