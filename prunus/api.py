@@ -284,6 +284,11 @@ def needs_text(source: str, request: Request, *, progress: Progress = no_progres
     return _planned(Source.open(source), request, "float32", progress).needs_text
 
 
+def serves_all(source: str, request: Request, *, progress: Progress = no_progress) -> bool:
+    """Whether what a cut gathers (`prune`'s `statistics`) serves cuts of any size as it is."""
+    return findings.serves_all(_planned(Source.open(source), request, "float32", progress))
+
+
 def _planned(source: Source, request: Request, dtype: str, progress: Progress | None, world: World = ALONE) -> Plan:
     """The plan; of one that counts milliseconds, what the latency table lacks is measured first, if there is a `progress`.
 

@@ -242,11 +242,13 @@ def _lowest_(job: Job) -> Outcome:
     plan, free = job.plan, [Part(i) for i in job.plan.free_layers]
     assert plan.run is not None
     score = plan.options.get("score", plan.method.criterion)
-    found = job.findings
-    if found is None:
+
+    def gather() -> Findings:
         with job.timed("score"):
             values_L = torch.tensor(_LAYER_SCORES[score](job), dtype=torch.float64)
-        found = Findings(wanted(plan) or "", Scores({"layers": values_L}))
+        return Findings(wanted(plan) or "", Scores({"layers": values_L}))
+
+    found = job.gathered(gather)
     assert found.scores is not None
     values = found.scores.values["layers"].tolist()
     of_free = [values[part.first] for part in free]

@@ -41,6 +41,7 @@ class Findings:
     curves: Mapping[str, Curve] = field(default_factory=dict)  # axis -> error of every size
     fisher: Mapping[str, Tensor] = field(default_factory=dict)  # matrix -> E[g g^T] at its output [D, D], float64
     rounds: list[dict[str, float | None]] = field(default_factory=list)  # of a greedy search: loss without each candidate
+    flops: int = 0  # of gathering it, in all processes; of a search its rounds, of which a job may need few, are left out
 
 
 def wanted(plan: Plan) -> str | None:
@@ -59,6 +60,12 @@ def wanted(plan: Plan) -> str | None:
     elif not method.needs_text or plan.criterion not in (*UNIT_CRITERIA, *_BY_NAME) or plan.allocator == "contiguous":
         return None
     return " ".join([method.criterion, *(f"{name}={value}" for name, value in sorted(options.items()) if value)])
+
+
+def serves_all(plan: Plan) -> bool:
+    """Whether what the plan gathers is the same for every target, so that one cut's serves the others as it is."""
+    first = plan.parts[0] if plan.parts else plan
+    return wanted(plan) is not None and first.method.criterion != "loss-without"
 
 
 _OF_THE_CUT = ("amplitude", "words", *SEARCH_OPTIONS)  # options that say how findings are used, not what is found
@@ -87,6 +94,7 @@ def save(found: Findings, path: Path, key: str) -> None:
         "spread": scores.spread,
         "curves": {name: vars(curve) for name, curve in found.curves.items()},
         "rounds": found.rounds,
+        "flops": found.flops,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged_files(path) as (stage,):
@@ -140,4 +148,5 @@ def _assembled(about: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tenso
         curves,
         dict(groups.get("fisher", {})),
         list(about["rounds"]),
+        about.get("flops", 0),
     )

@@ -22,6 +22,7 @@ from .hf import Target, target_for
 from .keep import Keep, WeightMask
 from .ledger import Ledger
 from .planning import Plan
+from .spent import Flops
 from .statistics import Sweep
 
 if TYPE_CHECKING:
@@ -119,6 +120,17 @@ class Job:
     notes: list[str] = field(default_factory=list)
     store: Store = field(default_factory=InMemory)
     world: World = ALONE  # processes that share the windows out; each comes to the same cut
+    shared: int = 0  # FLOPs that an earlier run spent for this one, too
+
+    def gathered(self, gather: Callable[[], Findings]) -> Findings:
+        """What an earlier run found, or is found now. Its FLOPs count as this job's either way: its outcome hangs on them."""
+        if self.findings is not None:
+            self.shared = self.findings.flops
+            return self.findings
+        with Flops() as spent:
+            found = gather()
+        found.flops = round(self.world.total(spent.total))
+        return found
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -67,7 +67,7 @@ def one_shot_(
     job = Job(plan, model, tensors, windows, batch_size, progress, findings, store=store or InMemory(), world=world)
     with Flops() as spent:
         outcome = _run_(job)
-    return replace(outcome, flops=round(world.total(spent.total)))
+    return replace(outcome, flops=round(world.total(spent.total)) + job.shared)
 
 
 def _run_(job: Job) -> Outcome:

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -72,6 +72,16 @@ def unbroken() -> Iterator[None]:
 def beside(path: Path, kind: str = "partial") -> Path:
     """This process's own name beside `path`; it tells machine and process, so that what a killed one left can be removed."""
     return path.with_name(f".{path.stem}.{kind}-{_machine()}-{os.getpid()}{path.suffix}")
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Only while nobody else is in such a block of `path`, which is not touched; others wait. They need a disk that locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _machine() -> str:

@@ -39,13 +39,22 @@ _LEVELS = 48  # sizes of an axis that the programme tells apart
 _FROM_AFAR = 3.0
 
 
+def _gathered(job: Job) -> Findings:
+    found = Findings(wanted(job.plan) or "", fisher=output_fisher(job))
+    found.curves = error_curves(job, _metric(found))
+    return found
+
+
+def _metric(found: Findings) -> dict[str, Tensor]:
+    return {name: _root(fisher_DD) for name, fisher_DD in found.fisher.items()}
+
+
 @torch.no_grad()
 def run_(job: Job) -> Outcome:
     """Carry out a plan: curves, sizes, then cut and refit sub-layer by sub-layer."""
     with job.timed("score"):
-        findings = job.findings or Findings(wanted(job.plan) or "", fisher=output_fisher(job))
-        metric = {name: _root(fisher_DD) for name, fisher_DD in findings.fisher.items()}
-        findings.curves = curves = findings.curves or error_curves(job, metric)
+        findings = job.gathered(lambda: _gathered(job))
+        metric, curves = _metric(findings), findings.curves
     with job.timed("allocate"):
         sizes = decided(job.plan, curves)
     keep, extra = cut_and_refit_(job, sizes, metric)

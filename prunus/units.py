@@ -42,7 +42,7 @@ def run_(job: Job) -> Outcome:
     measured: Mapping[str, Any] = {}
     counts: Mapping[str, int] = plan.counts
     if not (plan.sequential and counts):
-        findings = job.findings or _gathered(job)
+        findings = job.gathered(lambda: _gathered(job))
         with job.timed("allocate"):
             keep, measured = _allocate(job, findings)
         counts = {name: len(units) for name, units in keep.units.items()}

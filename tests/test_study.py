@@ -15,7 +15,7 @@ import training
 import yaml
 from pipeline import cli
 
-from prunus import bench, record
+from prunus import bench, record, units
 from prunus.errors import UserError
 from prunus.ledger import Ledger
 from prunus.study import cluster, protocol
@@ -637,3 +637,38 @@ def test_what_a_step_says_does_not_grow_for_ever(tmp_path, monkeypatch):
     kept = [path.read_text() for path in (tmp_path / "step.log.1", tmp_path / "step.log")]
     assert all(len(text) <= 200 for text in kept) and "".join(kept).endswith("line 98\nline 99\n\n")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def ratios(tmp_path, *values):
+    """A study of cuts alone that differ by their ratios."""
+    tmp_path.mkdir(exist_ok=True)
+    calibration = {"text": str(pipeline.text_file()), "windows": 4, "seq_len": 16}
+    data = {
+        "name": "ratios",
+        "cut": {"calibration": calibration, "method": "flap"},
+        "arms": {"A": {"model": str(pipeline.folder("llama")), "cut": {}}},
+        "grid": {"cut.ratio": list(values)},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    study, out = files.read(tmp_path / "study.yaml"), tmp_path / "out"
+    everything(study, out)
+    return {
+        cell.place["cut.ratio"]: (
+            json.loads((cut_of(cell, out) / "keep.json").read_text()),
+            [stage.flops for stage in Ledger.read(cut_of(cell, out)).stages],
+        )
+        for cell in study.cells
+    }
+
+
+def test_cuts_of_several_sizes_share_what_calibration_found(tmp_path, monkeypatch):
+    """It is gathered once, counts for each, and is gone when all are done."""
+    pipeline.verify_here(monkeypatch)
+    gathered, real = [], units._gathered
+    monkeypatch.setattr(units, "_gathered", lambda job: gathered.append(1) or real(job))
+    together = ratios(tmp_path / "together", 0.2, 0.3, 0.4)
+    assert len(gathered) == 1 and not list((tmp_path / "together" / "out" / "statistics").glob("*.safetensors"))
+    assert together == ratios(tmp_path / "backwards", 0.4, 0.3, 0.2)
+    alone = ratios(tmp_path / "alone", 0.3)
+    assert len(gathered) == 3 and alone[0.3] == together[0.3] != together[0.4]
+    assert not (tmp_path / "alone" / "out" / "statistics").exists()

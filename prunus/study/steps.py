@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from ..checkpoint import EXTRA, MANIFEST
 from ..errors import UserError, unknown
 from ..job import Progress, no_progress
 from ..ledger import Ledger
-from ..place import staged_files
+from ..place import in_turn, staged_files
 from ..source import Source
 from ..train import recipe as recipes
 from ..train.opening import MODEL, RECORD, prepare
@@ -26,6 +27,14 @@ from ..train.run import Say, execute
 from .file import MADE, Cell, MeasurePart, Study
 
 STEPS, CUTS, EVALUATIONS, MEASURES = "steps", "cuts", "evaluations", "measures"  # folders beside those of the training runs
+STATISTICS = "statistics"  # that several cuts share, until all are done
+OF_THE_TARGET = {
+    "ratio",
+    "pattern",
+    "target",
+    "multiple_of",
+    "sparsity",
+}  # what statistics that serve any target know nothing of
 Kind = Literal["cut", "train", "evaluate", "measure"]
 
 
@@ -147,7 +156,7 @@ def do(study: Study, step: Step, out: Path, *, progress: Progress = no_progress,
     if step.is_done(out):
         return
     if step.kind == "cut":
-        _cut(step.cell, out, out / step.place, progress)
+        _cut(step, known, out, progress)
     elif step.kind == "train":
         execute(prepare(resolved(step.cell, out), out / step.place), say=say)
     elif step.kind == "evaluate":
@@ -156,7 +165,8 @@ def do(study: Study, step: Step, out: Path, *, progress: Progress = no_progress,
         _measure(study, step, out, progress)
 
 
-def _cut(cell: Cell, out: Path, place: Path, progress: Progress) -> None:
+def _cut(step: Step, known: Mapping[str, Step], out: Path, progress: Progress) -> None:
+    cell, place = step.cell, out / step.place
     assert cell.cut is not None
     request, text = cell.cut.request, cell.cut.calibration
     source = cell.model or str(model_of(cell.others["from"], out))
@@ -164,7 +174,23 @@ def _cut(cell: Cell, out: Path, place: Path, progress: Progress) -> None:
         text = None  # a study may name one for all of its cuts
     read: dict[str, Any] = {} if text is None else {"calibration": text.text, "text": text.options}
     place.parent.mkdir(parents=True, exist_ok=True)
-    api.prune(source, **vars(request), **read, progress=progress).save(place)
+    kin, told = sharing(step, known), None
+    if len(kin) > 1 and text is not None and api.serves_all(source, request, progress=progress):
+        told = out / STATISTICS / f"{_of_all_targets(step)}.safetensors"
+    with nullcontext() if told is None or told.exists() else in_turn(told):
+        api.prune(source, **vars(request), **read, statistics=told, progress=progress).save(place)
+    if told is not None and all(one.is_done(out) for one in kin):
+        told.unlink(missing_ok=True)
+
+
+def sharing(step: Step, known: Mapping[str, Step]) -> list[Step]:
+    """The cuts that differ from a cut by their targets alone, itself among them: what it gathers may serve them all."""
+    return [one for one in known.values() if one.kind == "cut" and _of_all_targets(one) == _of_all_targets(step)]
+
+
+def _of_all_targets(step: Step) -> str:
+    assert step.cell.cut is not None
+    return record.digest([step.needs, step.cell.model, step.cell.cut.model_dump(exclude=OF_THE_TARGET)])[:12]
 
 
 def _evaluate(study: Study, step: Step, out: Path, progress: Progress) -> None:
