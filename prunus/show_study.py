@@ -78,7 +78,7 @@ def advised(made: Mapping[str, Any]) -> None:
     hours = f"about {cost['hours']:,.3g} hours at {cost['basis']}" if cost["hours"] is not None else cost["basis"]
     console.print(Text(f"cost: {big(cost['tokens'])} tokens, {scientific(cost['flops'])} FLOPs, {hours}"))
     if made["rows"]:
-        console.print(Text(f"rows: {', '.join(made['rows'])}", style="dim"))
+        console.print(Text(f"rows: {'; '.join(made['rows'])}", style="dim"))
 
 
 def planned(made: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from test_study_results import folder, line
 
 from prunus.study import advise as advice
 from prunus.study.advise import Asked, Row, advise, published
+from prunus.study.results import Run
 
 B = 1e9
 
@@ -154,3 +155,24 @@ def test_hours_of_a_gpu_need_a_rate():
         "advise", "--parent-params", "8B", "--target-params", "4B", "--tokens", "50B", "--device", "gpu", "--json"
     )
     assert code == 0 and json.loads(said)["cost"]["hours"] is None, err
+
+
+def test_cuts_of_a_study_go_by_their_methods(tmp_path):
+    """Whether the grid, a name, the arm or the whole study says them; what was not cut before it trained has none."""
+    file = {
+        "cut": {"method": "flap"},
+        "cuts": {"thin": {"method": "minitron-width"}, "holes": {"method": "wanda", "pattern": "2:4"}},
+        "arms": {"A": {"cut": {}}, "B": {"cut": {"method": "shortgpt"}}, "C": {}},
+    }
+
+    def method(arm, **place):
+        one = line(arm, 0, 3.0) | {"place": {name.replace("__", "."): value for name, value in place.items()}}
+        return advice._method_of(Run.of(one), file)
+
+    assert [method("A"), method("B"), method("C")] == ["flap", "shortgpt", None]
+    assert [method("A", cut="thin"), method("A", cut="holes")] == ["minitron-width", "wanda-2:4"]
+    assert [advice._is_fresh(arm, {"arms": {"S": {"shape_of": "R"}, "R": {"from": "P", "cut": {}}}}) for arm in "SR"] == [
+        True,
+        False,
+    ]
+    assert method("B", cut__method="sleb") == "sleb" == method("unknown", cut__method="sleb")

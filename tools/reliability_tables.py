@@ -75,9 +75,9 @@ def _soak(found: list[Record]) -> list[str]:
         f"{f['hours']:.2f} hours of pruning-aware training, {len(f['lives'])} processes that were stopped or killed by turns, with "
         "saves and validation",
         f"{f['updates']:,} updates and {f['cuts']:,} cuts, each logged once: {'yes' if f['each_logged_once'] else 'no'}; memory of "
-        f"a process grows by at most {f['rss_growth'] - 1:.2%} after its first save; open files {f['open_files'][0]} to "
-        f"{f['open_files'][1]}; processor time of an update {min(speed):.0f} to {max(speed):.0f} ms, {speed[0]:.0f} at first and "
-        f"{speed[-1]:.0f} at last; log in {len(f['log_parts_mb'])} parts",
+        f"a process grows by at most {f['rss_growth'] - 1:.2%} after its first save, its peak by {f['peak_growth'] - 1:.2%}; open "
+        f"files {f['open_files'][0]} to {f['open_files'][1]}; processor time of an update {min(speed):.0f} to {max(speed):.0f} ms, "
+        f"{speed[0]:.0f} at first and {speed[-1]:.0f} at last; log in {len(f['log_parts_mb'])} parts",
         _commits(found), "`python tools/soak.py --data DATA --work FOLDER --record FILE`",
     ]  # fmt: skip
 

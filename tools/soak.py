@@ -50,7 +50,9 @@ RECIPE: dict[str, Any] = {  # small updates, so that there are many; logged one 
 }
 EVERY_S = 5.0
 LIVES = Path("lives.jsonl")
-Row = tuple[float, float, int, int, float, int]  # seconds, resident MB, open files, threads, processor seconds, step
+Row = tuple[
+    float, float, int, int, float, int, float
+]  # seconds, resident MB, files, threads, processor seconds, step, peak MB
 
 
 @dataclass
@@ -69,13 +71,17 @@ class Life:
             return None
         parts = [rows[i : i + len(rows) // 4 + 1] for i in range(0, len(rows), len(rows) // 4 + 1)]
         speed = [(b[-1][4] - b[0][4]) / max(b[-1][5] - b[0][5], 1) for b in parts if len(b) > 1]
-        first = statistics.median(row[1] for row in rows[:6])
+        tenths = [rows[i : i + len(rows) // 10 + 1] for i in range(0, len(rows), len(rows) // 10 + 1)]
+        usual = [
+            statistics.median(row[1] for row in part) for part in tenths
+        ]  # of each tenth; not of a moment inside a save
         return {
             "ended": self.ended,
             "seconds": self.rows[-1][0],
             "updates": self.rows[-1][5] - self.rows[0][5],
-            "rss_mb": first,
-            "rss_growth": max(row[1] for row in rows) / first,
+            "rss_mb": usual,
+            "rss_growth": max(usual) / usual[0],
+            "peak_mb": [rows[0][6], rows[-1][6]],
             "open_files": [rows[0][2], max(row[2] for row in rows)],
             "threads": [rows[0][3], max(row[3] for row in rows)],
             "processor_ms_an_update": [1e3 * seconds for seconds in speed],  # of each quarter
@@ -95,7 +101,8 @@ def look(process: int, run: Path, since: float) -> Row | None:
     if step is None or "VmRSS" not in status:
         return None
     processor = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - since, int(status["VmRSS"].split()[0]) / 1e3, files, int(status["Threads"]), processor, step
+    resident, peak = (int(status[name].split()[0]) / 1e3 for name in ("VmRSS", "VmHWM"))
+    return time.monotonic() - since, resident, files, int(status["Threads"]), processor, step, peak
 
 
 def _tail(path: Path, size: int = 20_000) -> list[bytes]:
@@ -164,7 +171,8 @@ def main() -> None:
         "hours": lasted(lives) / 3600,
         "lives": told,
         "rss_growth": max(one["rss_growth"] for one in told),
-        "rss_mb": [told[0]["rss_mb"], told[-1]["rss_mb"]],
+        "rss_mb": [told[0]["rss_mb"][0], told[-1]["rss_mb"][-1]],
+        "peak_growth": max(one["peak_mb"][1] / one["peak_mb"][0] for one in told),
         "open_files": [told[0]["open_files"][0], max(one["open_files"][1] for one in told)],
         "processor_ms_an_update": [ms for one in told for ms in one["processor_ms_an_update"]],
         "updates": steps[-1],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -101,18 +101,37 @@ def own(folders: Iterable[Path]) -> list[Row]:
         protocols: dict[str, Protocol] = {"training-tokens": "training", "total-tokens": "total"}
         for one in differences(found):
             runs = [run for arm in one.arms for run in found.of(arm) if run.group == one.group]
-            cut = next((run for run in runs if run.place.get("cut.method") is not None and run.arm == one.arms[0]), None)
-            if one.metric != LOSS or one.protocol not in protocols or cut is None or not cut.params:
+            cut = next((run for run in runs if run.arm == one.arms[0]), None)
+            method = None if cut is None else _method_of(cut, found.written)
+            if one.metric != LOSS or one.protocol not in protocols or cut is None or method is None or not cut.params:
+                continue
+            if not _is_fresh(one.arms[1], found.written):
                 continue
             parents = [run.params for run in found.runs if run.params and run.params > cut.params]
             if parents:
-                out.append(_own_row(f"{found.name}: {one.group}", protocols[one.protocol], cut, max(parents), -one.mean))
+                name = f"{found.name}: {' - '.join(one.arms)}, {one.group}"
+                out.append(_own_row(name, protocols[one.protocol], method, cut, max(parents), -one.mean))
     return out
 
 
-def _own_row(name: str, protocol: Protocol, cut: Run, parent: int, advantage: float) -> Row:
+def _is_fresh(arm: str, file: Mapping[str, Any]) -> bool:
+    """Whether an arm begins with fresh weights; pruned models may be compared with one another, too."""
+    asked = (file.get("arms") or {}).get(arm, {})
+    return asked.get("from") is None and asked.get("model") is None
+
+
+def _method_of(run: Run, file: Mapping[str, Any]) -> str | None:
+    """What cut a run's model: its place in the grid says it, by itself or as the name of a cut, or its arm, or the whole study."""
+    arm, named = (file.get("arms") or {}).get(run.arm, {}), (file.get("cuts") or {}).get(run.place.get("cut"), {})
+    asked = {**(file.get("cut") or {}), **(arm.get("cut") or {}), **named} if arm.get("cut") is not None else {}
+    asked |= {name.partition(".")[2]: value for name, value in run.place.items() if name.startswith("cut.")}
+    method, pattern = asked.get("method"), asked.get("pattern")
+    return method if method is None or pattern is None else f"{method}-{pattern}"
+
+
+def _own_row(name: str, protocol: Protocol, method: str, cut: Run, parent: int, advantage: float) -> Row:
     tokens = cut.tokens if protocol == "training" else cut.total_tokens or cut.tokens
-    return Row(name, protocol, str(cut.place["cut.method"]), cut.params or 0, (cut.params or 0) / parent, tokens, advantage)
+    return Row(name, protocol, method, cut.params or 0, (cut.params or 0) / parent, tokens, advantage)
 
 
 # -- the answer -------------------------------------------------------------------------------------------------------------

@@ -246,6 +246,7 @@ def _save(run: Run, training: Training, pruner: Pruner | None) -> None:
     saved.write(run.out / CHECKPOINTS, training.step, tensors, state, training.world)
     if training.world.first:
         _prune(run)
+    heap.give_back()  # what a save took; else it stays for good, with new gaps from each save
 
 
 def _prune(run: Run) -> None:
