@@ -383,3 +383,11 @@ def test_a_page_of_a_run_finished_or_not(tmp_path):
     (half / "recipe.json").write_text("{")
     with pytest.raises(UserError, match="half: cannot be read as a run"):
         page.write(half, tmp_path / "broken.html")
+
+
+def test_an_arm_looks_alike_in_every_chart():
+    point = (Point(1.0, 2.0), Point(2.0, 3.0))
+    both = chart([Series("A", point), Series("B", point)], x="x", y="y", known=["A", "B"])
+    one = chart([Series("B", point)], x="x", y="y", known=["A", "B"])
+    assert 'class="c1"' in both and 'class="c1"' in one and 'class="c0"' not in one
+    assert 'class="c2"' in chart([Series("C", point)], x="x", y="y", known=["A", "B"])

@@ -71,8 +71,20 @@ class Series:
     joined: bool = True
 
 
-def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, log_y: bool = False, zero: bool = False) -> str:
-    """An SVG picture with axes and a legend; empty text where there is nothing to show. `zero` marks y = 0."""
+def chart(
+    series: Sequence[Series],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    zero: bool = False,
+    known: Sequence[str] = (),
+) -> str:
+    """An SVG picture with axes and a legend; empty text where there is nothing to show. `zero` marks y = 0.
+
+    Series called as in `known` have the same colour and mark in every chart that is given the same names.
+    """
     series = [replace(s, points=tuple(p for p in s.points if _shown(p, log_x, log_y))) for s in series]
     points = [p for s in series for p in s.points]
     if not points:
@@ -81,14 +93,15 @@ def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, log_
     lows, highs = ([p.y + sign * (p.error or 0) for p in points] for sign in (-1, 1))
     heights = _Scale.of([*(p.y for p in points)] if log_y else [*lows, *highs, *([0.0] if zero else [])], log=log_y)
     names = list(dict.fromkeys(s.name for s in series))
+    looks = list(dict.fromkeys([*known, *names]))
     rows = -(-len(names) // 2)
     parts = [_axes(scale, heights, x, y)]
     if zero:
         at = _down(heights, 0.0)
         parts.append(f'<line class="zero" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
     marked = len(points) <= _MARKED
-    parts += [_series(one, names.index(one.name), scale, heights, marked) for one in series]
-    parts += [_legend(name, i) for i, name in enumerate(names)]
+    parts += [_series(one, looks.index(one.name), scale, heights, marked) for one in series]
+    parts += [_legend(name, i, looks.index(name)) for i, name in enumerate(names)]
     size = HEIGHT + 20 * rows
     body = "".join(parts)
     label = f"{escape(y, quote=True)} by {escape(x, quote=True)}"
@@ -139,7 +152,7 @@ def leads(series: Sequence[Series], rows: Sequence[str], *, x: str) -> str:
             told = escape(f"{one.name}\n{rows[row]}: {_short(point.x)}{spread}{more}")
             parts.append(f"<g><title>{told}</title>{_mark(index, a, b)}</g>")
         parts.append("</g>")
-    parts += [_legend(name, i, bottom + 56, wide=True) for i, name in enumerate(names)]
+    parts += [_legend(name, i, i, bottom + 56, wide=True) for i, name in enumerate(names)]
     size = bottom + 50 + 20 * len(names)
     label = f"rows by {escape(x, quote=True)}"
     return f'<svg viewBox="0 0 {WIDTH} {size}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
@@ -237,12 +250,12 @@ def _mark(index: int, a: float, b: float) -> str:
     return f'<polygon points="{" ".join(f"{a + dx:.1f},{b + dy:.1f}" for dx, dy in corners)}"/>'
 
 
-def _legend(name: str, index: int, top: float = HEIGHT + 12, *, wide: bool = False) -> str:
+def _legend(name: str, place: int, look: int, top: float = HEIGHT + 12, *, wide: bool = False) -> str:
     """Two a line, or one where names are long."""
     columns, most = (1, 60) if wide else (2, 28)
-    a, b = (0 if wide else _LEFT) + 8 + (index % columns) * (WIDTH - _LEFT) / 2, top + 20 * (index // columns)
+    a, b = (0 if wide else _LEFT) + 8 + (place % columns) * (WIDTH - _LEFT) / 2, top + 20 * (place // columns)
     short = name if len(name) <= most else name[: most - 1] + "…"
-    return f'<g class="c{index % COLOURS}">{_mark(index, a, b - 4)}<text x="{a + 10:.0f}" y="{b}">{escape(short)}</text></g>'
+    return f'<g class="c{look % COLOURS}">{_mark(look, a, b - 4)}<text x="{a + 10:.0f}" y="{b}">{escape(short)}</text></g>'
 
 
 def _short(value: float) -> str:

@@ -190,7 +190,15 @@ def _study_charts(page: Page, found: Results, metric: Metric) -> None:
             )
     dots = [Series(arm, tuple(points), joined=False) for arm, points in spent.items()]
     if sum(len(one.points) for one in dots) > 1:
-        page.draw(f"{name} against what it cost", "every run, with its parents", dots, x="FLOPs", y=name, log_x=True)
+        page.draw(
+            f"{name} against what it cost",
+            "every run, with its parents",
+            dots,
+            x="FLOPs",
+            y=name,
+            log_x=True,
+            known=arms_of(found),
+        )
     note = "first arm less second" + ("; below zero the first is better" if is_loss(metric) else "")
     for key in dict.fromkeys(k for run in found.runs for k in run.place if _last(k) == "ratio"):
         lines = _advantages(found, metric, key, scale)
@@ -239,7 +247,12 @@ def _pareto(page: Page, found: Results, metric: Metric, speed: str) -> None:
     if sum(len(points) for points in arms.values()) < 2:
         return
     title, note = f"{name} against time to {speed}", "measured here, one at a time; means over seeds"
-    page.draw(title, note, lines, x="milliseconds", y=name)
+    page.draw(title, note, lines, x="milliseconds", y=name, known=arms_of(found))
+
+
+def arms_of(found: Results) -> list[str]:
+    """Its arms, in their order: each looks alike wherever it is drawn by itself."""
+    return list(dict.fromkeys(run.arm for run in found.runs))
 
 
 def _last(key: str) -> str:
@@ -286,7 +299,14 @@ def _curves(page: Page, found: Results) -> None:
     drawn = [run for run in found.runs if len(run.curve) > 1]
     if 0 < len(drawn) <= _CURVES:
         lines = [Series(run.arm, tuple(Point(float(a), b, label=run.name) for a, b in _thin(run.curve))) for run in drawn]
-        page.draw("Validation while training", "every run, a colour an arm", lines, x="tokens trained on", y=" ".join(LOSS))
+        page.draw(
+            "Validation while training",
+            "every run, a colour an arm",
+            lines,
+            x="tokens trained on",
+            y=" ".join(LOSS),
+            known=arms_of(found),
+        )
 
 
 def _origins(runs: Sequence[Run]) -> str:
