@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError
 
 from . import findings, modeling_pruned, record, saliency
@@ -25,9 +24,11 @@ from .hf import quiet
 from .job import Outcome
 from .keep import Keep, WeightMask
 from .ledger import LEDGER, Ledger, Stage
+from .manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from .place import beside, clear_left, swap
 from .planning import Plan
-from .source import MANIFEST, Source
+from .reading import table_of
+from .source import Source
 from .tensorfiles import read, write
 from .verification import NEW_TOKENS, NEW_TOKENS_STREAMED, check_fingerprint, check_saved, probe
 
@@ -36,87 +37,12 @@ if TYPE_CHECKING:
 
 DECISION = "keep.json"
 EXTRA = "prunus"  # sub-folder for what engines that glob *.safetensors must not see
-FORMAT = 1
-
-
-class Fingerprint(BaseModel):
-    """`verification.Probe.to_json`."""
-
-    model_config = ConfigDict(extra="forbid")
-    ids: list[list[int]]
-    generated: list[int]
-    dtype: Literal["float32", "bfloat16", "float16"]
-    logsumexp: list[list[float]]
-    top_ids: list[list[list[int]]]
-    top_logits: list[list[list[float]]]
-
-
-class Side(BaseModel):
-    """Sizes and counts of a model before or after."""
-
-    model_config = ConfigDict(extra="allow")
-    shape: dict[str, Any]
-    params: int
-    block_params: int
-
-
-class Manifest(BaseModel):
-    """prunus.json: where a checkpoint came from, what was done to it, and what it computes."""
-
-    model_config = ConfigDict(extra="forbid")
-    format: int
-    created: str
-    versions: dict[str, str]
-    commit: str | None
-    source: dict[str, Any]
-    method: dict[str, Any]
-    calibration: dict[str, Any] | None
-    before: dict[str, Any]
-    after: dict[str, Any]
-    ratios: dict[str, float]
-    notes: list[str]
-    seconds: dict[str, float]
-    weights_sha256: str
-    fingerprint: dict[str, Any]
-    verified: dict[str, Any]
-
-    @field_validator("before", "after")
-    @classmethod
-    def _check_side(cls, value: dict[str, Any]) -> dict[str, Any]:
-        Side.model_validate(value)
-        return value
-
-    @field_validator("fingerprint")
-    @classmethod
-    def _check_fingerprint(cls, value: dict[str, Any]) -> dict[str, Any]:
-        Fingerprint.model_validate(value)
-        return value
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """prunus.json of a folder; UserError if it is missing or not what we write."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder}: no {MANIFEST} here; this is not a checkpoint that prunus wrote")
-    try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg']}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text") from error
 
 
 def read_keep(folder: Path) -> Keep | None:
     """keep.json of a folder; None for a checkpoint whose decision is a mask and nothing else."""
     path = folder / DECISION
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object")
+    data = table_of(path)
     return None if "mask" in data and "keep" not in data else Keep.from_json(data, str(path))
 
 

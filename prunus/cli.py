@@ -358,7 +358,7 @@ def run(arguments: list[str]) -> int:
     except (UserError, VerificationError) as error:
         return _fail(str(error), 2 if isinstance(error, UserError) else 3, "--json" in arguments)
     except _ClickException as error:
-        if not arguments:
+        if error.format_message().startswith("Usage: "):  # a command that has commands, and was given none: its help
             print(error.format_message())
             return 2
         return _fail(error.format_message().rstrip("."), 2, "--json" in arguments)

@@ -28,6 +28,7 @@ from .network import offline
 from .oneshot import one_shot_
 from .place import locked, staged_files
 from .planning import Plan, Request
+from .reading import json_of
 from .source import DTYPES, Source
 
 if TYPE_CHECKING:
@@ -221,10 +222,7 @@ def check_folder(out: Path, about: Mapping[str, Any]) -> None:
             raise UserError(f"{out}: is not a comparison that prunus wrote; give another --out")
         record.check_place(out / RUNS, "out")
         return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}; give another --out") from error
+    found = json_of(path, "give another --out")
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path}: not a comparison of format {FORMAT}; give another --out")
     for name, what in (("source_sha256", "source"), ("evaluation", "evaluation text"), ("dtype", "dtype")):

@@ -6,13 +6,28 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+_LONGEST = 1600  # characters of a message; more of it are of a hostile name
+
 
 class UserError(ValueError):
     """A wrong input. The command line prints the message alone and exits with code 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 class VerificationError(RuntimeError):
     """A saved checkpoint does not behave like the model it was saved from. Exit code 3; nothing is left behind."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Text that stays on its line, is not endless, and tells a terminal nothing: names in it may be another's choice."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from .data.text import rows_of
 from .errors import UserError
 from .place import staged_files
-from .tables import win_rate
+from .tables import cell, fenced, win_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,9 +45,9 @@ def write_page(path: Path, models: Sequence[Mapping[str, Any]], asked: Sequence[
     for other, said in models[0].get("judged", {}).items():
         lines += [f"{_plain(models[0]['model'])} against {_plain(other)}: {win_rate(said)}.", ""]
     for i, prompt in enumerate(asked):
-        lines += [f"## {i + 1}", "", *_fenced(prompt), ""]
+        lines += [f"## {i + 1}", "", *fenced(prompt), ""]
         for row in models:
-            lines += [f"**{_plain(row['model'])}**", "", *_fenced(row["written"][i]), ""]
+            lines += [f"**{_plain(row['model'])}**", "", *fenced(row["written"][i]), ""]
         for other, said in models[0].get("judged", {}).items():
             lines += [f"{_plain(models[0]['model'])} against {_plain(other)}: {said['each'][i]}", ""]
     with staged_files(path) as (stage,):
@@ -56,13 +55,7 @@ def write_page(path: Path, models: Sequence[Mapping[str, Any]], asked: Sequence[
 
 
 def _plain(name: str) -> str:
-    return name.replace("*", "").replace("`", "")
-
-
-def _fenced(text: str) -> list[str]:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return [f"{fence}text", text, fence]
+    return cell(name.replace("*", "").replace("`", ""))
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, label: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 
+_MAX_TEXT = 1 << 26  # bytes of one text in a GGUF header; chat templates have thousands
 _MAX_HEADER = 100_000_000  # bytes; the limit that the safetensors library itself sets
 
 
@@ -50,8 +51,10 @@ def safetensors_entries(path: Path) -> dict[str, Entry]:
                 if name != "__metadata__":
                     shape = tuple(int(n) for n in said["shape"])
                     start, end = (8 + length + int(n) for n in said["data_offsets"])
+                    if not 8 + length <= start <= end or min(shape, default=0) < 0:
+                        raise ValueError(f"'{name}' lies from byte {start} to {end}, with shape {list(shape)[:8]}")
                     entries[name] = Entry(path, str(said.get("dtype")), shape, start, end)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{path}: the safetensors header is corrupt ({error}); fetch the file again") from error
     promised = max((entry.end for entry in entries.values()), default=8 + length)
     if promised != size:
@@ -77,11 +80,20 @@ class _Reader:
             raise UserError(f"{self.path}: the GGUF file ends inside its header ({self.size} bytes); fetch it again")
         return data
 
+    def skip(self, count: int) -> None:
+        """Go on behind bytes that are not looked at, and need no memory."""
+        if self.file.tell() + count > self.size:
+            self.take(-1)
+        self.file.seek(count, 1)
+
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
 
     def text(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+        count = self.scalar("Q")
+        if _MAX_TEXT < count <= self.size:
+            raise UserError(f"{self.path}: the GGUF header has a text of {count:,} bytes; the file is corrupt")
+        return self.take(count).decode("utf-8", errors="replace")
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in _GGUF_SCALARS:
@@ -91,7 +103,7 @@ class _Reader:
         if kind == _GGUF_ARRAY and depth < 4:
             inner, count = self.scalar("I"), self.scalar("Q")
             if inner in _GGUF_SCALARS:
-                self.take(count * struct.calcsize(_GGUF_SCALARS[inner]))
+                self.skip(count * struct.calcsize(_GGUF_SCALARS[inner]))
             else:
                 for _ in range(count):
                     self.value(inner, depth + 1)
@@ -127,7 +139,9 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
             except ValueError as error:
                 raise UserError(f"{path}: a tensor has unknown GGUF type {kind}; the file is corrupt or too new") from error
             end = max(end, offset + elements // block * block_bytes)
-        align = metadata.get("general.alignment") or 32
+        align = metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1:
+            raise UserError(f"{path}: general.alignment is {align!r}, which is no number of bytes; the file is corrupt")
         start = -(-file.tell() // align) * align
     if start + end > size:
         raise UserError(

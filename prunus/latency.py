@@ -25,6 +25,7 @@ from .anatomy import Anatomy
 from .errors import UserError
 from .keep import Keep
 from .place import staged_files
+from .reading import json_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -159,15 +160,18 @@ class Table:
         return replace(self, entries=entries)
 
 
+_PARTS = ("key", "entries")  # of a table
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"format": FORMAT, "tables": {}}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the latency table is not readable as JSON: {error}; delete it") from error
+    data = json_of(path, "delete it")
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("tables"), dict):
         raise UserError(f"{path}: not a latency table of format {FORMAT}; delete it")
+    parts = [table.get(part) if isinstance(table, dict) else None for table in data["tables"].values() for part in _PARTS]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path}: the latency table has a part without {' and '.join(_PARTS)}; delete it")
     return data
 
 

@@ -7,7 +7,6 @@ intervals [first, end), so that two runs can be told to have seen the same, disj
 from __future__ import annotations
 
 import base64
-import json
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from .errors import UserError
 from .place import staged_files
+from .reading import json_of
 
 FORMAT: Literal[1] = 1
 LEDGER = "ledger.json"
@@ -157,6 +157,12 @@ class Stage(_Strict):
     flops: dict[Kind, Annotated[int, Field(ge=0)]] = {}
     teacher_cache: str | None = None  # the teacher's were spent when this was written, maybe for other runs too
 
+    @model_validator(mode="after")
+    def _named(self) -> Stage:
+        if alien := self.consumed.keys() - self.data.keys():
+            raise ValueError(f"consumed names domain '{sorted(alien)[0]}', which is not among the stage's data")
+        return self
+
     def consume(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         """Count the `ranges` of a `Batch`."""
         for domain, first, end in ranges:
@@ -276,13 +282,11 @@ class Ledger(_Strict):
             reason = f"there is no {LEDGER} in it" if path.is_dir() else "no such file or folder"
             raise UserError(f"{path}: {reason}; give a checkpoint that prunus trained, or its {LEDGER}")
         try:
-            return cls.model_validate(json.loads(found.read_text(encoding="utf-8")))
+            return cls.model_validate(json_of(found))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "as a whole"
             raise UserError(f"{found}: is no ledger ({where}: {first['msg']})") from error
-        except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"{found}: cannot be read as JSON ({str(error).splitlines()[0]})") from error
 
 
 # -- two runs -----------------------------------------------------------------------------------------------------------

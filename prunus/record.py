@@ -16,7 +16,9 @@ from typing import Any
 
 from .errors import UserError
 from .place import NO_LOCKS
+from .reading import bytes_of, rows_of
 
+_MEND = "remove it and run again what it stood for"  # a line
 _PACKAGES = ("prunus", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -113,7 +115,7 @@ def _end(content: bytes) -> tuple[int, bytes]:
         return len(content), b""
     try:
         json.loads(last)
-    except ValueError:
+    except (ValueError, RecursionError):
         return len(content) - len(last), b""
     return len(content), b"\n"
 
@@ -130,12 +132,9 @@ def check_place(path: Path, what: str = "record") -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """All records of a file, oldest first, but for half a line that a killed process left at its end; UserError names another."""
     records = []
-    content = path.read_bytes()
-    whole = content[: _end(content)[0]]
-    for number, line in enumerate(whole.split(b"\n"), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}: line {number} is not JSON; remove it and run again what it stood for") from error
+    content = bytes_of(path, _MEND)
+    for number, line in rows_of(content[: _end(content)[0]], str(path), _MEND):
+        if not isinstance(line, dict):
+            raise UserError(f"{path}: line {number} is no record, which is an object; {_MEND}")
+        records.append(line)
     return records

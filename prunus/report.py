@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .methods import METHODS, Method
-from .tables import big, flags, markdown, number
+from .tables import big, cell, flags, markdown, number
 
 DENSE = "dense"
 _UNSTEADY = 0.15  # times further apart than this say that something else was running
@@ -212,9 +212,9 @@ def _cell(spread: Spread | None, without: str) -> str:
 def comparison_page(result: Mapping[str, Any], picture: str) -> str:
     """The page beside the records."""
     header, rows = comparison_table(result)
-    rows = [[row[0], f"`{row[1]}`" if row[1] else "", *row[2:]] for row in rows]
-    title = f"# {result['about']['source']}: methods compared"
+    rows = [[cell(row[0]), f"`{cell(row[1])}`" if row[1] else "", *map(cell, row[2:])] for row in rows]
+    title = f"# {cell(result['about']['source'])}: methods compared"
     picture_line = f"![perplexity against size, FLOPs and time]({picture})"
-    return "\n".join([title, "", *markdown(header, rows, left=2), "", *(f"- {note}" for note in result["notes"])]) + (
+    return "\n".join([title, "", *markdown(header, rows, left=2), "", *(f"- {cell(note)}" for note in result["notes"])]) + (
         f"\n\n{picture_line}\n"
     )

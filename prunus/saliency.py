@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from .criteria import Scores
 from .errors import UserError
 from .headers import safetensors_shapes
+from .reading import table_of
 
 SCORES = "scores.safetensors"
 
@@ -49,10 +49,4 @@ def load_measured(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return data
+    return table_of(path)

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+from .reading import parsed, tail
+
 SEAL = "seal"
 
 
@@ -17,13 +20,13 @@ def sealed(data: Mapping[str, Any]) -> str:
     return json.dumps(plain | {SEAL: _digest(plain)}, allow_nan=False) + "\n"
 
 
-def unsealed(text: str) -> dict[str, Any]:
-    """What `sealed` was given; ValueError for what is no JSON object, or was changed. Without a seal it is of an older version."""
-    data = json.loads(text)
+def unsealed(text: str, where: str = "", mend: str = "") -> dict[str, Any]:
+    """What `sealed` was given; UserError for what is no object, or was changed. Without a seal it is of an older version."""
+    data = parsed(text, where, mend)
     if not isinstance(data, dict):
-        raise ValueError("no JSON object")
+        raise UserError(f"{where}: expected a JSON object, got {type(data).__name__}{tail(mend)}")
     if data.pop(SEAL, None) not in (None, _digest(data)):
-        raise ValueError("it was changed since it was written (SHA-256)")
+        raise UserError(f"{where}: was changed since it was written (SHA-256){tail(mend)}")
     return data
 
 

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from . import heap, hf
 from .anatomy import Anatomy
 from .errors import UserError, unknown
 from .headers import Entry, gguf_metadata, safetensors_entries, sha256
 from .hf import quiet
+from .manifest import MANIFEST
+from .reading import check_regular, first_line, table_of
 from .sealed import stamp
 from .tensorfiles import Stored, check_finite, same_bytes
 
@@ -25,8 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, StrictDataclassError)
-MANIFEST = "prunus.json"  # what a folder says of itself that prunus cut
+UNREADABLE = (  # what the libraries raise over a config, weights or a tokenizer that are wrong
+    ValueError, OSError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError, StrictDataclassError,
+    SafetensorError,
+)  # fmt: skip
 QUANTIZED = "quantized.json"  # how a folder with fewer bits was made
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What llama.cpp calls a pre-tokenizer, where transformers' conversion drops it: these split digits one by one first.
@@ -72,7 +77,7 @@ class Source:
 
     @cached_property
     def _quantization(self) -> dict[str, Any]:
-        found = None if self.kind == "gguf" else _json(self.path / "config.json").get("quantization_config")
+        found = None if self.kind == "gguf" else table_of(self.path / "config.json").get("quantization_config")
         return found if isinstance(found, dict) else {}
 
     @property
@@ -92,12 +97,14 @@ class Source:
             return [self.path]
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            shards = _json(index).get("weight_map")
+            shards = table_of(index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
                 raise UserError(f"{index}: weight_map must say for every tensor which file holds it; the index is corrupt")
             names = sorted(set(shards.values()))
             if any(Path(name).name != name for name in names):
                 raise UserError(f"{index}: a shard's name leaves the folder; the index is corrupt")
+            if wrong := [name for name in names if not name.endswith(".safetensors")]:
+                raise UserError(f"{index}: its shard {wrong[0]!r} is no safetensors file; the index is corrupt")
             return [self.path / name for name in names]
         return [self.path / "model.safetensors"]
 
@@ -107,7 +114,7 @@ class Source:
         found = sha256(self.weight_files)
         if self._stamps != [stamp(file) for file in self.weight_files]:
             raise UserError(f"{self.name}: its weights were changed while they were read; run this again")
-        told = _json(self.path / MANIFEST).get("weights_sha256") if (self.path / MANIFEST).is_file() else None
+        told = table_of(self.path / MANIFEST).get("weights_sha256") if (self.path / MANIFEST).is_file() else None
         if told not in (None, found):
             raise UserError(
                 f"{self.name}: its weights are not those that prunus wrote there (SHA-256); prune again, or delete its {MANIFEST} "
@@ -132,20 +139,22 @@ class Source:
                     config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
                     return _clean(config)
                 return AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
-        except _UNREADABLE as error:
-            from .families import family_of
-
+        except UNREADABLE as error:
             model_type = self.metadata.get("general.architecture")
             if self.kind != "gguf":
-                model_type = _json(self.path / "config.json").get("model_type")
+                model_type = table_of(self.path / "config.json").get("model_type")
             if isinstance(model_type, str):
-                family_of(model_type)  # an unknown family has a better sentence
-            raise UserError(f"{self.name}: the config cannot be read: {_first_line(error)}") from error
+                self._check_family(model_type)  # an unknown one has a better sentence
+            raise UserError(f"{self.name}: the config cannot be read: {first_line(error)}") from error
 
     @cached_property
     def anatomy(self) -> Anatomy:
         """Axes and counts, from the config alone."""
-        anatomy = Anatomy.of(self.config)
+        config = self.config
+        try:
+            anatomy = Anatomy.of(config)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
         if self.kind != "gguf" and not self.is_quantized:  # whose tensors have names of the library that packed them
             self._check_shapes(anatomy)
         return anatomy
@@ -154,14 +163,13 @@ class Source:
         config = self.path / "config.json"
         if not config.exists():
             raise UserError(f"{self.name}: no config.json in this folder; a Hugging Face model folder has one")
-        from .families import family_of
-
-        model_type = _json(config).get("model_type")
+        check_regular(self.path)
+        model_type = table_of(config).get("model_type")
         if not isinstance(model_type, str):
             raise UserError(f"{config}: model_type is {model_type!r}; a model's config names its type")
-        family_of(model_type)
+        self._check_family(model_type)
         for file in self.weight_files:
-            if not file.exists():
+            if not file.is_file():
                 pickled = [p.name for pattern in PICKLED for p in self.path.glob(pattern)]
                 why = (
                     f"only {pickled[0]}, which would have to be unpickled; convert it to safetensors" if pickled else "none"
@@ -169,13 +177,21 @@ class Source:
                 raise UserError(f"{self.name}: {file.name} is missing, found {why}")
         self._check_depth()
 
+    def _check_family(self, model_type: str) -> None:
+        from .families import family_of
+
+        try:
+            family_of(model_type)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+
     @cached_property
     def _saved(self) -> dict[str, Entry]:
         return {name: entry for file in self.weight_files for name, entry in safetensors_entries(file).items()}
 
     def _check_depth(self) -> None:
         """UserError for a depth that the files cannot have: transformers and we build a thing a layer before any check."""
-        data = _json(self.path / "config.json")
+        data = table_of(self.path / "config.json")
         text = data.get("text_config")
         depth = (text if isinstance(text, dict) else data).get("num_hidden_layers")
         if isinstance(depth, int) and depth > len(self._saved):
@@ -230,6 +246,8 @@ class Source:
             except OSError:
                 implied = {"config_file_name": "config.json", "_from_model_config": True}
                 return read(str(self.path), local_files_only=True, **implied)
+            except UNREADABLE as error:
+                raise UserError(f"{self.name}: generation_config.json cannot be read: {first_line(error)}") from error
 
     def load(self, dtype: str = "float32") -> PreTrainedModel:
         """Read the weights; UserError if any is NaN or infinite."""
@@ -251,8 +269,8 @@ class Source:
         try:
             with quiet():
                 model = AutoModelForCausalLM.from_pretrained(path, config=self.config, dtype=DTYPES[dtype], **where)
-        except _UNREADABLE as error:
-            raise UserError(f"{self.name}: the weights cannot be read: {_first_line(error)}") from error
+        except UNREADABLE as error:
+            raise UserError(f"{self.name}: the weights cannot be read: {first_line(error)}") from error
         if self.kind == "gguf":
             model.config = self.config
             model.generation_config._from_model_config = False
@@ -287,7 +305,7 @@ class Source:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(path, **where)
         except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise UserError(f"{self.name}: the tokenizer cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{self.name}: the tokenizer cannot be read: {first_line(error)}") from error
         if not tokenizer.is_fast:
             raise UserError(f"{self.name}: the tokenizer has no tokenizer.json; save a fast one into the folder")
         if self.kind == "gguf":
@@ -322,24 +340,10 @@ def _snapshot(name: str, online: bool) -> Path:
             return Path(snapshot_download(name, local_files_only=not online, allow_patterns=patterns))
     except (OSError, ValueError, HFValidationError) as error:
         if online:
-            raise UserError(f"{name}: not a local folder, and the hub did not give it: {_first_line(error)}") from error
+            raise UserError(f"{name}: not a local folder, and the hub did not give it: {first_line(error)}") from error
         raise UserError(
             f"{name}: no such file or folder, and not in the local Hugging Face cache; --online would download it"
         ) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {_first_line(error)}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _clean(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -42,6 +42,19 @@ def flags(request: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table, or on its line, and begins no tag, link or picture."""
+    text = " ".join(text.replace("\\", "\\\\").splitlines())
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
+
+
+def fenced(text: str, kind: str = "text") -> list[str]:
+    """Lines of a code block that nothing in the text can close."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{kind}", text, fence]
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
     """A table: the first `left` columns left, the others right."""
     align = ["---"] * left + ["---:"] * (len(header) - left)

@@ -5,7 +5,6 @@ Of one run that cuts its model there is more: `shrink_plots`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import plots, record, shrink_plots
 from .errors import UserError
 from .place import staged_files
-from .train import log
+from .train.listing import logged
 from .train.opening import RECIPE, RECORD
 
 if TYPE_CHECKING:
@@ -44,10 +43,7 @@ class Curve:
     @classmethod
     def read(cls, folder: Path) -> Curve:
         """UserError if nothing was logged yet."""
-        try:
-            lines = [json.loads(text) for text in log.lines(folder)]
-        except ValueError as error:
-            raise UserError(f"{folder / log.LOG}: not readable as JSON lines: {error}") from error
+        lines = logged(folder)
         updates = [(line["tokens"], line["loss"], line["lr"], line["flops"]) for line in lines if "loss" in line]
         if not updates:
             raise UserError(f"{folder}: this run has logged nothing yet")

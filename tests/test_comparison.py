@@ -205,7 +205,7 @@ def test_a_truncated_line_is_named_and_half_a_line_at_the_end_is_done_again(tmp_
     with path.open("a") as file:
         file.write('{"kind": "comp\n')
     code, _, err = ask(tmp_path / "cmp", "shortgpt")
-    assert code == 2 and re.search(r"runs.jsonl: line 3 is not JSON; remove it", err)
+    assert code == 2 and re.search(r"runs.jsonl: line 3: not readable as JSON: .*; remove it", err)
 
 
 # -- what is asked ------------------------------------------------------------------------------------------------------

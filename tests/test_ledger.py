@@ -248,7 +248,7 @@ def test_wrong_inputs(tmp_path):
     (tmp_path / "empty").mkdir()
     good = json.loads(family()[0].model_dump_json())
     spoilt = {
-        "json": ("{", "cannot be read as JSON"),
+        "json": ("{", "not readable as JSON"),
         "format": (json.dumps(good | {"format": 7}), r"is no ledger (format: "),
         "field": (json.dumps(good | {"colour": 1}), r"is no ledger (colour: "),
         "kind": (json.dumps(good | {"stages": [{"name": "x", "flops": {"trian": 1}}]}), r"is no ledger (stages.0.flops."),

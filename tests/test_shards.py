@@ -113,7 +113,7 @@ def test_broken_manifests(copy, name):
 def test_manifests_that_are_not_there(copy, tmp_path):
     path = copy / "manifest.json"
     path.write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json: is not JSON \("):
+    with pytest.raises(UserError, match=r"manifest.json: not readable as JSON: "):
         Manifest.read(copy)
     path.rename(copy / "progress.json")
     with pytest.raises(UserError, match="is not finished; run the same prunus data prepare again, it goes on where it was"):

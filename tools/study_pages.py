@@ -8,7 +8,7 @@ from pathlib import Path
 from prunus.study import formats, page
 from prunus.study.charts import Series, alone, leads
 from prunus.study.results import LOSS, Results, load
-from prunus.tables import markdown
+from prunus.tables import cell, fenced, markdown
 
 READING = "reading.md"  # what people make of it, beside the records
 _MOST = 12  # figures of a page
@@ -28,9 +28,9 @@ def pages(recorded: Path, docs: Path) -> dict[Path, str]:
 
 def _text(folder: Path, found: Results, drawn: page.Page, figures: list[tuple[str, page.Drawn]]) -> str:
     reading = folder / READING
-    lines = [f"# {found.name}", "", "Written by `make results` from recorded runs; nobody typed a number.", ""]
+    lines = [f"# {cell(found.name)}", "", "Written by `make results` from recorded runs; nobody typed a number.", ""]
     lines += [f"- {name}: {value}" for name, value in drawn.facts] + [""]
-    lines += [f"> {note}" for note in drawn.notes] + [""]
+    lines += [f"> {cell(note)}" for note in drawn.notes] + [""]
     if reading.is_file():
         lines += [reading.read_text(encoding="utf-8").strip(), ""]
     tables = formats.tables(found)
@@ -38,16 +38,16 @@ def _text(folder: Path, found: Results, drawn: page.Page, figures: list[tuple[st
         lines += _table(table)
     lines += ["## Figures", ""]
     for name, one in figures:
-        lines += [f"**{one.title}**{f' ({one.note})' if one.note else ''}", "", f"![{one.title}]({name})", ""]
+        lines += [f"**{cell(one.title)}**{f' ({one.note})' if one.note else ''}", "", f"![{cell(one.title)}]({name})", ""]
     for table in tables[1:]:
         lines += _table(table)
-    lines += ["## The study's file", "", "```yaml", dict(drawn.sources)["The study's file"].rstrip(), "```", ""]
+    lines += ["## The study's file", "", *fenced(dict(drawn.sources)["The study's file"].rstrip(), "yaml"), ""]
     return "\n".join(lines)
 
 
 def _table(table: formats.Table) -> list[str]:
-    rows = [[formats.cell(cell) for cell in row] for row in table.rows]
-    return [f"## {table.title}", "", *markdown([*table.header], rows, left=table.left), ""]
+    rows = [[cell(one) for one in row] for row in table.rows]
+    return [f"## {table.title}", "", *markdown([*map(cell, table.header)], rows, left=table.left), ""]
 
 
 FRONT = {  # protocol -> what the front page calls it

@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import UserError
 from ..headers import sha256
 from ..place import staged_files
+from ..reading import text_of
 from ..sealed import sealed, stamp, unsealed
 from .encode import Coding, Encoded, die_with_parent, encode, limits
 from .shards import DTYPES, MANIFEST, PROGRESS, RANGE_NAME, SMALL_VOCAB, TOKENIZER, Manifest, Origin
@@ -221,7 +222,7 @@ def _begin(out: Path, work: Manifest, tokenizer: PreTrainedTokenizerBase) -> dic
         left.unlink()
     if path.exists():
         try:
-            state = unsealed(path.read_text(encoding="utf-8"))
+            state = unsealed(text_of(path))
             asked = state["asked"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: is broken; remove the folder and begin again") from error

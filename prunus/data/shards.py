@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import UserError, unknown
 from ..headers import sha256
 from ..place import staged_files
+from ..reading import first_line, json_of, text_of
 from ..sealed import stamp
 
 FORMAT: Literal[1] = 1
@@ -122,19 +123,15 @@ class Manifest(_Strict):
                     f"{folder}: is not finished; run the same prunus data prepare again, it goes on where it was"
                 )
             raise UserError(f"{folder}: there is no {MANIFEST} in it, so it is no prepared data; see prunus data prepare")
+        data = json_of(path, "prepare the data again")
+        if isinstance(data, dict) and data.get("format") != FORMAT:
+            raise UserError(f"{path}: format {data.get('format')} is not known, only {FORMAT}; prepare the data again")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(data, dict) and data.get("format") != FORMAT:
-                raise UserError(f"{path}: format {data.get('format')} is not known, only {FORMAT}; prepare the data again")
             return cls.model_validate(data)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "as a whole"
             raise UserError(f"{path}: is no manifest ({where}: {first['msg']}); prepare the data again") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: is not JSON ({str(error).splitlines()[0]}); prepare the data again") from error
 
     def write(self, folder: Path) -> None:
         """Write it, all or nothing."""
@@ -221,6 +218,11 @@ class Shards:
         out = np.empty(end - first, np.int64)
         for i, start, a, b in self._pieces(first, end):
             out[start + a - first : start + b - first] = self._ids(i)[a:b]
+        if len(out) and (most := int(out.max())) >= self.manifest.vocab_size:
+            raise UserError(
+                f"{self.folder}: range '{self.range}' has token {most} between {first} and {end}, but the manifest's vocabulary "
+                f"ends at {self.manifest.vocab_size - 1}; prepare the data again"
+            )
         return out
 
     def document_starts(self, first: int, end: int) -> np.ndarray:
@@ -228,7 +230,7 @@ class Shards:
         first, end = self._bounds(slice(first, end))
         found = []
         for i, start, a, b in self._pieces(first, end):
-            starts = self._map(self.shards[i].starts, STARTS)
+            starts = self._starts(i)
             low, high = np.searchsorted(starts, np.array([a, b], np.uint64))
             found.append(starts[low:high].astype(np.int64) + start)
         return np.concatenate(found) if found else np.empty(0, np.int64)
@@ -252,6 +254,15 @@ class Shards:
 
     def _ids(self, i: int) -> np.ndarray:
         return self._map(self.shards[i].file, DTYPES[self.manifest.dtype])
+
+    def _starts(self, i: int) -> np.ndarray:
+        name = self.shards[i].starts
+        if name in self._maps:
+            return self._maps[name]
+        starts = self._map(name, STARTS)  # looked through once: a document that begins before its own end is read for ever
+        if len(starts) and (starts[0] != 0 or starts[-1] >= self.shards[i].tokens or (starts[1:] <= starts[:-1]).any()):
+            raise UserError(f"{self.folder / name}: starts of documents do not ascend; prepare the data again")
+        return starts
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         path = self.folder / name
@@ -289,7 +300,11 @@ def prepared_documents(place: str) -> Iterator[str] | None:
 def _decoded(folder: Path, opened: list[Shards]) -> Iterator[str]:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    told = text_of(folder / TOKENIZER, "prepare the data again")
+    try:
+        tokenizer = Tokenizer.from_str(told)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(f"{folder / TOKENIZER}: cannot be read: {first_line(error)}; prepare the data again") from error
     for shards in opened:
         first = 0
         while first < shards.num_tokens:

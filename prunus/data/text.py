@@ -49,9 +49,9 @@ def rows_of(path: Path, what: str, *, line: str | None = None) -> list[Any]:
 
     UserError, which begins with `what`, for a file that cannot be read so; a .json file that is no list has no rows.
     """
-    if not path.is_file():
-        raise UserError(f"{what}: {path}: no such file or folder")
     try:
+        if not path.is_file():
+            raise UserError(f"{what}: {path}: no such file or folder")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what}: {path} cannot be read as text ({error})") from None
@@ -62,7 +62,7 @@ def rows_of(path: Path, what: str, *, line: str | None = None) -> list[Any]:
         if line is not None and path.suffix.lower() != ".json":
             return [{line: one} for one in lines]
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what}: {path} is no JSON ({error})") from None
     return found if isinstance(found, list) else []
 

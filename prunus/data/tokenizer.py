@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..reading import check_regular, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,13 +28,14 @@ def open_tokenizer(name: str, *, online: bool = False) -> PreTrainedTokenizerBas
         raise UserError(f"{name}: no such file or folder; give a folder with tokenizer.json (--online allows a hub name)")
     if folder.exists() and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name}: there is no tokenizer.json in it; give a model's folder, or one of prunus data tokenizer")
+    if folder.exists():
+        check_regular(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder) if folder.exists() else name, local_files_only=not online, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{name}: the tokenizer cannot be read: {reason}") from error
+        raise UserError(f"{name}: the tokenizer cannot be read: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{name}: the tokenizer has no tokenizer.json; save a fast one into the folder")
     if tokenizer.eos_token_id is None:

@@ -160,25 +160,33 @@ def _results(paths: Sequence[Path], sha256: str) -> tuple[list[dict[str, Any]], 
     for path in paths:
         if not path.is_file():
             raise UserError(f"card: {path}: no such file or folder; records come from prunus eval --record")
-        rows = [row for row in record.read(path) if row.get("kind") == "eval"]
+        rows = [row for row in record.read(path) if row.get("kind") == "eval" and isinstance(row.get("figures"), dict)]
         own = [row for row in rows if row["figures"].get("weights_sha256") == sha256]
         if not own:
             raise UserError(f"card: {path} has no record of prunus eval on these weights ({sha256[:16]})")
-        for row in own:
-            for text in row["figures"].get("texts", ()):
-                drawn = text["text"]
-                value = "above e^700" if text["perplexity"] is None else f"{text['perplexity']:.4g}"
-                key = f"{drawn['sha256']} {row['recipe']['dtype']}"
-                texts[key] = {
-                    "text": drawn["source"], "windows": f"{drawn['windows']} x {drawn['seq_len']}", "perplexity": value,
-                    "bits": f"{text['bits_per_byte']:.4f}", "dtype": row["recipe"]["dtype"],
-                }  # fmt: skip
-            for name, task in row["figures"].get("tasks", {}).items():
-                for metric in (m for m in task if m != "metric"):
-                    tasks[f"{name} {metric}"] = _score(name, metric, task[metric])
-            for name, mean in row["figures"].get("means", {}).items():
-                tasks[f"mean {name}"] = _score(f"mean of {name}", "", mean)
+        try:
+            _add_(texts, tasks, own)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"card: {path} is no record of prunus eval ({type(error).__name__}: {error})") from error
     return list(texts.values()), list(tasks.values())
+
+
+def _add_(texts: dict[str, dict[str, Any]], tasks: dict[str, dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Changes `texts` and `tasks`: what the rows say of them."""
+    for row in rows:
+        for text in row["figures"].get("texts", ()):
+            drawn = text["text"]
+            value = "above e^700" if text["perplexity"] is None else f"{text['perplexity']:.4g}"
+            key = f"{drawn['sha256']} {row['recipe']['dtype']}"
+            texts[key] = {
+                "text": drawn["source"], "windows": f"{drawn['windows']} x {drawn['seq_len']}", "perplexity": value,
+                "bits": f"{text['bits_per_byte']:.4f}", "dtype": row["recipe"]["dtype"],
+            }  # fmt: skip
+        for name, task in row["figures"].get("tasks", {}).items():
+            for metric in (m for m in task if m != "metric"):
+                tasks[f"{name} {metric}"] = _score(name, metric, task[metric])
+        for name, mean in row["figures"].get("means", {}).items():
+            tasks[f"mean {name}"] = _score(f"mean of {name}", "", mean)
 
 
 def _score(name: str, metric: str, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def push(folder: Path, repo: str, *, private: bool, online: bool) -> dict[str, A
         raise UserError(f"push: {folder} has no config.json; give a checkpoint folder")
     if not (folder / NAME).is_file():
         raise UserError(f"push: {folder} has no {NAME}; prunus card {folder} writes one")
+    if link := next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None):
+        raise UserError(f"push: {link} is a link, and what it leads to may be no part of the model; put a file there")
     if (folder / checkpoint.MANIFEST).is_file():
         checkpoint.verify(folder)
     from huggingface_hub import HfApi

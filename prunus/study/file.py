@@ -29,6 +29,7 @@ from ..appraisal import Question
 from ..bench import Asked
 from ..errors import UserError, nearest, unknown
 from ..planning import Request
+from ..reading import text_of, yaml_of
 from ..train import recipe as recipes
 from ..train.recipe import Recipe
 
@@ -308,14 +309,12 @@ def _parsed(path: Path) -> StudyFile:
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; give a study's .yaml file")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
+        data = yaml_of(text_of(path), str(path), _Once)
         return StudyFile.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {recipes.sentence(error, data, StudyFile)}") from error
     except _TwiceError as error:
         raise UserError(f"{path}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML") from error
 
 
 class _TwiceError(Exception):

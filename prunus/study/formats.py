@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import unknown
-from ..tables import big, markdown, scientific
+from ..tables import big, cell, markdown, scientific
 from .claims import verdicts
 from .results import COUNTS, Difference, Metric, Results, Run, Score, differences, is_loss
 
@@ -110,13 +110,8 @@ def as_markdown(found: Results) -> str:
     out = [f"# {cell(found.name)}", ""]
     for table in tables(found):
         rows = [[cell(one) for one in row] for row in table.rows]
-        out += [f"## {table.title}", "", *markdown([*table.header], rows, left=table.left), ""]
+        out += [f"## {table.title}", "", *markdown([*map(cell, table.header)], rows, left=table.left), ""]
     return "\n".join(out)
-
-
-def cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def as_latex(found: Results) -> str:

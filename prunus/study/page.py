@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from ..ledger import Ledger
 from ..place import check_files, staged_files
 from ..shrink_plots import WORDS, Shrinking
 from ..tables import big, scientific
-from ..train import log
+from ..train.listing import begun, logged
 from ..train.opening import LEDGER, RECIPE, RECORD
 from .charts import STYLE, Point, Series, chart, leads
 from .formats import Table, tables
@@ -325,8 +324,8 @@ def of_run(folder: Path) -> Page:
 
 
 def _of_run(folder: Path) -> Page:
-    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    lines = [json.loads(text) for text in log.lines(folder)]
+    recipe = begun(folder)
+    lines = logged(folder)
     done = record.read(folder / RECORD)[-1] if (folder / RECORD).is_file() else None
     updates = [line for line in lines if "loss" in line]
     watched = [line for line in lines if "validation" in line]

@@ -12,24 +12,32 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .. import record
 from ..errors import UserError
 from ..place import staged_files
-from .file import Study
+from ..reading import json_of
+from ..train import recipe as recipes
+from .file import ClaimPart, Study
 
 STUDY, RECORDS, PROOFS, INDEX = "study.json", "records.jsonl", "proofs.json", "index.sqlite"
 LOSS = ("validation", "loss")  # of the training run's own
 Metric = tuple[str, str]  # what it was measured on, and what
 
 
+_Count = Annotated[int, Field(ge=0, lt=10**36)]
+_Figure = Annotated[float, Field(gt=-1e300, lt=1e300, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True)
 class Score:
     """A figure, with the standard error that its items give it where they do."""
 
-    value: float
-    error: float | None = None
+    value: _Figure
+    error: _Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,17 @@ class Run:
     name: str
     arm: str
     place: Mapping[str, Any]
-    params: int | None
-    tokens: int
-    flops: int
-    total_tokens: int | None  # parents included; None for a released model
-    total_flops: int | None
+    params: _Count | None
+    tokens: _Count
+    flops: _Count
+    total_tokens: _Count | None  # parents included; None for a released model
+    total_flops: _Count | None
     unrecorded: tuple[str, ...]  # parents of whose training nothing is known
     scores: Mapping[Metric, Score]
     recipe_hash: str | None
     commit: str | None
-    curve: tuple[tuple[int, float], ...]  # validation loss by tokens
-    milliseconds: Mapping[str, float]  # "first token" and "a token" behind it, where they were measured
+    curve: tuple[tuple[_Count, _Figure], ...]  # validation loss by tokens
+    milliseconds: Mapping[str, _Figure]  # "first token" and "a token" behind it, where they were measured
 
     @property
     def group(self) -> str:
@@ -109,6 +117,45 @@ def is_loss(metric: Metric) -> bool:
     return metric[1] == "loss"
 
 
+class _Loose(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class _Compared(_Loose):
+    protocol: str
+    arms: Annotated[list[str], Field(min_length=2)]
+
+
+class _File(_Loose):
+    """As much of a study's file as tables read."""
+
+    compare: list[_Compared]
+    claims: list[ClaimPart] = []
+
+
+class Told(_Loose):
+    """`study.json`."""
+
+    name: str
+    file: _File
+    runs: list[str]
+
+
+class _Proof(_Loose):
+    protocol: str
+    runs: tuple[str, str]
+    holds: bool
+    why: str
+
+
+def _checked(run: Run) -> Run:
+    """The same with every field of its type; ValidationError for one that is of another, which JSON can say."""
+    return _RUN.validate_python(vars(run) | {"scores": {metric: vars(score) for metric, score in run.scores.items()}})
+
+
+_RUN, _PROOFS = TypeAdapter(Run), TypeAdapter(list[_Proof])
+
+
 @dataclass(frozen=True)
 class Results:
     """A study's folder as far as it is done."""
@@ -145,13 +192,20 @@ def load(out: Path) -> Results:
         what = "holds no study" if out.is_dir() else "no such file or folder"
         raise UserError(f"{out}: {what}; give the --out of prunus study run")
     try:
-        told = json.loads((out / STUDY).read_text(encoding="utf-8"))
+        told = json_of(out / STUDY)
+        Told.model_validate(told)
         lines = record.read(out / RECORDS) if (out / RECORDS).is_file() else []
-        runs = tuple(Run.of(line) for line in lines)
-        proofs = tuple(json.loads((out / PROOFS).read_text(encoding="utf-8"))) if (out / PROOFS).is_file() else ()
+        runs = tuple(_checked(Run.of(line)) for line in lines)
+        proofs = json_of(out / PROOFS) if (out / PROOFS).is_file() else []
+        _PROOFS.validate_python(proofs)
         done = {run.name for run in runs}
-        return Results(out, told["name"], told["file"], runs, tuple(n for n in told["runs"] if n not in done), proofs)
-    except (ValueError, KeyError, TypeError) as error:
+        missing = tuple(name for name in told["runs"] if name not in done)
+        return Results(out, told["name"], told["file"], runs, missing, tuple(proofs))
+    except ValidationError as error:
+        raise UserError(
+            f"{out}: its records cannot be read ({recipes.sentence(error, None, Told)}); run the study again"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{out}: its records cannot be read ({type(error).__name__}: {error}); run the study again"
         ) from error

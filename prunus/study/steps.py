@@ -19,6 +19,7 @@ from ..errors import UserError, unknown
 from ..job import Progress, no_progress
 from ..ledger import Ledger
 from ..place import in_turn, staged_files
+from ..reading import json_of, table_of
 from ..source import Source
 from ..train import recipe as recipes
 from ..train.opening import MODEL, RECORD, prepare
@@ -59,7 +60,7 @@ class Step:
         path = out / STEPS / f"{self.name}.json"
         told = {"kind": self.kind, "key": self.key, "needs": list(self.needs)}
         if path.is_file():
-            if json.loads(path.read_text(encoding="utf-8")) != told:
+            if json_of(path) != told:
                 raise UserError(
                     f"{out / self.place}: is of this study as it was before it was changed; give another --out, or delete it and "
                     f"{path}"
@@ -219,7 +220,7 @@ def measured_of(cell: Cell, study: Study, out: Path) -> dict[str, Any] | None:
         return None
     made = _Steps()
     path = out / made.made[made.measure(cell.shaped, study.file.measure)].place
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return table_of(path) if path.is_file() else None
 
 
 def model_of(cell: Cell, out: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, unknown
+from ..reading import bytes_of
 from .table import MEANS, TASKS, Row, Task
 
 SPLITS = ("test", "validation", "dev")
@@ -62,7 +63,7 @@ def read(folder: Path, name: str) -> Rows:
         raise UserError(
             f"task data: {folder} has no {name}/{task.split}.jsonl; put its rows there, or take them from the hub with --online"
         )
-    data = path.read_bytes()
+    data = bytes_of(path)
     rows = [_row(task, row, f"{path}:{number}") for number, row in _lines(data, path)]
     if not rows:
         raise UserError(f"task data: {path} has no rows")
@@ -75,7 +76,7 @@ def _lines(data: bytes, path: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"task data: {path}:{number} is no JSON ({error}); a task file has one object a line") from None
 
 

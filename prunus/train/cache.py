@@ -24,6 +24,7 @@ from ..data.shards import SMALL_VOCAB, Hash
 from ..errors import UserError
 from ..headers import sha256
 from ..place import staged_files
+from ..reading import json_of
 from ..record import digest
 from .feeds import Feeds
 from .loss import Likeliest, Mix
@@ -109,9 +110,9 @@ class Manifest(_Strict):
             why = f"there is no {MANIFEST} in it" if folder.is_dir() else "no such file or folder"
             raise UserError(f"{folder}: {why}; prunus teach writes what a teacher says")
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (ValidationError, ValueError, OSError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+            return cls.model_validate(json_of(path, "write it again"))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
             raise UserError(f"{path}: is nothing that prunus teach wrote ({reason}); write it again") from error
 
     def write(self, folder: Path) -> None:
@@ -210,7 +211,7 @@ class Cache:
             low, high = max(span.start, first), min(span.stop, first + shard.sequences)
             if low < high:
                 # Opened anew each time: a map that stands keeps its pages, and a run would come to hold the whole folder.
-                of_ids, of_logs = (np.load(path, mmap_mode="r") for path in files(self.folder, number))
+                of_ids, of_logs = (np.load(path, mmap_mode="r", allow_pickle=False) for path in files(self.folder, number))
                 ids.append(of_ids[low - first : high - first].astype(np.int64))
                 logs.append(of_logs[low - first : high - first].astype(np.float32))
             first += shard.sequences

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..place import staged_files
+from ..reading import bytes_of
 
 LOG = "log.jsonl"
 PART_BYTES = 16 << 20  # some 50,000 lines
@@ -47,11 +48,8 @@ def lines(run: Path | str) -> list[bytes]:
     """All whole lines, the oldest first: the last line of a running process may be half there."""
     found: list[bytes] = []
     for path in parts(run):
-        try:
-            with open(path, "rb") as file:
-                found += file.read().split(b"\n")[:-1]
-        except FileNotFoundError:
-            continue
+        if os.path.exists(path):
+            found += bytes_of(path).split(b"\n")[:-1]
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,12 @@ from ..anatomy import Anatomy
 from ..data.tokenizer import fingerprint, open_tokenizer
 from ..distributed import leads
 from ..errors import UserError
+from ..headers import safetensors_entries
 from ..keep import WeightMask
 from ..ledger import Ledger
+from ..reading import table_of
 from ..source import Source
+from ..tensorfiles import read
 from . import lora
 from .cache import Cache, wanted
 from .feeds import Feeds
@@ -150,8 +152,8 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
         record.check_place(out / RECORD, "out")
         return
     try:
-        found = json.loads((out / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = table_of(out / RECIPE)
+    except UserError as error:
         raise UserError(f"{out}: is there already and holds no run of prunus; give another --out") from error
     if found != recipe.plain():
         differing = _differing(found, recipe.plain())
@@ -170,12 +172,10 @@ def _differing(one: Any, other: Any, at: str = "") -> str:
 
 
 def _mask(folder: Path, anatomy: Anatomy) -> WeightMask:
-    from safetensors.torch import load_file
-
     path = folder / checkpoint.EXTRA / "mask.safetensors"
     if not path.is_file():
         raise UserError(f"model.mask: {folder} has no {checkpoint.EXTRA}/{path.name}; give a sparse checkpoint of prunus")
-    packed = load_file(path)
+    packed = {name: read(entry) for name, entry in safetensors_entries(path).items()}
     for name, bits in packed.items():
         if name not in anatomy.tensors or bits.numel() != -(-anatomy.tensors[name].numel // 8):
             raise UserError(f"model.mask: '{name}' of {folder} does not fit the model; give the mask of the same shape")

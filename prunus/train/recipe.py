@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..errors import UserError, nearest
+from ..reading import text_of, yaml_of
 from ..record import digest
 from .parts import DataPart, LoraPart, ModelPart, OptimizerPart, SavePart, SchedulePart, TeacherPart, ValidatePart
 from .schedule import Schedule
@@ -184,11 +184,7 @@ def change(data: dict[str, Any], changes: Sequence[str]) -> None:
         key, equals, text = one.partition("=")
         if not (key and equals):
             raise UserError(f"--set: '{one}' is not NAME=VALUE")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set: the value of '{one}' is not YAML") from error
-        put(data, key, value)
+        put(data, key, yaml_of(text, f"--set: the value of '{one}'"))
 
 
 def parse(data: Any, where: str) -> Recipe:
@@ -205,21 +201,14 @@ def load(name: str, known: Mapping[str, str]) -> dict[str, Any]:
     if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise UserError(f"{name}: no such recipe file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{name}: the recipe cannot be read: {error}") from error
+        text = text_of(path)
     else:
         if name not in known:
             raise UserError(
                 f"recipe '{name}' does not exist{nearest(name, known)}; known are {', '.join(known)}, or give a .yaml file"
             )
         text = known[name]
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{name}: not YAML{f' (line {mark.line + 1})' if mark else ''}") from error
+    data = yaml_of(text, name)
     if not isinstance(data, dict):
         raise UserError(f"{name}: a recipe is a table of fields, not {type(data).__name__}")
     return data

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..distributed import ALONE, World
 from ..errors import UserError
+from ..reading import text_of
 from ..sealed import sealed, unsealed
 
 STATE, FORMAT = "state.json", 1
@@ -109,10 +110,8 @@ def _to_disk(folder: Path) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json`; UserError if it is not what we write."""
     path = folder / STATE
-    try:
-        state = unsealed(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}; delete the folder to go on from the one before") from error
+    mend = "delete the folder to go on from the one before"
+    state = unsealed(text_of(path, mend), str(path), mend)
     if state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
     return state

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..reading import table_of
 from . import recipe as recipes
 from .opening import RECIPE
 from .recipe import Recipe
@@ -25,8 +25,8 @@ def recipe_of(run: Path, changes: Sequence[str] = (), fields: Mapping[str, Any] 
     if not run.exists():
         raise UserError(f"{OPTION}: {run}: no such file or folder; give a run that pruned while it trained")
     try:
-        data = json.loads((run / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = table_of(run / RECIPE)
+    except UserError as error:
         raise UserError(
             f"{OPTION}: {run} holds no run of prunus; give the folder of one that pruned while it trained"
         ) from error

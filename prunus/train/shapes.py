@@ -19,7 +19,7 @@ import yaml
 
 from ..anatomy import Anatomy
 from ..errors import UserError, unknown
-from ..source import Source
+from ..source import UNREADABLE, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -130,7 +130,7 @@ def _of_fields(shape: str | dict[str, Any]) -> PreTrainedConfig:
         raise UserError("model.shape: it has no model_type; give for example model_type: llama")
     try:
         return AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(f"model.shape: {str(error).strip().splitlines()[-1]}") from error
 
 

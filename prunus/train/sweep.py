@@ -12,6 +12,7 @@ from typing import Any
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..place import staged_files
+from ..reading import table_of
 from .loop import Training, train_
 from .recipe import Recipe
 
@@ -93,7 +94,7 @@ def _read(path: Path, steps: int) -> dict[float, float | None]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = table_of(path)
         return {float(rate): loss for rate, loss in data["losses"]} if data["steps"] == steps else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable; delete it, and the rates are tried again") from error

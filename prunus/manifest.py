@@ -1,0 +1,128 @@
+"""`prunus.json`: where a checkpoint came from, what was done to it, and what it computes; read as strictly as it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from .errors import UserError
+from .reading import json_of
+
+MANIFEST, FORMAT = "prunus.json", 1
+
+
+class Fingerprint(BaseModel):
+    """`verification.Probe.to_json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    ids: list[list[int]]
+    generated: list[int]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    logsumexp: list[list[float]]
+    top_ids: list[list[list[int]]]
+    top_logits: list[list[list[float]]]
+
+
+_Count = Annotated[int, Field(ge=0, lt=10**30)]
+_Figure = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Side(BaseModel):
+    """Sizes and counts of a model before or after."""
+
+    model_config = ConfigDict(extra="allow")
+    shape: dict[str, int | list[int] | bool | None]
+    params: _Count
+    block_params: _Count
+    flops: _Count
+    weight_bytes: _Count
+    kv_bytes_per_token: _Count
+
+
+class After(Side):
+    """Of a model that was cut."""
+
+    model_type: str
+
+
+class Part(BaseModel):
+    """A method and what was asked of it; of a combination, also of each part."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+    citation: str
+    deviations: list[str]
+    compensator: str
+    request: dict[str, Any]
+    block_params: dict[Literal["before", "after"], _Count] = {}
+    parts: list[Part] = []
+
+
+class Calibration(BaseModel):
+    """The windows that a cut went by."""
+
+    model_config = ConfigDict(extra="allow")
+    source: str
+    windows: _Count
+    seq_len: _Count
+    sha256: str
+
+
+class Proof(BaseModel):
+    """What a clean process said of the saved model."""
+
+    model_config = ConfigDict(extra="allow")
+    max_logit_difference: _Figure
+    streamed: bool = False
+
+
+class Manifest(BaseModel):
+    """prunus.json: where a checkpoint came from, what was done to it, and what it computes."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int
+    created: str
+    versions: dict[str, str]
+    commit: str | None
+    source: dict[str, Any]
+    method: dict[str, Any]
+    calibration: dict[str, Any] | None
+    before: dict[str, Any]
+    after: dict[str, Any]
+    ratios: dict[str, _Figure]
+    notes: list[str]
+    seconds: dict[str, _Figure]
+    weights_sha256: str
+    fingerprint: dict[str, Any]
+    verified: dict[str, Any]
+
+    @field_validator("before", "after", "method", "calibration", "verified", "fingerprint")
+    @classmethod
+    def _check(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        try:
+            if value is not None:
+                _TABLES[str(info.field_name)].model_validate(value)
+            return value
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+_TABLES: dict[str, type[BaseModel]] = {
+    "before": Side, "after": After, "method": Part, "calibration": Calibration, "verified": Proof, "fingerprint": Fingerprint,
+}  # fmt: skip
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """prunus.json of a folder; UserError if it is missing or not what we write."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}: no {MANIFEST} here; this is not a checkpoint that prunus wrote")
+    try:
+        return Manifest.model_validate(json_of(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {str(first['msg']).removeprefix('Value error, ')}") from error

@@ -1,0 +1,188 @@
+"""Small files of others: what is no file, no text, no JSON or no YAML, and records that are not what they should be."""
+
+import json
+import os
+import shutil
+import struct
+
+import checkpoints
+import numpy as np
+import pipeline
+import pytest
+import training
+
+from prunus import checkpoint, record
+from prunus.data.shards import Shards, prepared_documents
+from prunus.errors import UserError
+from prunus.export import card
+from prunus.headers import gguf_metadata, safetensors_entries
+from prunus.ledger import Ledger
+from prunus.reading import bytes_of, json_of, rows_of, table_of, yaml_of
+from prunus.source import Source
+from prunus.train.listing import begun, listed, logged
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "not readable as JSON"), (b"[" * 100_000, "nested too deeply"), (b"\xff", "can't decode byte"), (b"9" * 6000,
+        "not readable"),
+        (b"[1]", "expected a JSON object, got list"),
+    ],
+)  # fmt: skip
+def test_json_that_is_none(tmp_path, text, message):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(UserError, match=rf"x\.json: .*{message}.*; mend it") as caught:
+        table_of(tmp_path / "x.json", "mend it")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "round", "zero", "none", "."):
+        with pytest.raises(UserError, match=r"no file that can be read|no such file|cannot be read"):
+            bytes_of(tmp_path / name)
+    (tmp_path / "large").write_bytes(b"x" * 11)
+    with pytest.raises(UserError, match="11 bytes, but a file of its kind has at most 10"):
+        bytes_of(tmp_path / "large", most_bytes=10)
+
+
+def test_lines_have_numbers(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": "\\u2028 \u2028"}\n\n[1]\n', encoding="utf-8")
+    assert [number for number, _ in rows_of(path.read_bytes(), str(path))] == [1, 3]
+    with pytest.raises(UserError, match="line 3 is no record"):
+        record.read(path)
+
+
+def test_yaml_aliases_that_are_harmless():
+    assert yaml_of("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}", "x")["c"] == {"x": 1, "y": 2}
+    assert yaml_of("", "x") is None
+
+
+# -- what prunus wrote itself, and somebody changed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("after", {"model_type": None}, "after.model_type|after: "), ("before", {"params": -1}, "before"),
+        ("verified", {}, "verified"),
+        ("method", [], "method"), ("ratios", {"x": float("nan")}, "ratios"), ("calibration", {"source": 1}, "calibration"),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_other_things_in_it(tmp_path, part, value, message):
+    folder = shutil.copytree(pipeline.saved("uniform")[0], tmp_path / "out")
+    told = json.loads((folder / "prunus.json").read_text(encoding="utf-8"))
+    told[part] = told[part] | value if value and isinstance(value, dict) else value
+    (folder / "prunus.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"prunus\.json: ({message})"):
+        checkpoint.read_manifest(folder)
+
+
+def test_manifests_that_prunus_writes_are_whole():
+    for name in pipeline.SAVED:
+        checkpoint.read_manifest(pipeline.saved(name)[0])
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", '{"loss": "x", "lr": 1}', '{"loss": 1}', '{"validation": {"loss": "x"}}', '{"loss": NaN, "lr": 1}', "{"]
+)
+def test_logs_with_other_lines(tmp_path, line):
+    run = shutil.copytree(training.finished(), tmp_path / "run")
+    assert len(logged(run)) > 8 and begun(run)["tokens"] == 512
+    whole = (run / "log.jsonl").read_text(encoding="utf-8")
+    (run / "log.jsonl").write_text(f"{whole}half a li", encoding="utf-8")
+    assert listed(run)[0]["state"] == "done"
+    (run / "log.jsonl").write_text(f"{whole}{line}\n", encoding="utf-8")
+    for read in (logged, listed) if "loss" in line else (logged,):  # a table parses only what it shows
+        with pytest.raises(UserError, match=r"log\.jsonl: line \d+"):
+            read(run)
+
+
+def test_records_of_something_else(tmp_path):
+    model = shutil.copytree(pipeline.folder(), tmp_path / "model")
+    sha256 = Source.open(str(model)).sha256
+    for figures in (
+        {"texts": [3]},
+        {"texts": {}, "tasks": {"x": {"acc": None}}},
+        {"texts": [{"text": {}, "perplexity": "x"}]},
+    ):
+        line = {"kind": "eval", "recipe": {}, "figures": {"weights_sha256": sha256} | figures}
+        (tmp_path / "r.jsonl").write_text(json.dumps(line), encoding="utf-8")
+        with pytest.raises(UserError, match=r"r\.jsonl is no record of prunus eval"):
+            card.write(model, card.Given(records=(tmp_path / "r.jsonl",)))
+
+
+def test_starts_and_tokens_that_cannot_be(tmp_path):
+    data = shutil.copytree(training.data(), tmp_path / "data")
+    opened = Shards.open(data, "retrain")
+    shard = opened.shards[0]
+    starts = np.fromfile(data / shard.starts, "<u8")
+    (data / shard.starts).write_bytes(np.zeros_like(starts).tobytes())
+    with pytest.raises(UserError, match=r"starts\.bin: starts of documents do not ascend"):
+        list(prepared_documents(f"{data}:retrain") or ())
+    (data / shard.file).write_bytes(b"\xff" * (data / shard.file).stat().st_size)
+    with pytest.raises(
+        UserError, match=r"data: range 'retrain' has token 65535 between 0 and 9, but the manifest's vocabulary"
+    ):
+        Shards.open(data, "retrain")[0:9]
+
+
+def test_ledgers_that_consumed_what_they_do_not_have(tmp_path):
+    (tmp_path / "ledger.json").write_text(
+        json.dumps({"stages": [{"name": "x", "consumed": {"a": [[0, 4]]}}]}), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"ledger\.json: is no ledger \(stages\.0: .*consumed names domain 'a'"):
+        Ledger.read(tmp_path)
+
+
+def test_a_command_without_its_command_tells_what_there_is():
+    code, out, err = pipeline.cli("data")
+    assert code == 2 and out.startswith("Usage: ") and not err
+
+
+# -- headers ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offsets", [[-(2**62), 8], [4, 0], [-4, 4], [0, 2**70], [0, 10**400]])
+def test_tensors_lie_in_their_file(tmp_path, offsets):
+    header = {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": offsets},
+    }
+    (tmp_path / "x.safetensors").write_bytes(checkpoints.safetensors_with(header, b"\0" * 8))
+    with pytest.raises(UserError, match=r"x\.safetensors: (the safetensors header is corrupt|.* its header promises)"):
+        safetensors_entries(tmp_path / "x.safetensors")
+
+
+def _text(text):
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(("kind", "value"), [("I", 0), ("f", float("nan")), ("i", -32)])
+def test_alignments_that_are_none(tmp_path, kind, value):
+    code = {"I": 4, "f": 6, "i": 5}[kind]
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + _text(b"general.alignment") + struct.pack("<I" + kind, code, value)
+    (tmp_path / "x.gguf").write_bytes(head + b"\0" * 64)
+    with pytest.raises(UserError, match=r"general\.alignment is .*, which is no number of bytes"):
+        gguf_metadata(tmp_path / "x.gguf")
+
+
+def test_arrays_are_skipped_not_read(tmp_path):
+    """Of 2^60 numbers, which the file does not hold, and of as many as it does."""
+    for count, good in ((2**60, False), (2**61, False), (16, True)):
+        array = struct.pack("<IIQ", 9, 4, count) + b"\0" * 128
+        (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + _text(b"x") + array)
+        if good:
+            assert gguf_metadata(tmp_path / "x.gguf") == {"x": None}
+            continue
+        with pytest.raises(UserError, match="ends inside its header"):
+            gguf_metadata(tmp_path / "x.gguf")
+
+
+def test_json_of_any_kind(tmp_path):
+    (tmp_path / "x.json").write_text("[1, null]", encoding="utf-8")
+    assert json_of(tmp_path / "x.json") == [1, None]
