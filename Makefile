@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data  # where the texts of `make experiments` lie; see docs/protocol.md
 
-.PHONY: quickstart test coverage slow lint site results experiments studies bench clean
+.PHONY: quickstart test coverage slow lint site results experiments studies bench fuzz clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,9 @@ studies: $(VENV)/.core
 
 bench: $(VENV)/.model
 	$(BIN)/python benchmarks/oneshot.py --data $(DATA) --record results/benchmarks.jsonl
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python tools/fuzz.py --inputs 100000 --record results/fuzz.jsonl
 
 clean:
 	rm -rf $(VENV) runs site
