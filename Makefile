@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data  # where the texts of `make experiments` lie; see docs/protocol.md
 
-.PHONY: quickstart test coverage slow lint site results experiments studies bench fuzz clean
+.PHONY: quickstart test coverage slow lint site results experiments studies bench fuzz audit wheel clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,14 @@ bench: $(VENV)/.model
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python tools/fuzz.py --inputs 100000 --record results/fuzz.jsonl
+
+audit: $(VENV)/.dev  # asks a database on the network; where there is none, it says so and passes
+	-$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python tools/audit.py
+	$(BIN)/python tools/licences.py
+
+wheel: $(VENV)/.dev
+	$(BIN)/python tools/wheel.py dist
 
 clean:
 	rm -rf $(VENV) runs site
