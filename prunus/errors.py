@@ -44,6 +44,7 @@ def unknown(kind: str, word: str, known: Iterable[str], remedy: str = "") -> Use
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # names of files that the system does not take
 _MEMORY = ("allocate memory", "out of memory", "unable to mmap")  # as torch, CUDA and safetensors say it
 _LOWER = {  # what takes the memory, by command
     "eval": "lower --seq-len, or use --dtype bfloat16",
@@ -57,10 +58,12 @@ _LOWER = {  # what takes the memory, by command
 
 
 def lacking(error: Exception, command: str = "") -> tuple[str, int] | None:
-    """Sentence and exit code for a machine without room, rights or memory for a command; None for another error."""
+    """Sentence and exit code for a machine without room, rights, memory or such names for a command; None for another error."""
     if isinstance(error, OSError) and error.errno in _DISK:
         where = error.filename or "a file cannot be written or read"
         return f"{where}: {error.strerror}; mend that, and run the same command again", 2
+    if isinstance(error, OSError) and error.errno in _NAMES:
+        return one_line(f"{error.filename}: {error.strerror}; give another name"), 2
     memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if not memory and not any(word in str(error) for word in _MEMORY):
         return None

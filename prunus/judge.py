@@ -122,10 +122,10 @@ class Program:
     def _winner(self, line: str, number: int) -> str:
         try:
             said = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         winner = said.get("winner") if isinstance(said, dict) else None
-        if winner not in WINNERS:
+        if not isinstance(winner, str) or winner not in WINNERS:
             known = ", ".join(WINNERS)
             raise UserError(f'judge: line {number} of {self.name} is {line[:60]!r}; write {{"winner": ...}} with {known}')
         return str(winner)

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .errors import UserError
 from .reading import json_of
 
-MANIFEST, FORMAT = "prunus.json", 1
+MANIFEST = "prunus.json"
+FORMAT: Literal[1] = 1
+_MOST_GENERATED = 64  # tokens; four times what we write
+_Count = Annotated[int, Field(ge=0, lt=10**30)]
+_Figure = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Fingerprint(BaseModel):
     """`verification.Probe.to_json`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     ids: list[list[int]]
-    generated: list[int]
+    generated: Annotated[list[int], Field(max_length=_MOST_GENERATED)]
     dtype: Literal["float32", "bfloat16", "float16"]
-    logsumexp: list[list[float]]
+    logsumexp: list[list[_Figure]]
     top_ids: list[list[list[int]]]
-    top_logits: list[list[list[float]]]
+    top_logits: list[list[list[_Figure]]]
 
-
-_Count = Annotated[int, Field(ge=0, lt=10**30)]
-_Figure = Annotated[float, Field(allow_inf_nan=False)]
+    @model_validator(mode="after")
+    def _shapes(self) -> Fingerprint:
+        """Of every sequence as many tokens, and of every token as many numbers, as of the first."""
+        rows, length = len(self.ids), len(self.ids[0]) if self.ids else 0
+        told = [{len(row) for row in table} for table in (self.ids, self.logsumexp, self.top_ids, self.top_logits)]
+        depth = {len(cell) for table in (self.top_ids, self.top_logits) for row in table for cell in row}
+        if not length or any(found != {length} for found in told) or len(depth) != 1 or 0 in depth:
+            raise ValueError("its tables are not of one shape")
+        if any(len(table) != rows for table in (self.logsumexp, self.top_ids, self.top_logits)):
+            raise ValueError("its tables are not of one length")
+        if min(min(row) for row in [*self.ids, *itertools.chain(*self.top_ids)]) < 0:
+            raise ValueError("its tokens are not all 0 or more")
+        return self
 
 
 class Side(BaseModel):
     """Sizes and counts of a model before or after."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     shape: dict[str, int | list[int] | bool | None]
     params: _Count
     block_params: _Count
@@ -50,7 +65,7 @@ class After(Side):
 class Part(BaseModel):
     """A method and what was asked of it; of a combination, also of each part."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     name: str
     citation: str
     deviations: list[str]
@@ -63,7 +78,7 @@ class Part(BaseModel):
 class Calibration(BaseModel):
     """The windows that a cut went by."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     source: str
     windows: _Count
     seq_len: _Count
@@ -73,7 +88,7 @@ class Calibration(BaseModel):
 class Proof(BaseModel):
     """What a clean process said of the saved model."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     max_logit_difference: _Figure
     streamed: bool = False
 
@@ -82,7 +97,7 @@ class Manifest(BaseModel):
     """prunus.json: where a checkpoint came from, what was done to it, and what it computes."""
 
     model_config = ConfigDict(extra="forbid")
-    format: int
+    format: Literal[1]
     created: str
     versions: dict[str, str]
     commit: str | None

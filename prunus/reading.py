@@ -72,6 +72,7 @@ def parsed(text: str | bytes, where: str, mend: str = "") -> Any:
         data = json.loads(text)
         if text.count("[") + text.count("{") > _DEEPEST and _is_deep(data):
             raise RecursionError
+        _check_text(text, data)
         return data
     except RecursionError as error:
         raise UserError(f"{where}: not readable as JSON: nested too deeply{tail(mend)}") from error
@@ -88,6 +89,12 @@ def _is_deep(data: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def _check_text(written: str, data: Any) -> None:
+    """UnicodeError for half a character, which an escape can say and no file can hold: it would fail where it is written."""
+    if "\\u" in written.lower():
+        json.dumps(data, ensure_ascii=False, default=str, skipkeys=True).encode("utf-8")
 
 
 def table_of(path: Path | str, mend: str = "") -> dict[str, Any]:
@@ -128,6 +135,7 @@ def yaml_of(text: str, where: str, loader: Any = None) -> Any:
         data = made.construct_document(node)
         if isinstance(data, dict | list) and _is_deep(data):
             raise RecursionError
+        _check_text(text, data)
         return data
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -136,7 +136,12 @@ def check_fingerprint(folder: Path, recorded: dict[str, Any], on_disk: Sequence[
     values = torch.tensor(recorded["logsumexp"])
     scale = max(float(torch.tensor(recorded["top_logits"]).abs().max()), 1.0)
     difference = float((torch.tensor(now["logsumexp"]) - values).abs().max())
-    picked = found.logits_BTV.gather(-1, torch.tensor(recorded["top_ids"]))
+    top_ids = torch.tensor(recorded["top_ids"])
+    if int(top_ids.max()) >= found.logits_BTV.shape[-1]:
+        raise VerificationError(
+            f"{folder.name}: the fingerprint names token {int(top_ids.max())}, which the model does not have"
+        )
+    picked = found.logits_BTV.gather(-1, top_ids)
     difference = max(difference, float((picked - torch.tensor(recorded["top_logits"])).abs().max()))
     if math.isnan(difference) or difference > _TOLERANCE[recorded["dtype"]] * scale:
         raise VerificationError(f"{folder.name}: logits differ by {difference:.3g} from those recorded when it was saved")

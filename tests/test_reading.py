@@ -18,7 +18,10 @@ from prunus.export import card
 from prunus.headers import gguf_metadata, safetensors_entries
 from prunus.ledger import Ledger
 from prunus.reading import bytes_of, json_of, rows_of, table_of, yaml_of
+from prunus.sealed import sealed, unsealed
 from prunus.source import Source
+from prunus.tasks.harness import Known
+from prunus.train import log, saved
 from prunus.train.listing import begun, listed, logged
 
 
@@ -62,6 +65,22 @@ def test_yaml_aliases_that_are_harmless():
     assert yaml_of("", "x") is None
 
 
+def test_half_characters_are_refused_where_they_are_read(tmp_path):
+    """No file and no terminal can hold them: a page of such a study was a traceback, an hour behind the reading."""
+    (tmp_path / "x.json").write_text('{"a": ["\\uD800"]}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.json: not readable as JSON: .*surrogates not allowed"):
+        json_of(tmp_path / "x.json")
+    with pytest.raises(UserError, match=r"x: not readable as YAML: .*surrogates not allowed"):
+        yaml_of('a: "\\ud800"', "x")
+    (tmp_path / "x.json").write_text('{"a": "\\ud83d\\udc08"}', encoding="utf-8")
+    assert json_of(tmp_path / "x.json") == {"a": "\U0001f408"}
+
+
+def test_names_that_no_system_takes(tmp_path):
+    code, _, err = pipeline.cli("runs", tmp_path / ("x" * 300))
+    assert code == 2 and "File name too long; give another name" in err and err.count("\n") == 1
+
+
 # -- what prunus wrote itself, and somebody changed ------------------------------------------------------------------------------
 
 
@@ -70,6 +89,8 @@ def test_yaml_aliases_that_are_harmless():
     [
         ("after", {"model_type": None}, "after.model_type|after: "), ("before", {"params": -1}, "before"),
         ("verified", {}, "verified"),
+        ("fingerprint", {"ids": [["1"]]}, "fingerprint: ids"), ("fingerprint", {"ids": [[1], [1, 2]]}, "fingerprint: .*not of one"),
+        ("fingerprint", {"top_ids": []}, "fingerprint: .*not of one"), ("format", 2, "format"),
         ("method", [], "method"), ("ratios", {"x": float("nan")}, "ratios"), ("calibration", {"source": 1}, "calibration"),
     ],
 )  # fmt: skip
@@ -114,6 +135,55 @@ def test_records_of_something_else(tmp_path):
         (tmp_path / "r.jsonl").write_text(json.dumps(line), encoding="utf-8")
         with pytest.raises(UserError, match=r"r\.jsonl is no record of prunus eval"):
             card.write(model, card.Given(records=(tmp_path / "r.jsonl",)))
+
+
+def test_a_fingerprint_of_tokens_that_the_model_does_not_have(tmp_path, monkeypatch):
+    folder = shutil.copytree(pipeline.saved("uniform")[0], tmp_path / "out")
+    told = json.loads((folder / "prunus.json").read_text(encoding="utf-8"))
+    told["fingerprint"]["top_ids"][0][0][0] = pipeline.VOCAB
+    (folder / "prunus.json").write_text(json.dumps(told), encoding="utf-8")
+    pipeline.verify_here(monkeypatch)
+    code, _, err = pipeline.cli("verify", folder)
+    assert code == 3 and f"names token {pipeline.VOCAB}, which the model does not have" in err
+
+
+def test_cards_of_records_and_cards_of_others(tmp_path):
+    run = shutil.copytree(training.finished(), tmp_path / "run")
+    whole = json.loads((run / "record.jsonl").read_text(encoding="utf-8"))
+    for change in ({"figures": []}, {"recipe": {"recipe": 3}}, {"figures": {"tokens": 3, "pruning": []}}):
+        (run / "record.jsonl").write_text(json.dumps(whole | change) + "\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"record\.jsonl: holds no record of a training run"):
+            card.write(run, card.Given())
+    model = shutil.copytree(pipeline.folder(), tmp_path / "model")
+    for head in ("license: 2020-99-99", "license: " + "[" * 3000, "license: [mit]"):
+        (model / "README.md").write_text(f"---\n{head}\n---\nA model.\n", encoding="utf-8")
+        assert card._licence(Source.open(str(model)), card.Given())[0] is None
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("step", -1), ("tokens", "8"), ("flops", None), ("rng", "0g"), ("best", []), ("files", {"../x.safetensors": "0"})],
+)
+def test_states_with_other_things_in_them(tmp_path, part, value):
+    run = shutil.copytree(training.finished(), tmp_path / "run")
+    folder = sorted((run / "checkpoints").iterdir())[-1]
+    told = unsealed((folder / "state.json").read_text(encoding="utf-8"))
+    for text in (sealed(told | {part: value}), json.dumps(told | {part: value})):
+        (folder / "state.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"state\.json: {part}"):
+            saved.read_state(folder)
+
+
+def test_logs_are_cut_back_whatever_their_lines_say(tmp_path):
+    lines = [b'{"step": 1}', b'{"step": 1' + b"0" * 400 + b"}", b"[" * 100_000, b"\xff", b'{"step": 3}', b"3"]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    log.cut(tmp_path, 2)
+    assert (tmp_path / "log.jsonl").read_bytes() == lines[0] + b"\n"
+
+
+def test_answers_on_disk_that_are_none(tmp_path):
+    (tmp_path / "known").write_text('["a", -1.5, true]\n3\n[1, 2]\n' + "[" * 100_000 + '\n["b", -2', encoding="utf-8")
+    assert set(Known(tmp_path / "known").answers) == {"a"}
 
 
 def test_starts_and_tokens_that_cannot_be(tmp_path):

@@ -193,6 +193,14 @@ def test_arms_name_folders_of_their_study(arm, tmp_path):
         studies.read(path)
 
 
+def test_grids_that_nobody_can_run(tmp_path):
+    grid = {f"seed+data.{i}": list(range(100)) for i in range(9)}
+    told = {"name": "x", "arms": {"P": {"model": "m"}}, "compare": [{"protocol": "training-tokens", "arms": ["P", "P"]}]}
+    (tmp_path / "study.yaml").write_text(json.dumps(told | {"grid": grid}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"study\.yaml: .*its grid has 1,000,000,000,000,000,000 places, more than 2,000"):
+        studies.read(tmp_path / "study.yaml")
+
+
 def test_yaml_that_unfolds_is_refused_before_it_does(tmp_path):
     bomb = "a: &a [x, x]\n" + "\n".join(
         f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefghi", "bcdefghij", strict=True)

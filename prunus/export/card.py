@@ -10,12 +10,14 @@ from typing import Any
 
 import jinja2
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from .. import checkpoint, record
 from ..errors import UserError
 from ..families import PRUNED_PREFIX
 from ..ledger import LEDGER, Ledger
 from ..place import staged_files
+from ..reading import bytes_of, yaml_of
 from ..source import Source
 
 NAME = "README.md"
@@ -67,14 +69,14 @@ def code(text: Any) -> str:
 
 def _told(source: Source, run: Path | None, given: Given) -> dict[str, Any]:
     manifest = checkpoint.read_manifest(source.path) if (source.path / checkpoint.MANIFEST).is_file() else None
-    trained = record.read(run / "record.jsonl")[-1] if run is not None else None
+    trained = _trained(run / "record.jsonl") if run is not None else None
     licence, licence_sentence = _licence(source, given)
     base = given.base or (manifest.source["name"] if manifest is not None else None)
     texts, tasks = _results(given.records, source.sha256)
     if manifest is not None:
         before = manifest.before["params"]
     else:
-        before = None if trained is None else (trained["figures"].get("pruning") or {}).get("source_params")
+        before = None if trained is None or trained.figures.pruning is None else trained.figures.pruning.source_params
     head = {
         "license": licence,
         "library_name": "transformers",
@@ -116,13 +118,45 @@ def _by_manifest(manifest: checkpoint.Manifest) -> dict[str, Any]:
     }
 
 
-def _by_run(trained: Mapping[str, Any] | None) -> dict[str, Any] | None:
+class _Cut(BaseModel):
+    source_params: int
+
+
+class _Figures(BaseModel):
+    tokens: int
+    pruning: _Cut | None = None
+
+
+class _Recipe(BaseModel):
+    name: str
+
+
+class _Asked(BaseModel):
+    recipe: _Recipe
+
+
+class _Trained(BaseModel):
+    """The record of a training run, as far as a card tells it."""
+
+    recipe: _Asked
+    recipe_hash: str
+    figures: _Figures
+
+
+def _trained(path: Path) -> _Trained:
+    try:
+        return _Trained.model_validate(record.read(path)[-1])
+    except (ValidationError, IndexError) as error:
+        raise UserError(f"card: {path}: holds no record of a training run; train again into another folder") from error
+
+
+def _by_run(trained: _Trained | None) -> dict[str, Any] | None:
     if trained is None:
         return None
-    recipe, figures = trained["recipe"]["recipe"], trained["figures"]
-    cut = figures.get("pruning") or {}
-    sentence = f"Trained by the recipe {recipe['name']} ({trained['recipe_hash']}) on {figures['tokens']:,} tokens"
-    sentence += f", cut from {cut['source_params']:,} parameters on the way" if cut else ""
+    cut = trained.figures.pruning
+    sentence = f"Trained by the recipe {trained.recipe.recipe.name} ({trained.recipe_hash})"
+    sentence += f" on {trained.figures.tokens:,} tokens"
+    sentence += f", cut from {cut.source_params:,} parameters on the way" if cut else ""
     return {"sentence": f"{sentence}.", "rows": [], "deviations": [], "calibration": None}
 
 
@@ -199,10 +233,10 @@ def _licence(source: Source, given: Given) -> tuple[str | None, str]:
     if given.licence:
         return given.licence, f"{given.licence}, carried over from the source."
     card = source.path / NAME
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S) if card.is_file() else None
+    head = re.match(r"---\n(.*?)\n---", bytes_of(card).decode("utf-8", "replace"), re.S) if card.is_file() else None
     try:
-        told = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
+        told = yaml_of(head[1], str(card)) if head else None
+    except UserError:  # a card that another program wrote may say its licence in its own way
         told = None
     known = told.get("license") if isinstance(told, dict) else None
     if isinstance(known, str):

@@ -15,6 +15,7 @@ evaluate: [{texts: [wiki.txt]}]
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from ..train.recipe import Recipe
 
 CUT = "cut."  # before grid keys that are a cut's
 NAMED = "cut"  # the grid key whose values name cuts
+_MOST_RUNS = 2_000  # of an arm
 RATE = "optimizer.lr"
 WITH = "+"  # between fields that have one value: seed+data.seed
 RESERVED = ("steps", "cuts", "evaluations", "measures", "logs", "slurm")  # folders beside those of the runs
@@ -346,6 +348,9 @@ def _check_arm(path: Path, written: StudyFile, arm: str) -> None:
             f"{', '.join(RESERVED)}"
         )
     part, arms = written.arms[arm], written.arms
+    grid = written.grid if part.grid is None else part.grid
+    if (places := math.prod(map(len, grid.values()))) > _MOST_RUNS:
+        raise UserError(f"{path}: arm '{arm}': its grid has {places:,} places, more than {_MOST_RUNS:,}; give fewer values")
     for name, other in part.others.items():
         if other not in arms:
             raise UserError(f"{path}: arm '{arm}': {name}: there is no arm '{other}'{nearest(other, arms)}; add it")
@@ -430,7 +435,7 @@ class _Made:
         data, named = {**self.written.cut, **own}, self.written.cuts
         for key, value in _fields(place):
             if key == NAMED:
-                if value not in named:
+                if not isinstance(value, str) or value not in named:
                     raise unknown("cut", str(value), named)
                 data |= named[value]
         for key, value in _fields(place):

@@ -34,7 +34,7 @@ class Known:
         for line in text.splitlines():
             try:
                 key, log_prob, greedy = json.loads(line)
-            except ValueError:  # the last line of a process that was killed
+            except (ValueError, TypeError, RecursionError):  # the last line of a process that was killed
                 continue
             yield key, Answer(log_prob, greedy)
 

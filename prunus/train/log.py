@@ -72,5 +72,5 @@ def cut(run: Path, step: int) -> None:
 def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")  # the last line of a killed process may be cut short

@@ -12,9 +12,10 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from ..sealed import sealed, unsealed
 
 STATE, FORMAT = "state.json", 1
 _PREFIX = "step-"
+_Count = Annotated[int, Field(ge=0, lt=10**30)]
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -107,6 +109,26 @@ def _to_disk(folder: Path) -> None:
             os.close(handle)
 
 
+class State(BaseModel):
+    """`state.json`, but for what the pruner and the mixer say of themselves."""
+
+    model_config = ConfigDict(strict=True)
+    format: int
+    recipe: str
+    step: _Count
+    tokens: _Count
+    updates: _Count
+    skipped: _Count
+    usual: float | None
+    best: dict[str, Any]
+    seconds: float
+    flops: _Count
+    pruning: dict[str, Any] | None
+    mixing: dict[str, Any] | None
+    rng: Annotated[str, Field(pattern="^([0-9a-f]{2})+$")]
+    files: dict[Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")], str]  # of this folder
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json`; UserError if it is not what we write."""
     path = folder / STATE
@@ -114,6 +136,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     state = unsealed(text_of(path, mend), str(path), mend)
     if state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
+    try:
+        State.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {mend}") from error
     return state
 
 
