@@ -23,6 +23,8 @@ from .reading import json_of
 
 FORMAT: Literal[1] = 1
 LEDGER = "ledger.json"
+_MOST_BYTES = 1 << 28  # of packed intervals, unpacked: 16 million of them
+_MOST_FLOPS = 10**36  # a float holds sums of it; all that was ever computed is less
 _LISTED = 32  # more intervals than this are packed
 _PACK = ">u8"  # high bytes first: small differences leave long runs of zeros, which pack well
 
@@ -101,13 +103,21 @@ class Intervals:
             if set(data) != {"unit", "packed"} or not isinstance(data["unit"], int) or data["unit"] < 1:
                 raise ValueError("packed intervals have a unit and the packed text")
             try:
-                raw = np.frombuffer(zlib.decompress(base64.b64decode(data["packed"], validate=True)), np.uint8)
+                unpack = zlib.decompressobj()  # a few bytes of it can unfold to gigabytes
+                raw = np.frombuffer(
+                    unpack.decompress(base64.b64decode(data["packed"], validate=True), _MOST_BYTES), np.uint8
+                )
+                if not unpack.eof:
+                    raise ValueError(f"packed intervals are cut short, or unfold to more than {_MOST_BYTES:,} bytes")
                 steps = raw.reshape(8, -1).T.copy().view(_PACK).astype(np.int64).reshape(-1)
                 merged = (np.cumsum(steps) * data["unit"]).reshape(-1, 2)
-            except (zlib.error, TypeError) as error:
+            except (zlib.error, TypeError, OverflowError) as error:
                 raise ValueError(f"packed intervals cannot be read ({error})") from error
         else:
-            merged = np.array(data, np.int64).reshape(-1, 2)
+            try:
+                merged = np.array(data, np.int64).reshape(-1, 2)
+            except (TypeError, OverflowError) as error:
+                raise ValueError(f"intervals are pairs of whole numbers ({error})") from error
         if len(merged) and (merged[0, 0] < 0 or not (np.diff(merged.reshape(-1)) > 0).all()):
             raise ValueError("intervals must ascend")
         out = cls()
@@ -154,7 +164,7 @@ class Stage(_Strict):
     consumed: dict[str, _Spans] = {}  # by domain
     tokens: Annotated[int, Field(ge=0)] = 0  # all that were predicted, repetitions too
     other_text: dict[str, Annotated[int, Field(ge=1)]] = {}  # text that is no prepared data (calibration): SHA-256 -> tokens
-    flops: dict[Kind, Annotated[int, Field(ge=0)]] = {}
+    flops: dict[Kind, Annotated[int, Field(ge=0, lt=_MOST_FLOPS)]] = {}
     teacher_cache: str | None = None  # the teacher's were spent when this was written, maybe for other runs too
 
     @model_validator(mode="after")

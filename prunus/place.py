@@ -163,6 +163,16 @@ def check_files(*paths: Path, overwrite: bool) -> None:
             raise UserError(f"{path.absolute().parent}: no such folder to write a file in")
 
 
+def check_own(out: Path) -> None:
+    """UserError for links in a folder that is gone on with: what is appended, cut back or removed there would be elsewhere."""
+    for path in (*out.iterdir(), *out.glob("checkpoints/*"), *out.glob("logs/*")):
+        if path.is_symlink():
+            raise UserError(
+                f"{path}: is a link, and what is written there would land elsewhere; put in its place what it leads to, or give "
+                "another --out"
+            )
+
+
 @contextmanager
 def locked(out: Path, *, mark: bool = True) -> Iterator[None]:
     """One process a folder, which is made if need be; UserError for the second. A folder that stays empty goes again.
@@ -172,7 +182,8 @@ def locked(out: Path, *, mark: bool = True) -> Iterator[None]:
     found, lock = out.exists(), out / ".lock" if mark else out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT if mark else os.O_RDONLY, 0o666)
+        check_own(out)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW if mark else os.O_RDONLY, 0o666)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     try:

@@ -52,9 +52,21 @@ def save(drawn: Figure, path: Path) -> None:
     """Write a figure; the suffix says how. The same figure gives the same bytes."""
     from matplotlib import rc_context
 
+    _as_written_(drawn)
     stamp: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
     with rc_context({"svg.hashsalt": "prunus"}):
         drawn.savefig(path, dpi=_DOTS_PER_INCH, metadata=stamp, facecolor="white")
+
+
+def _as_written_(drawn: Figure) -> None:
+    """Changes a figure: names with dollars in them are no formulas. Ticks are; their texts are matplotlib's own."""
+    from matplotlib.text import Text
+
+    every = [axis for axes in drawn.axes for axis in (axes.xaxis, axes.yaxis)]
+    of_axes = {text for axis in every for text in axis.findobj(Text)} - {axis.label for axis in every}
+    for text in drawn.findobj(Text):
+        if text not in of_axes:
+            text.set_parse_math(False)
 
 
 def tidy(axes: Axes, *, x: str, y: str, title: str = "") -> None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
 _MOST_BYTES = 1 << 28  # of a file that is read whole; the largest that we write, records of long studies, are a tenth of it
+_MOST_IDS = 1 << 24  # of a tokenizer; the largest there are have a quarter of a million
 _DEEPEST = 100  # tables in tables; a study's file has six
 _MOST_YAML = 1 << 22  # PyYAML takes a second a megabyte
 _MOST_NODES = 1_000_000  # of YAML with its aliases unfolded
@@ -110,6 +113,33 @@ def rows_of(content: bytes, where: str, mend: str = "") -> Iterator[tuple[int, A
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield number, parsed(line, f"{where}: line {number}", mend)
+
+
+def check_ids(path: Path) -> None:
+    """UserError for a tokenizer.json with an id that nobody has: the tokenizers library makes room for every id below it."""
+    data = bytes_of(path)
+    if not re.search(rb":\s*[0-9]{8,}", data):
+        return
+    told = parsed(data, str(path))
+    model, added = (told.get(name) if isinstance(told, dict) else None for name in ("model", "added_tokens"))
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    if wrong := [one for one in ids if isinstance(one, int) and one >= _MOST_IDS]:
+        raise UserError(f"{path}: has a token with the id {wrong[0]}, but ids end below {_MOST_IDS:,}; the file is corrupt")
+
+
+@contextmanager
+def refusing(what: str, mend: str = "") -> Iterator[None]:
+    """What the tokenizers library raises over a file, as a UserError: bare Exceptions, and panics, which are not even those."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {first_line(error)}{tail(mend)}") from error
 
 
 def check_regular(folder: Path) -> None:

@@ -20,7 +20,7 @@ from .errors import UserError, unknown
 from .headers import Entry, gguf_metadata, safetensors_entries, sha256
 from .hf import quiet
 from .manifest import MANIFEST
-from .reading import check_regular, first_line, table_of
+from .reading import check_ids, check_regular, first_line, refusing, table_of
 from .sealed import stamp
 from .tensorfiles import Stored, check_finite, same_bytes
 
@@ -33,6 +33,7 @@ UNREADABLE = (  # what the libraries raise over a config, weights or a tokenizer
     SafetensorError,
 )  # fmt: skip
 QUANTIZED = "quantized.json"  # how a folder with fewer bits was made
+_LONGEST_NAME = 255  # bytes, as file systems have it
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What llama.cpp calls a pre-tokenizer, where transformers' conversion drops it: these split digits one by one first.
 _SPLITS_DIGITS = ("smollm",)
@@ -103,6 +104,8 @@ class Source:
             names = sorted(set(shards.values()))
             if any(Path(name).name != name for name in names):
                 raise UserError(f"{index}: a shard's name leaves the folder; the index is corrupt")
+            if any(len(name.encode()) > _LONGEST_NAME for name in names):
+                raise UserError(f"{index}: a shard's name has more than {_LONGEST_NAME} bytes; the index is corrupt")
             if wrong := [name for name in names if not name.endswith(".safetensors")]:
                 raise UserError(f"{index}: its shard {wrong[0]!r} is no safetensors file; the index is corrupt")
             return [self.path / name for name in names]
@@ -301,11 +304,10 @@ class Source:
         path = str(self.path)
         if self.kind == "gguf":
             where, path = {"gguf_file": self.path.name}, str(self.path.parent)
-        try:
-            with quiet():
-                tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise UserError(f"{self.name}: the tokenizer cannot be read: {first_line(error)}") from error
+        elif (self.path / "tokenizer.json").is_file():
+            check_ids(self.path / "tokenizer.json")
+        with refusing(f"{self.name}: the tokenizer cannot be read"), quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, **where)
         if not tokenizer.is_fast:
             raise UserError(f"{self.name}: the tokenizer has no tokenizer.json; save a fast one into the folder")
         if self.kind == "gguf":

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import plots, record, shrink_plots
+from . import plots, shrink_plots
 from .errors import UserError
 from .place import staged_files
-from .train.listing import logged
-from .train.opening import RECIPE, RECORD
+from .train.listing import finished, logged
+from .train.opening import RECIPE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -49,9 +49,8 @@ class Curve:
             raise UserError(f"{folder}: this run has logged nothing yet")
         validation = [(line["tokens"], line["validation"]["loss"], line["flops"]) for line in lines if "validation" in line]
         besides = 0.0  # until the record says it
-        if (folder / RECORD).is_file():
-            figures = record.read(folder / RECORD)[-1]["figures"]
-            besides = figures["flops"].get("teacher", 0) / figures["tokens"]
+        if (done := finished(folder)) is not None:
+            besides = done.figures.flops.get("teacher", 0) / done.figures.tokens
         return cls(folder.name, updates, validation, besides, shrink_plots.Shrinking.of(lines))
 
     def cost(self, tokens: int, flops: int) -> float:

@@ -67,8 +67,9 @@ def test_a_run_has_a_ledger(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(pipeline.folder(), run / "model")
     recipe = {"recipe": {"name": "efficientllm"}}
-    figures = {"tokens": 1000, "pruning": {"source_params": 12345}}
-    line = {"kind": "train", "recipe": recipe, "recipe_hash": "abc", "figures": figures}
+    figures = {"tokens": 1000, "params": 99, "flops": {}, "seconds": 1.5, "pruning": {"source_params": 12345}}
+    line = {"kind": "train", "recipe": recipe, "recipe_hash": "abc", "figures": figures, "machine": {}, "versions": {}}
+    line |= {"commit": None, "time": "now"}
     (run / "record.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     stage = {"name": "efficientllm", "tokens": 1000, "flops": {"train": 123456}}
     (run / "ledger.json").write_text(json.dumps({"format": 1, "stages": [stage]}), encoding="utf-8")

@@ -223,3 +223,15 @@ def test_many_methods_differ_in_colour_or_mark(tmp_path, monkeypatch):
     figure = compared(rows, tmp_path, monkeypatch)
     lines = [h.lines[0] for h in figure.axes[0].get_legend_handles_labels()[0][1:]]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 18
+
+
+def test_names_with_dollars_are_names(tmp_path):
+    drawn = plots.figure(3.0, 2.0)
+    axes = drawn.subplots()
+    axes.plot([1, 1000], [1, 1000], label=r"a $\frac{$ b")
+    axes.set_xscale("log")
+    plots.tidy(axes, x=r"x $^^$", y="y", title=r"$\notacommand$")
+    axes.legend()
+    plots.save(drawn, tmp_path / "a.svg")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [r"a $\frac{$ b"]
+    assert axes.xaxis.get_ticklabels()[0].get_parse_math()  # ten to the third stays a power

@@ -1,9 +1,11 @@
 """Small files of others: what is no file, no text, no JSON or no YAML, and records that are not what they should be."""
 
+import base64
 import json
 import os
 import shutil
 import struct
+import zlib
 
 import checkpoints
 import numpy as np
@@ -11,17 +13,20 @@ import pipeline
 import pytest
 import training
 
-from prunus import checkpoint, record
+from prunus import checkpoint, record, train_plots
 from prunus.data.shards import Shards, prepared_documents
+from prunus.data.tokenizer import open_tokenizer
 from prunus.errors import UserError
 from prunus.export import card
 from prunus.headers import gguf_metadata, safetensors_entries
-from prunus.ledger import Ledger
+from prunus.ledger import Intervals, Ledger
 from prunus.reading import bytes_of, json_of, rows_of, table_of, yaml_of
 from prunus.sealed import sealed, unsealed
 from prunus.source import Source
+from prunus.study import page
 from prunus.tasks.harness import Known
 from prunus.train import log, saved
+from prunus.train import recipe as recipes
 from prunus.train.listing import begun, listed, logged
 
 
@@ -152,8 +157,9 @@ def test_cards_of_records_and_cards_of_others(tmp_path):
     whole = json.loads((run / "record.jsonl").read_text(encoding="utf-8"))
     for change in ({"figures": []}, {"recipe": {"recipe": 3}}, {"figures": {"tokens": 3, "pruning": []}}):
         (run / "record.jsonl").write_text(json.dumps(whole | change) + "\n", encoding="utf-8")
-        with pytest.raises(UserError, match=r"record\.jsonl: holds no record of a training run"):
-            card.write(run, card.Given())
+        for read in (lambda: card.write(run, card.Given()), lambda: page.of_run(run), lambda: train_plots.Curve.read(run)):
+            with pytest.raises(UserError, match=r"record\.jsonl: is no record of a training run"):
+                read()
     model = shutil.copytree(pipeline.folder(), tmp_path / "model")
     for head in ("license: 2020-99-99", "license: " + "[" * 3000, "license: [mit]"):
         (model / "README.md").write_text(f"---\n{head}\n---\nA model.\n", encoding="utf-8")
@@ -207,6 +213,69 @@ def test_ledgers_that_consumed_what_they_do_not_have(tmp_path):
     )
     with pytest.raises(UserError, match=r"ledger\.json: is no ledger \(stages\.0: .*consumed names domain 'a'"):
         Ledger.read(tmp_path)
+
+
+def packed(numbers: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(numbers.tobytes(), 9)).decode()
+
+
+@pytest.mark.parametrize(
+    ("intervals", "message"),
+    [
+        ([[0, 2**70]], "pairs of whole numbers"), ([[0, {}]], "pairs of whole numbers"),
+        ({"unit": 2**70, "packed": packed(np.arange(16))}, "cannot be read"),
+        ({"unit": 1, "packed": packed(np.zeros((1 << 28) + 16, np.uint8))}, "unfold to more than 268,435,456 bytes"),
+        ({"unit": 1, "packed": packed(np.arange(16))[:12]}, "cut short|cannot be read"),
+    ],
+    ids=["large", "table", "unit", "bomb", "short"],
+)  # fmt: skip
+def test_intervals_that_cannot_be(intervals, message):
+    with pytest.raises(ValueError, match=message):
+        Intervals.of(intervals)
+
+
+def test_recipes_of_numbers_that_nothing_counts_to(tmp_path):
+    data = training.asked().plain()
+    data["data"]["seq_len"] = 10**30
+    (tmp_path / "r.yaml").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(UserError, match=r"r\.yaml: data\.seq_len: 10+ is more than 2\^64"):
+        recipes.read(str(tmp_path / "r.yaml"))
+
+
+# -- what others make -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+def test_token_ids_that_nobody_has(tmp_path, place):
+    """The library makes room for every id below the largest: 8 GB for this one."""
+    model = shutil.copytree(pipeline.folder(), tmp_path / "model")
+    told = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    if place == "vocab":
+        told["model"]["vocab"]["a"] = 2**31
+    else:
+        told["added_tokens"][0]["id"] = 2**31
+    (model / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    for read in (Source.open(str(model)).tokenizer, lambda: open_tokenizer(str(model))):
+        with pytest.raises(UserError, match=r"tokenizer\.json: has a token with the id 2147483648, but ids end below"):
+            read()
+
+
+def test_a_tokenizer_at_which_its_library_panics(tmp_path):
+    model = shutil.copytree(pipeline.folder(), tmp_path / "model")
+    told = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    told["model"]["continuing_subword_prefix"] = "]]>"
+    (model / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    for read in (Source.open(str(model)).tokenizer, lambda: open_tokenizer(str(model))):
+        with pytest.raises(UserError, match="model: the tokenizer cannot be read: "):
+            read()
+
+
+def test_shards_of_names_that_are_too_long(tmp_path):
+    model = shutil.copytree(pipeline.folder(), tmp_path / "model")
+    index = {"weight_map": {"model.norm.weight": "x" * 300 + ".safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match=r"index\.json: a shard's name has more than 255 bytes"):
+        Source.open(str(model))
 
 
 def test_a_command_without_its_command_tells_what_there_is():

@@ -22,6 +22,7 @@ from test_study_results import EVIL, Reader, folder, line
 
 import prunus
 from prunus import report
+from prunus.data import prepare
 from prunus.errors import UserError, one_line
 from prunus.export import hub
 from prunus.generations import write_page
@@ -106,11 +107,22 @@ def test_sockets_are_refused_in_the_suite_and_its_processes():
 
 # -- what the code may not say ------------------------------------------------------------------------------------------------
 
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+FORBIDDEN_MODULES = {
+    "tarfile",
+    "zipfile",
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "jsonpickle",
+}
 FORBIDDEN_CALLS = {
     "torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "np.savez", "np.lib.format.open_memmap",
     "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system", "os.popen",
-    "pty.spawn",
+    "pty.spawn", "shutil.unpack_archive",
 }  # fmt: skip
 NAMED = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True, "shell": False}
 
@@ -175,6 +187,31 @@ def test_pipes_are_not_waited_for(model, name):
     os.mkfifo(model / name)
     with pytest.raises(UserError, match=name):
         Source.open(str(model))
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "record.jsonl", "checkpoints", ".lock", "checkpoints/step-1"])
+def test_links_in_a_folder_are_not_written_through(tmp_path, name):
+    """A run folder from elsewhere, with a link to a file of the user's: going on with it would append there, or cut it back."""
+    victim, out = tmp_path / "victim", tmp_path / "run"
+    victim.mkdir()
+    shutil.copytree(training.finished(), out)
+    (out / ".lock").unlink(missing_ok=True)
+    if (out / name).is_dir():
+        shutil.rmtree(out / name)
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(victim)
+    with pytest.raises(UserError, match=rf"{name}: is a link, and what is written there would land elsewhere"):
+        training.run(out)
+    assert not [*victim.iterdir()]
+
+
+def test_links_in_half_prepared_data_are_not_written_through(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "victim").write_text("{}", encoding="utf-8")
+    (data / "progress.json").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=r"progress\.json: is a link"):
+        prepare.prepare([prepare.Text(str(pipeline.text_file()))], pipeline.tokenizer(), data)
 
 
 def test_links_are_not_uploaded(model, tmp_path):

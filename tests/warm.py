@@ -43,6 +43,9 @@ class Forks:
 
 
 def main(script):
+    import runpy
+
+    runpy.run_path(os.path.join(os.path.dirname(__file__), "offline", "sitecustomize.py"))  # -I leaves PYTHONPATH out
     import safetensors.torch  # noqa: F401
     import torch
     import transformers.conversion_mapping

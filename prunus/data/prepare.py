@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..headers import sha256
-from ..place import staged_files
+from ..place import check_own, staged_files
 from ..reading import text_of
 from ..sealed import sealed, stamp, unsealed
 from .encode import Coding, Encoded, die_with_parent, encode, limits
@@ -170,6 +170,7 @@ def check_folder(out: Path) -> None:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One process a folder; the lock goes with the process, however it ends."""
+    check_own(out)
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import UserError, unknown
 from ..headers import sha256
 from ..place import staged_files
-from ..reading import first_line, json_of, text_of
+from ..reading import check_ids, json_of, refusing, text_of
 from ..sealed import stamp
 
 FORMAT: Literal[1] = 1
@@ -300,11 +300,11 @@ def prepared_documents(place: str) -> Iterator[str] | None:
 def _decoded(folder: Path, opened: list[Shards]) -> Iterator[str]:
     from tokenizers import Tokenizer
 
-    told = text_of(folder / TOKENIZER, "prepare the data again")
-    try:
+    mend = "prepare the data again"
+    check_ids(folder / TOKENIZER)
+    told = text_of(folder / TOKENIZER, mend)
+    with refusing(f"{folder / TOKENIZER}: cannot be read", mend):
         tokenizer = Tokenizer.from_str(told)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{folder / TOKENIZER}: cannot be read: {first_line(error)}; prepare the data again") from error
     for shards in opened:
         first = 0
         while first < shards.num_tokens:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..reading import check_regular, first_line
+from ..reading import check_ids, check_regular, refusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,12 +30,11 @@ def open_tokenizer(name: str, *, online: bool = False) -> PreTrainedTokenizerBas
         raise UserError(f"{name}: there is no tokenizer.json in it; give a model's folder, or one of prunus data tokenizer")
     if folder.exists():
         check_regular(folder)
-    try:
+        check_ids(folder / "tokenizer.json")
+    with refusing(f"{name}: the tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder) if folder.exists() else name, local_files_only=not online, trust_remote_code=False
         )
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{name}: the tokenizer cannot be read: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{name}: the tokenizer has no tokenizer.json; save a fast one into the folder")
     if tokenizer.eos_token_id is None:

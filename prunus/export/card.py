@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from .. import checkpoint, record
 from ..errors import UserError
@@ -19,6 +18,7 @@ from ..ledger import LEDGER, Ledger
 from ..place import staged_files
 from ..reading import bytes_of, yaml_of
 from ..source import Source
+from ..train.listing import Finished, finished
 
 NAME = "README.md"
 _MARK = "made_with: prunus"  # in the head of a card that we wrote, and may write anew
@@ -69,7 +69,7 @@ def code(text: Any) -> str:
 
 def _told(source: Source, run: Path | None, given: Given) -> dict[str, Any]:
     manifest = checkpoint.read_manifest(source.path) if (source.path / checkpoint.MANIFEST).is_file() else None
-    trained = _trained(run / "record.jsonl") if run is not None else None
+    trained = finished(run) if run is not None else None
     licence, licence_sentence = _licence(source, given)
     base = given.base or (manifest.source["name"] if manifest is not None else None)
     texts, tasks = _results(given.records, source.sha256)
@@ -118,39 +118,7 @@ def _by_manifest(manifest: checkpoint.Manifest) -> dict[str, Any]:
     }
 
 
-class _Cut(BaseModel):
-    source_params: int
-
-
-class _Figures(BaseModel):
-    tokens: int
-    pruning: _Cut | None = None
-
-
-class _Recipe(BaseModel):
-    name: str
-
-
-class _Asked(BaseModel):
-    recipe: _Recipe
-
-
-class _Trained(BaseModel):
-    """The record of a training run, as far as a card tells it."""
-
-    recipe: _Asked
-    recipe_hash: str
-    figures: _Figures
-
-
-def _trained(path: Path) -> _Trained:
-    try:
-        return _Trained.model_validate(record.read(path)[-1])
-    except (ValidationError, IndexError) as error:
-        raise UserError(f"card: {path}: holds no record of a training run; train again into another folder") from error
-
-
-def _by_run(trained: _Trained | None) -> dict[str, Any] | None:
+def _by_run(trained: Finished | None) -> dict[str, Any] | None:
     if trained is None:
         return None
     cut = trained.figures.pruning

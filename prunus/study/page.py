@@ -24,8 +24,8 @@ from ..ledger import Ledger
 from ..place import check_files, staged_files
 from ..shrink_plots import WORDS, Shrinking
 from ..tables import big, scientific
-from ..train.listing import begun, logged
-from ..train.opening import LEDGER, RECIPE, RECORD
+from ..train.listing import begun, finished, logged
+from ..train.opening import LEDGER, RECIPE
 from .charts import STYLE, Point, Series, chart, leads
 from .formats import Table, tables
 from .results import LOSS, STUDY, Metric, Results, Run, differences, is_loss, is_seed, load
@@ -326,7 +326,7 @@ def of_run(folder: Path) -> Page:
 def _of_run(folder: Path) -> Page:
     recipe = begun(folder)
     lines = logged(folder)
-    done = record.read(folder / RECORD)[-1] if (folder / RECORD).is_file() else None
+    done = finished(folder)
     updates = [line for line in lines if "loss" in line]
     watched = [line for line in lines if "validation" in line]
     page = Page("Training run", folder.name)
@@ -336,9 +336,9 @@ def _of_run(folder: Path) -> Page:
     if watched:
         page.facts.append(("validation loss", f"{watched[-1]['validation']['loss']:.4f}"))
     if done is not None:
-        figures = done["figures"]
-        page.facts += [("parameters", big(figures["params"])), ("FLOPs", scientific(sum(figures["flops"].values())))]
-        page.facts.append(("seconds", f"{figures['seconds']:,.0f}"))
+        figures = done.figures
+        page.facts += [("parameters", big(figures.params)), ("FLOPs", scientific(sum(figures.flops.values())))]
+        page.facts.append(("seconds", f"{figures.seconds:,.0f}"))
     else:
         page.notes.append("This run is not finished: what it has logged so far.")
     thin = _thin(updates)
@@ -356,7 +356,7 @@ def _of_run(folder: Path) -> Page:
         page.tables.append(_ledger(Ledger.read(folder)))
     page.sources.append(("The recipe", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)))
     if done is not None:
-        told = {name: done[name] for name in ("commit", "recipe_hash", "time", "versions", "machine")}
+        told = done.model_dump(include={"commit", "recipe_hash", "time", "versions", "machine"})
         page.sources.append(("Where it comes from", yaml.safe_dump(told, sort_keys=False)))
     return page
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from .. import record
 from ..errors import UserError
 from ..reading import parsed, table_of
 from . import log
@@ -70,6 +71,57 @@ def begun(run: Path | str) -> dict[str, Any]:
     except ValidationError as error:
         raise UserError(f"{path}: is no recipe: {sentence(error, data, Begun)}") from error
     return data
+
+
+class Cut(BaseModel):
+    """What pruning took away on the way."""
+
+    source_params: _Count
+
+
+class Figures(BaseModel):
+    """What a run came to, as far as pages, pictures and cards tell it."""
+
+    tokens: Annotated[int, Field(ge=1, lt=10**30)]
+    params: _Count
+    flops: dict[str, _Count]
+    seconds: _Figure
+    pruning: Cut | None = None
+
+
+class Called(BaseModel):
+    """What a record keeps of a recipe, of which the name is told."""
+
+    name: str
+
+
+class Asked(BaseModel):
+    """What a record's recipe says."""
+
+    recipe: Called
+
+
+class Finished(BaseModel):
+    """The record of a training run."""
+
+    recipe: Asked
+    recipe_hash: str
+    commit: str | None
+    time: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    figures: Figures
+
+
+def finished(run: Path) -> Finished | None:
+    """The record of a run; None before its end. UserError for one that is none."""
+    path = run / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return Finished.model_validate([None, *record.read(path)][-1])
+    except ValidationError as error:
+        raise UserError(f"{path}: is no record of a training run: {sentence(error, None, Finished)}") from error
 
 
 class Validation(BaseModel):

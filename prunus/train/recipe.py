@@ -189,10 +189,21 @@ def change(data: dict[str, Any], changes: Sequence[str]) -> None:
 
 def parse(data: Any, where: str) -> Recipe:
     """Check plain data; UserError names the field, the value and the mend."""
+    if (large := _too_large(data)) is not None:
+        raise UserError(f"{where}: {large[0]}: {str(large[1])[:40]} is more than 2^64; nothing here is counted so far")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{where}: {sentence(error, data)}") from error
+
+
+def _too_large(data: Any, at: str = "") -> tuple[str, int] | None:
+    """Field and value of the first whole number whose products no estimate could hold."""
+    if isinstance(data, int) and abs(data) > 1 << 64:
+        return at, data
+    parts = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    found = (_too_large(value, f"{at}.{key}".removeprefix(".")) for key, value in parts)
+    return next((one for one in found if one is not None), None)
 
 
 def load(name: str, known: Mapping[str, str]) -> dict[str, Any]:
