@@ -478,6 +478,9 @@ def test_a_broken_or_cut_state(tmp_path, ask, monkeypatch):
     state["ranges"]["retrain"]["open"] = [10, 2, 40]
     path.write_text(sealed(state))
     refused(r"retrain-00000.bin.partial: 0 bytes where 20 were; remove the folder and begin again", *ask())
+    for part, value in (("read", [1, 2]), ("done", {}), ("ranges", {}), ("ranges", {"retrain": 3}), ("asked", None)):
+        path.write_text(sealed(state | {part: value}))
+        refused(r"progress.json: is broken; remove the folder and begin again", *ask())
     path.write_text("{")
     refused(r"progress.json: is broken; remove the folder and begin again", *ask())
 

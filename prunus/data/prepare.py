@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from ..errors import UserError
 from ..headers import sha256
@@ -23,7 +24,7 @@ from ..place import check_own, staged_files
 from ..reading import text_of
 from ..sealed import sealed, stamp, unsealed
 from .encode import Coding, Encoded, die_with_parent, encode, limits
-from .shards import DTYPES, MANIFEST, PROGRESS, RANGE_NAME, SMALL_VOCAB, TOKENIZER, Manifest, Origin
+from .shards import DTYPES, MANIFEST, PROGRESS, RANGE_NAME, SMALL_VOCAB, TOKENIZER, Manifest, Origin, Shard
 from .text import HUB, check, count, documents
 from .tokenizer import fingerprint, num_ids
 from .writer import RangeWriter, range_files
@@ -216,6 +217,25 @@ def _finished(out: Path, work: Manifest) -> Manifest:
     return manifest
 
 
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Range(BaseModel):
+    """`RangeWriter.state`."""
+
+    shards: list[Shard]
+    open: tuple[_Count, _Count, _Count] | tuple[_Count, _Count, _Count, str, str]
+
+
+class _Begun(BaseModel):
+    """`progress.json`."""
+
+    asked: dict[str, Any]
+    read: list[_Count]
+    done: list[_Count]
+    ranges: dict[str, _Range]
+
+
 def _begin(out: Path, work: Manifest, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The state to go on from, written down if it is the first."""
     path = out / PROGRESS
@@ -224,10 +244,12 @@ def _begin(out: Path, work: Manifest, tokenizer: PreTrainedTokenizerBase) -> dic
     if path.exists():
         try:
             state = unsealed(text_of(path))
-            asked = state["asked"]
-        except (ValueError, KeyError, TypeError) as error:
+            begun = _Begun.model_validate(state)
+        except ValueError as error:
             raise UserError(f"{path}: is broken; remove the folder and begin again") from error
-        _same(out, asked, _asked(work))
+        _same(out, begun.asked, _asked(work))
+        if begun.ranges.keys() != work.ranges.keys() or not len(begun.read) == len(begun.done) == len(work.sources):
+            raise UserError(f"{path}: is broken; remove the folder and begin again")
     else:
         state = {"asked": _asked(work), "read": [0] * len(work.sources), "done": [0] * len(work.sources)}
         state["ranges"] = {name: {"shards": [], "open": [0, 0, 0]} for name in work.ranges}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -30,6 +31,7 @@ from prunus.errors import UserError, VerificationError
 from prunus.export import card
 from prunus.generations import prompts
 from prunus.methods import METHODS
+from prunus.sealed import SEAL, sealed
 from prunus.source import Source
 from prunus.study import file as studies
 from prunus.tasks import local
@@ -219,8 +221,21 @@ def _run_folder(place: Path, rng: Random) -> None:
         says("runs", place.parent)
 
 
+def _sealed_again_(path: Path) -> None:
+    """Changes a file: whoever means harm can also reckon its seal."""
+    if not path.is_file():
+        return
+    with contextlib.suppress(ValueError, RecursionError):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(told, dict):
+            path.unlink()  # it may be a hard link to the specimen
+            path.write_text(sealed({name: value for name, value in told.items() if name != SEAL}), encoding="utf-8")
+
+
 def _state(place: Path, rng: Random) -> None:
     for folder in sorted((place / "checkpoints").iterdir()):
+        if rng.random() < 0.5:
+            _sealed_again_(folder / "state.json")
         saved.read_state(folder)
         if not rng.randrange(GENEROUS):
             import torch
