@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -76,6 +78,20 @@ def test_groups_go_after_whole_updates():
     pace = Pace(PacePart(kind="steps", start=0.1, prune=2, train=3), 1000, 30)
     assert [pace.groups(t) for t in (0, 120, 209, 210, 299, 300)] == [0, 0, 0, 2, 2, 4]
     assert pace.cuts(180, 210) and not pace.cuts(210, 240) and pace.most_groups == 2 * ((1000 - 120) // 90)
+
+
+def test_once_is_before_the_first_update():
+    pace = Pace(PacePart(kind="once"), 1000, 100)
+    assert pace.share(0) == 1.0 and not pace.cuts(0, 100) and pace.groups(500) is pace.most_groups is None
+
+
+def test_what_updates_leave_over():
+    """1,050 tokens are ten updates of 100 and a half: the last cut by the rate is at the tenth, and nothing comes behind it."""
+    pace = Pace(PacePart(kind="rate", start=0, end=1), 1050, 100, Schedule("constant", 1.0, 1050, warmup=0))
+    assert [pace.share(t) for t in (0, 100, 550, 1000, 1050, 1150)] == pytest.approx([0, 0.1, 0.5, 1, 1, 1])
+    assert pace.updates_until(0, lambda t: t >= 1000) == 10 and pace.updates_until(0, lambda t: t > 1000) is None
+    thirds = Pace(PacePart(start=0, end=1, rounds=3), 30, 1)
+    assert [thirds.share(t) for t in (9, 10, 20)] == pytest.approx([0, 1 / 3, 2 / 3])  # 10 / 30 * 3 is a little less than 1
 
 
 def test_updates_until_something_is_due():
@@ -314,6 +330,84 @@ def test_sums_kept_up_are_sums_made_anew(name, alike, depth):
     assert seen <= set(kinds) and (len(seen) > 1 or len(kinds) == 1)
     for axis, values in table.values.items():
         assert values == pytest.approx(anew.values[axis], rel=1e-4, abs=1e-4), axis
+
+
+class Beside:
+    """One of two processes, each a thread, that hold the upper and the lower rows: sums wait for the other's part."""
+
+    alone = False
+
+    def __init__(self, rank, board, both):
+        self.rank, self.board, self.both, self.first = rank, board, both, rank == 0
+
+    def first_row(self, total):
+        return (total + 1) // 2 * self.rank
+
+    def rows(self, tensor):
+        half = self.first_row(len(tensor)) or (len(tensor) + 1) // 2
+        return tensor[half:] if self.rank else tensor[:half]
+
+    def sum_(self, tensor):
+        self.board[self.rank] = tensor.clone()
+        self.both.wait()
+        total = self.board[0] + self.board[1]
+        self.both.wait()
+        return tensor.copy_(total)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize(
+    ("metric", "matrices", "kinds"),
+    [
+        ("first", "output", ("kv_heads", "intermediate")),  # sums over rows, of which each holds some
+        ("second", "all", ("kv_heads", "intermediate")),  # and rows that each holds for itself
+        ("first", "all", ("kv_heads", "intermediate", "hidden")),
+        ("hessian", "output+embedding", ("kv_heads", "hidden", "layers")),
+    ],
+)
+def test_two_that_hold_half_the_rows_know_what_one_knows(name, metric, matrices, kinds):
+    """After two updates, and after layers, channels and parts of the stem went. Sums of float32 in another order: 1e-5."""
+    config = tiny.tiny_config(name)
+    anatomy, updates, generator = Anatomy.of(config), 2, torch.Generator().manual_seed(0)
+    weights = {n: torch.randn(t.shape, generator=generator) for n, t in anatomy.tensors.items()}
+    gradients = [{n: torch.randn(t.shape, generator=generator) for n, t in anatomy.tensors.items()} for _ in range(updates)]
+    going = [
+        {f"layers.1.{kinds[0]}": (1,)},
+        {kinds[1]: (0, 3)} if kinds[1] == "hidden" else {"layers.0.intermediate": (2, 5)},
+    ]
+    going += [{"hidden": (7,)}] * ("hidden" in kinds) + [{"layers": (0,)}] * ("layers" in kinds)
+
+    def known(world, rows):
+        named = {n: torch.nn.Parameter(rows(w).clone()) for n, w in weights.items()}
+        saliency = Saliency(SaliencyPart(metric=metric, matrices=matrices, average=0.8), anatomy, kinds, named, world)
+        for gradient in gradients:
+            for n, p in named.items():
+                p.grad = rows(gradient[n]).clone()
+            saliency.see(None, UPDATE)
+        saved = {n: t.clone() for n, t in saliency.saved().items()}
+        for held in saliency.held.values():
+            held.mean.fill_(-1.0)
+        saliency.restore(saved)
+        table = saliency.table(None, Standing.of(anatomy).alive)
+        values = [{n: v.copy() for n, v in table.values.items()}]
+        for units in going:
+            table.drop(units)
+            values.append({n: v.copy() for n, v in table.values.items()})
+        return saved, values
+
+    board, both = [None, None], threading.Barrier(2, timeout=60)
+    worlds = [Beside(rank, board, both) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        halves = [pool.submit(known, world, world.rows) for world in worlds]
+        halves = [half.result() for half in halves]
+    saved, values = known(ALONE, lambda tensor: tensor)
+    for half_saved, half_values in halves:
+        assert half_saved.keys() == saved.keys()
+        assert all(torch.allclose(half_saved[n].double(), saved[n].double(), rtol=1e-5) for n in saved)
+        for one, other in zip(values, half_values, strict=True):
+            assert one.keys() == other.keys()
+            assert all(other[n] == pytest.approx(one[n], rel=1e-5, abs=1e-5) for n in one)
+    assert any(not np.array_equal(values[0][n], values[-1][n]) for n in values[0])
 
 
 def test_sums_are_kept_as_small_as_can_be():

@@ -47,6 +47,34 @@ def test_decisions_that_do_not_fit_are_refused(units, message):
         Keep(units).validated(LLAMA)
 
 
+def test_what_a_family_refuses_is_refused_with_its_reason():
+    anatomy = Anatomy.of(tiny.tiny_config("gpt_neox"))
+    for name in ("hidden", "layers.0.kv_heads"):
+        with pytest.raises(UserError, match=f"keep: '{name}' cannot be cut: ") as caught:
+            Keep({name: (0,)}).validated(anatomy)
+        assert str(caught.value).endswith(anatomy.refused[name.split(".")[-1]])
+
+
+def test_the_last_unit_is_one():
+    keep = Keep({"layers.1.kv_heads": (0, 3), "layers.0.attention": ()})
+    assert keep.validated(LLAMA) is keep
+    assert keep.dropped("layers.1.kv_heads", 4) == [1, 2] and keep.dropped("layers.0.attention", 1) == [0]
+    assert keep.dropped("hidden", 3) == []
+
+
+def test_what_a_shape_holds_besides_stays():
+    """A sliced stream's size, a map of query heads, and layers that had lost a part before."""
+    layers = (LayerShape(3, 2, 9, (0, 1, 1)), LayerShape(0, 0, 9), LayerShape(4, 2, 9))
+    anatomy = LLAMA.with_shape(Shape(32, 8, 61, True, layers, 20))
+    cut = {f"layers.{i}.intermediate": (0, 4) for i in range(3)}
+    after = Keep(cut | {"layers.2.q_heads": (1,)}).anatomy_after(anatomy).shape
+    assert after == Shape(32, 8, 61, True, (LayerShape(3, 2, 2, (0, 1, 1)), LayerShape(0, 0, 2), LayerShape(2, 2, 2)), 20)
+    gone = Keep(cut | {"layers.2.attention": (), "layers.0.mlp": ()}).anatomy_after(anatomy).shape.layers
+    assert gone == (LayerShape(3, 2, 0, (0, 1, 1)), LayerShape(0, 0, 2), LayerShape(0, 0, 2))
+    heads = Keep({"layers.0.heads": (1, 2), "layers.2.heads": (0, 1, 2)}).anatomy_after(anatomy).shape.layers
+    assert (heads[0], heads[2]) == (LayerShape(2, 1, 9), LayerShape(3, 2, 9, (0, 0, 1)))
+
+
 def test_whole_sub_layers_may_go():
     keep = Keep({"layers.0.attention": (), "layers.2.mlp": (), "layers.1.mlp": (0,)})
     assert keep.validated(LLAMA) is keep
@@ -97,7 +125,9 @@ def test_json_round_trip(units):
     assert Keep.from_json(json.loads(json.dumps(Keep(units).to_json()))).units == units
 
 
-@pytest.mark.parametrize("text", ["a", "1-a", "-1", "1-2-3", " 1", "1;2", "0-99999999999", "5-3", "1-", "²", "1-²", "٣"])
+@pytest.mark.parametrize(
+    "text", ["a", "1-a", "-1", "1-2-3", " 1", "1;2", "0-99999999999", "5-3", "1-", "²", "1-²", "٣", "0-10000001"]
+)
 def test_ranges_that_do_not_parse_are_refused(text):
     with pytest.raises(UserError, match=r"plan.json: keep of 'hidden' must be ranges such as '0-5,7', got '"):
         Keep.from_json({"format": 1, "keep": {"hidden": f"0-1,{text}"}}, "plan.json")
@@ -256,3 +286,5 @@ def test_sparsity_counts_weights():
     mask = WeightMask({"a": torch.tensor([True, False, False, False]), "b": torch.ones(4, 3, dtype=torch.bool)})
     assert mask.sparsity == pytest.approx(3 / 16, abs=1e-15)
     assert json.loads(mask.describe()) == {"matrices": 2, "sparsity": 0.1875}
+    third = WeightMask({"a": torch.tensor([True, False, True])})
+    assert json.loads(third.describe()) == {"matrices": 1, "sparsity": 0.333333}

@@ -66,8 +66,31 @@ def test_intervals_grow_in_small_steps():
     assert grown.spans == [(0, 15000)]
 
 
+def test_few_intervals_are_listed():
+    for count, kind in ((32, list), (33, dict)):
+        some = Intervals((i * 6, i * 6 + 4) for i in range(count))
+        assert type(some.to_json()) is kind and Intervals.of(some.to_json()) == some
+    assert some.to_json()["unit"] == 2  # which all of 0, 4, 6, 10 ... are multiples of
+    assert Intervals.of([]).size == 0 and Intervals.of([]).to_json() == [] and Intervals.of([[0, 2]]).spans == [(0, 2)]
+    assert Intervals.of(some) is some
+
+
 @pytest.mark.parametrize(
-    "text", [[[5, 3]], [[0, 4], [2, 6]], [[-1, 2]], [[1, 2, 3]], {"unit": 0, "packed": ""}, {"unit": 1, "packed": "!!"}, "x"]
+    "text",
+    [
+        [[5, 3]],
+        [[3, 3]],
+        [[0, 4], [4, 8]],
+        {"unit": 1},
+        {"unit": "1", "packed": ""},
+        {"unit": 1, "packed": 3},
+        [[0, 4], [2, 6]],
+        [[-1, 2]],
+        [[1, 2, 3]],
+        {"unit": 0, "packed": ""},
+        {"unit": 1, "packed": "!!"},
+        "x",
+    ],
 )
 def test_no_intervals(text):
     with pytest.raises(ValueError):  # noqa: PT011  # pydantic turns any of them into one sentence
@@ -96,6 +119,41 @@ def test_totals_include_the_parent():
     assert (run.flops, run.total_flops) == (1001, 6001) and run.stages[0].flops == {"train": 701, "teacher": 300}
     assert [s["name"] for s in run.summary()["stages"]] == ["warm", "parent", "retrain"]
     assert [s["parent"] for s in run.summary()["stages"]] == [True, True, False]
+
+
+def test_a_summary_is_counts_alone():
+    parent, run = family()
+    parent.unrecorded, run.stages[0].teacher_cache = "a model", "cache"
+    run.stages[0].consume([("a", 400, 450)])
+    warm, before, own = run.summary()["stages"]
+    assert {k: v for k, v in run.summary().items() if k != "stages"} == {
+        "tokens": 150, "flops": 1001, "total_tokens": 550, "total_flops": 6001, "unrecorded": ["a model"],
+    }  # fmt: skip
+    assert own == {
+        "name": "retrain", "parent": False, "params": 600, "tokens": 150, "unique_tokens": 100,
+        "flops": {"train": 701, "teacher": 300}, "teacher_cache": "cache", "data": ["m1:retrain"],
+    }  # fmt: skip
+    assert (before["params"], before["flops"], warm["params"], warm["flops"]) == (1000, {"train": 5000}, None, {})
+
+
+def test_only_what_was_done_alike_has_the_same_order():
+    same = {"seed": 0, "seq_len": 10, "positions": (0, 10), "history": [(0, {"a": 1.0})]}
+    one = Ledger(stages=[Stage(name="cut"), stage((0, 100), **same)])  # what reads no data has no order
+    assert compare(one, Ledger(stages=[stage((0, 100), **same)])).same_order
+    others = {"seed": 1, "seq_len": 20, "positions": (0, 20), "history": [(0, {"a": 0.5})]}
+    for name, value in others.items():
+        found = compare(one, Ledger(stages=[stage((0, 100), **same | {name: value})]))
+        assert found.verdict == "same" and not found.same_order, name
+    renamed = Stage(name="train", data={"b": data()}, **same)
+    renamed.consume([("b", 0, 100)])
+    assert not compare(one, Ledger(stages=[renamed])).same_order
+    assert not compare(Ledger(stages=[stage((0, 5))]), Ledger(stages=[stage((5, 10))])).same_order  # disjoint
+
+
+def test_stages_in_the_order_of_their_runs():
+    parent, run = family()
+    assert [s.name for s in run.all_stages()] == ["warm", "parent", "retrain"]
+    assert [s.name for s in run.all_stages(parents=False)] == ["retrain"] and list(run.lineage()) == [run, parent]
 
 
 def test_repeated_tokens_count_but_are_not_different():
@@ -197,6 +255,18 @@ def test_it_does_not_guess():
     assert compare(run, part, parents=True).verdict == "overlapping"  # that much is sure
 
 
+def test_every_reason_is_told_once():
+    """Of two runs with the same kind of hole, and of text that both read besides."""
+    one, other = (Ledger(stages=[stage((0, 10), of=data(manifest=m))], unrecorded="a model") for m in ("m1", "m2"))
+    found = compare(one, other, parents=True)
+    assert found.notes == ["m1:retrain and m2:retrain were prepared from one source in two ways", "a model has no ledger"]
+    assert (found.verdict, found.only_a, found.only_b, found.same_order) == ("unknown", 10, 10, False)
+    for ledger in (one, other):
+        ledger.stages[0].consume_text("c4", 64)
+    assert (compare(one, other).shared, compare(one, other).verdict) == (64, "overlapping")
+    assert len(compare(one, other).notes) == 1  # the same text on both sides needs no word
+
+
 def test_domain_names_do_not_matter():
     named = Stage(name="x", data={"wiki": data()})
     named.consume([("wiki", 0, 10)])
@@ -249,6 +319,7 @@ def test_wrong_inputs(tmp_path):
     good = json.loads(family()[0].model_dump_json())
     spoilt = {
         "json": ("{", "not readable as JSON"),
+        "list": ("[]", "is no ledger (as a whole: "),
         "format": (json.dumps(good | {"format": 7}), r"is no ledger (format: "),
         "field": (json.dumps(good | {"colour": 1}), r"is no ledger (colour: "),
         "kind": (json.dumps(good | {"stages": [{"name": "x", "flops": {"trian": 1}}]}), r"is no ledger (stages.0.flops."),

@@ -145,6 +145,20 @@ def test_schedules_by_hand():
     assert Schedule("constant", 2.0, 1000)(999) == 2.0
 
 
+def test_rates_at_the_ends_of_the_curve():
+    """Without a warm-up the first rate is the peak; behind the end the floor stays; a decay never reaches into the warm-up."""
+    for kind in ("cosine", "wsd", "constant"):
+        assert Schedule(kind, 2.0, 1000, warmup=0)(0) == 2.0
+        assert Schedule(kind, 2.0, 1000, start=40)(0) == pytest.approx(1.6)  # of a warm-up of 50
+        end = 2.0 if kind == "constant" else 0.5
+        assert (
+            Schedule(kind, 2.0, 1000, floor=0.25)(1000) == Schedule(kind, 2.0, 1000, floor=0.25)(1300) == pytest.approx(end)
+        )
+    late = Schedule("wsd", 2.0, 1000, warmup=0.5, floor=0.25, decay=0.8)
+    assert late(250) == 1.0 and late(500) == 2.0 and late(750) == pytest.approx(1.25) and late(1000) == pytest.approx(0.5)
+    assert Schedule("wsd", 1.0, 100, warmup=1.0)(100) == Schedule("cosine", 1.0, 100, warmup=1.0)(100) == 1.0
+
+
 def test_one_cosine_over_two_stages():
     whole = Schedule("cosine", 1.0, 1000)
     second = Schedule("cosine", 1.0, 1000, start=400)
