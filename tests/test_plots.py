@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pipeline
 import pytest
-import torch
 from pipeline import cli
 
 from prunus import checkpoint, checkpoint_plots, plots, saliency
-from prunus.criteria import Scores
-from prunus.errors import UserError
 
 
 def cut(tmp_path, monkeypatch, method, *options):
@@ -42,26 +39,6 @@ def labelled(figure):
 
 
 # -- scores beside a checkpoint -----------------------------------------------------------------------------------------
-
-
-def test_scores_come_back(tmp_path):
-    scores = Scores({"layers.0.intermediate": torch.tensor([1.0, 3.0]), "hidden": torch.arange(4.0)})
-    saliency.save_scores(scores, tmp_path / "prunus")
-    found = saliency.load_scores(tmp_path / "prunus")
-    assert set(found) == set(scores.values) and all(torch.equal(found[n], v) for n, v in scores.values.items())
-    assert saliency.load_scores(tmp_path) == {} and saliency.load_measured(tmp_path, "losses") == {}
-
-
-def test_scores_that_cannot_be_read(tmp_path):
-    (tmp_path / "scores.safetensors").write_bytes(b"\x01")
-    with pytest.raises(UserError, match=r"scores.safetensors"):
-        saliency.load_scores(tmp_path)
-    (tmp_path / "losses.json").write_text("{")
-    with pytest.raises(UserError, match=r"losses.json: not readable as JSON"):
-        saliency.load_measured(tmp_path, "losses")
-    (tmp_path / "losses.json").write_text("[]")
-    with pytest.raises(UserError, match=r"losses.json: expected a JSON object"):
-        saliency.load_measured(tmp_path, "losses")
 
 
 def test_saved_scores_are_those_that_decided():
