@@ -26,7 +26,8 @@ test: $(VENV)/.dev lint
 	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --cov=prunus --cov-report=term:skip-covered
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder --cov=prunus --cov-report=term:skip-covered
+	$(BIN)/python tools/covered.py --least 92
 
 $(VENV)/.engines: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[engines]'
