@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data  # where the texts of `make experiments` lie; see docs/protocol.md
 
-.PHONY: quickstart test coverage slow lint site results experiments studies bench fuzz audit wheel clean
+.PHONY: quickstart test coverage mutants slow lint site results experiments studies bench fuzz audit wheel clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ test: $(VENV)/.dev lint
 coverage: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder --cov=prunus --cov-report=term:skip-covered
 	$(BIN)/python tools/covered.py --least 92
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tools/mutants.py
 
 $(VENV)/.engines: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[engines]'
