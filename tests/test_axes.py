@@ -29,6 +29,15 @@ def test_a_span_of_a_single_unit_owns_the_rows_of_unit_zero():
     assert span.rows([0, 1, 2]).shape == (0, 3)
 
 
+def test_a_shared_block_goes_with_the_last_unit_that_has_it():
+    """Query heads 0 to 4 read KV heads 0 0 1 2 2, of two rows each, behind three rows of something else."""
+    span = Span("k", 0, block=2, offset=3, shared=(0, 0, 1, 2, 2))
+    assert span.rows([1, 2]).tolist() == [[3, 4], [5, 6]]
+    going = {(): [], (0,): [], (0, 4): [], (0, 1): [3, 4], (2,): [5, 6], (4, 3, 2): [5, 6, 7, 8], (0, 1, 2, 4): [3, 4, 5, 6]}
+    assert {units: span.gone(units).tolist() for units in going} == going
+    assert Span("q", 0, block=2).gone([2, 0]).tolist() == [4, 5, 0, 1]
+
+
 SPANS = st.builds(
     Span,
     param=st.just("w"),

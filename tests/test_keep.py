@@ -28,6 +28,7 @@ LLAMA = Anatomy.of(tiny.tiny_config("llama"))
         ({"hidden": (3, 1)}, r"'hidden' must be sorted and unique, got \[3, 1\]"),
         ({"hidden": (1, 1)}, r"'hidden' must be sorted and unique"),
         ({"layers.1.kv_heads": (2, 4)}, r"'layers.1.kv_heads' has units 0 to 3, got 4"),
+        ({"layers.1.kv_heads": (0, 4)}, r"'layers.1.kv_heads' has units 0 to 3, got 4"),
         ({"layers.1.kv_heads": (-1, 2)}, r"'layers.1.kv_heads' has units 0 to 3, got -1"),
         ({"layers.1.kv_heads": ()}, r"'layers.1.kv_heads' would keep no unit; remove the sub-layer"),
         ({"layers": ()}, r"'layers' would keep no unit"),
@@ -131,6 +132,10 @@ def test_json_round_trip(units):
 def test_ranges_that_do_not_parse_are_refused(text):
     with pytest.raises(UserError, match=r"plan.json: keep of 'hidden' must be ranges such as '0-5,7', got '"):
         Keep.from_json({"format": 1, "keep": {"hidden": f"0-1,{text}"}}, "plan.json")
+
+
+def test_a_short_range_may_stand_anywhere():
+    assert Keep.from_json({"format": 1, "keep": {"vocab": "6000000-6000001"}}).units == {"vocab": (6_000_000, 6_000_001)}
 
 
 @pytest.mark.parametrize("value", [3, None, [1, 2], {"a": 1}])

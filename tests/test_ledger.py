@@ -73,6 +73,8 @@ def test_few_intervals_are_listed():
     assert some.to_json()["unit"] == 2  # which all of 0, 4, 6, 10 ... are multiples of
     assert Intervals.of([]).size == 0 and Intervals.of([]).to_json() == [] and Intervals.of([[0, 2]]).spans == [(0, 2)]
     assert Intervals.of(some) is some
+    with pytest.raises(ValueError, match="base64"):  # a spoilt letter is not passed over
+        Intervals.of(some.to_json() | {"packed": f"!{some.to_json()['packed']}"})
 
 
 @pytest.mark.parametrize(
