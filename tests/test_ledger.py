@@ -190,6 +190,10 @@ def test_what_stands_before(tmp_path):
     Ledger(stages=[stage((0, 30))]).write(run / "model" / "ledger.json")
     after = Ledger.after(run / "model", "a model", [stage((0, 5))])
     assert (after.total_tokens, after.missing) == (35, [])
+    Ledger.check(run / "model"), Ledger.check(tmp_path / "not" / "there")
+    (run / "model" / "ledger.json").write_text("{")
+    with pytest.raises(UserError, match=r"model/ledger.json: cannot be read as JSON"):
+        Ledger.check(run / "model")
 
 
 def test_a_domain_that_is_not_the_stage_s():
