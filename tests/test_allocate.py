@@ -112,6 +112,14 @@ def test_the_best_units(scores, count):
     assert top(torch.tensor(scores), count) == tuple(sorted(best))
 
 
+def test_ties_among_many_go_to_the_lower_index():
+    """An unstable sort of a dozen numbers happens to be stable; one of a hundred is not."""
+    scores = torch.randint(0, 3, (200,), generator=torch.Generator().manual_seed(0)).float()
+    best = sorted(range(200), key=lambda i: -float(scores[i]))
+    for count in (1, 30, 100, 150):
+        assert top(scores, count) == tuple(sorted(best[:count]))
+
+
 def test_counts_name_only_what_is_cut():
     scores = Scores({"hidden": torch.tensor([1.0, 3, 2]), "layers.0.intermediate": torch.tensor([5.0, 4])})
     keep = to_counts(scores, {"hidden": 2, "layers.0.intermediate": 2})
