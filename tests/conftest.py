@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import warm
+from hypothesis import settings
 
 from prunus import reload, verification
 
@@ -25,6 +26,8 @@ if os.environ.get("PYTHONPATH", "").split(os.pathsep)[0] != str(OFFLINE):  # unl
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 
 torch.set_num_threads(1)
+settings.register_profile("prunus", deadline=None)  # a machine with other work is slow by chance
+settings.load_profile("prunus")
 _cache = tempfile.TemporaryDirectory(prefix="prunus-cache-")
 os.environ["PRUNUS_CACHE"] = _cache.name  # the user's latency table is none of a test's business
 

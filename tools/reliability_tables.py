@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from prunus.tables import markdown
@@ -11,13 +13,13 @@ Record = dict[str, Any]
 HEADER = ["what was asked", "what was found", "commit", "again by"]
 
 
-def table(records: Sequence[Record]) -> str:
-    """A row for everything that was recorded."""
+def table(records: Sequence[Record], suite: Path) -> str:
+    """A row for everything that was recorded; `suite` has what is known of the tests themselves."""
     by_kind: dict[str, list[Record]] = {}
     for one in records:
         by_kind.setdefault(one["kind"], []).append(one)
     rows = [row(found) for kind, row in ROWS.items() if (found := by_kind.get(kind))]
-    return "\n".join(markdown(HEADER, rows, left=len(HEADER)))
+    return "\n".join(markdown(HEADER, [*rows, *_of_suite(suite)], left=len(HEADER)))
 
 
 def _total(found: Sequence[Record], *names: str) -> list[int]:
@@ -50,22 +52,33 @@ def _fuzz(found: list[Record]) -> list[str]:
     ]  # fmt: skip
 
 
-def _mutants(found: list[Record]) -> list[str]:
-    f = found[-1]["figures"]
+def _mutants(head: Record, rows: Sequence[Record]) -> list[str]:
+    killed = sum(row["outcome"] != "survived" for row in rows)
     return [
-        f"{f['mutants']} mutants of the core, a seeded sample: does a test fail?",
-        f"{f['killed']} killed ({f['killed'] / f['mutants']:.1%}), {f['survived']} survived, {f['explained']} of them explained",
-        _commits(found), "`make mutants`",
+        f"{len(rows)} small errors in the core, a seeded sample of what mutmut makes: does a test of the module notice?",
+        f"{killed} noticed ({killed / len(rows):.1%}); why nobody can notice the other {len(rows) - killed} stands in "
+        "`results/suite/survivors.yaml`",
+        str(head["commit"]), "`make mutants`",
     ]  # fmt: skip
 
 
-def _coverage(found: list[Record]) -> list[str]:
-    f = found[-1]["figures"]
+def _coverage(found: Record) -> list[str]:
     return [
         "lines of the package that the default tests run",
-        f"{f['covered_lines']:,} of {f['num_statements']:,} ({f['covered_lines'] / f['num_statements']:.2%})",
-        _commits(found), "`make coverage`",
+        f"{found['ran']:,} of {found['lines']:,} ({found['ran'] / found['lines']:.2%})",
+        str(found["commit"]), "`make coverage`",
     ]  # fmt: skip
+
+
+def _of_suite(suite: Path) -> list[list[str]]:
+    """What the tests themselves are worth."""
+    rows = []
+    if (mutants := suite / "mutants.jsonl").exists():
+        head, *tried = (json.loads(line) for line in mutants.read_text(encoding="utf-8").splitlines())
+        rows.append(_mutants(head, tried))
+    if (coverage := suite / "coverage.json").exists():
+        rows.append(_coverage(json.loads(coverage.read_text(encoding="utf-8"))))
+    return rows
 
 
 def _soak(found: list[Record]) -> list[str]:
@@ -93,5 +106,5 @@ def _listing(found: list[Record]) -> list[str]:
 
 
 ROWS: dict[str, Callable[[list[Record]], list[str]]] = {
-    "faults": _faults, "fuzz": _fuzz, "mutants": _mutants, "coverage": _coverage, "soak": _soak, "listing": _listing,
+    "faults": _faults, "fuzz": _fuzz, "soak": _soak, "listing": _listing,
 }  # fmt: skip

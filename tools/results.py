@@ -378,7 +378,9 @@ def main() -> int:
     if picture := study_pages.front(ROOT / "results" / "studies", "half"):
         pages[ROOT / "docs" / "front.svg"] = picture
     trust = ROOT / "docs" / "reliability.md"
-    pages[trust] = with_table(trust.read_text(encoding="utf-8"), reliability_tables.table(records))
+    pages[trust] = with_table(
+        trust.read_text(encoding="utf-8"), reliability_tables.table(records, ROOT / "results" / "suite")
+    )
     pages[readme] = with_table(readme.read_text(encoding="utf-8"), readme_table(records))
     stale = [p for p, text in pages.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     for path in stale:
