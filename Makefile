@@ -66,7 +66,7 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python tools/fuzz.py --inputs 100000 --record results/fuzz.jsonl
 
 audit: $(VENV)/.dev  # asks a database on the network; where there is none, it says so and passes
-	-$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	-$(BIN)/pip install --quiet --disable-pip-version-check --retries 1 --timeout 15 pip-audit
 	$(BIN)/python tools/audit.py
 	$(BIN)/python tools/licences.py
 

@@ -192,7 +192,7 @@ def test_what_stands_before(tmp_path):
     assert (after.total_tokens, after.missing) == (35, [])
     Ledger.check(run / "model"), Ledger.check(tmp_path / "not" / "there")
     (run / "model" / "ledger.json").write_text("{")
-    with pytest.raises(UserError, match=r"model/ledger.json: cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"model/ledger.json: not readable as JSON"):
         Ledger.check(run / "model")
 
 
