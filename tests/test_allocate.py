@@ -351,3 +351,27 @@ def test_a_coarser_grain_never_exceeds_the_budget(case, states):
     assert cost_of(prices, sizes) <= budget
     rounded_away = grain * (len(curves) + 1) if grain > exact else 0
     assert error_of(curves, sizes) <= least_by_hand(curves, prices, budget - rounded_away) + 1e-12
+
+
+def test_prices_in_thousands_are_counted_in_thousands():
+    """A grain of their own: then a budget of ten millions is ten thousand steps, and nothing is rounded."""
+    sizes = (0, 1, 2, 3)
+    curves = {name: Curve(sizes, tuple((3 - n) * weight for n in sizes)) for name, weight in (("a", 3.0), ("b", 2.0))}
+    prices = {"a": [n * 3_000_000 for n in sizes], "b": [n * 2_000_000 for n in sizes]}
+    found = least_error(curves, prices, 10_000_000)
+    assert cost_of(prices, found) <= 10_000_000
+    assert error_of(curves, found) == least_by_hand(curves, prices, 10_000_000)
+    prices = {name: [price // 1000 * 1001 for price in listed] for name, listed in prices.items()}
+    found = least_error(curves, prices, 10_010_000)
+    assert error_of(curves, found) == least_by_hand(curves, prices, 10_010_000)
+
+
+def test_of_equal_errors_the_smaller_size_stays():
+    curves = {"a": Curve((1, 2, 3), (0.5, 0.5, 0.5))}
+    assert least_error(curves, {"a": [0, 1, 2, 3]}, 3) == {"a": 1}
+
+
+def test_masks_are_masks():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
+    for mask in (kept_n_of_m(scores, 2, 4), kept_in_rows(scores, 0.5), kept_in_matrix(scores, 0.5)):
+        assert mask.dtype == torch.bool and mask.tolist() == [[True, False, False, True]]

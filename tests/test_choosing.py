@@ -25,7 +25,7 @@ from prunus.train.shrink.goal import Goal
 from prunus.train.shrink.groups import Chooser, Standing
 from prunus.train.shrink.pace import Pace
 from prunus.train.shrink.part import PacePart, PrunePart, SaliencyPart
-from prunus.train.shrink.saliency import Saliency
+from prunus.train.shrink.saliency import Saliency, _placed
 
 # -- the pace: closed forms -----------------------------------------------------------------------------------------------
 
@@ -415,3 +415,105 @@ def test_sums_are_kept_as_small_as_can_be():
     for axes, dims in ((("kv_heads", "intermediate"), {1}), (("kv_heads", "intermediate", "hidden"), {2})):
         saliency, _, _ = watched("first", "output", 0.5, axes)
         assert {held.mean.dim() for held in saliency.held.values()} == dims
+
+
+# -- what tests of whole runs cannot tell apart ------------------------------------------------------------------------------
+
+
+def test_a_channel_of_the_stem_has_its_rows_in_every_counted_matrix():
+    anatomy, saliency = worked_example()
+    table = saliency.table(None, Standing.of(anatomy).alive)
+    assert table.elements({"hidden": (0,)}, anatomy) == 2 + 3  # a row of o_proj and one of down_proj
+    assert table.elements({"layers.0.kv_heads": (0, 1), "layers.0.intermediate": (2,)}, anatomy) == 2 * 2 + 2
+
+
+class Inputs:
+    """Stands where running sums of what matrices read stand."""
+
+    def __init__(self, anatomy):
+        generator = torch.Generator().manual_seed(5)
+        self.of = {
+            n: 1 + torch.rand(t.shape[1], generator=generator).double() for n, t in anatomy.tensors.items() if t.is_matrix
+        }
+
+    def inverse_diagonal(self, name):
+        return self.of[name]
+
+
+@pytest.mark.parametrize("metric", ["obc", "first"])
+def test_what_matrices_read_counts_for_obc_alone(metric):
+    """w^2 / [H^-1]_jj summed over a unit's weights; every other metric knows nothing of H."""
+    anatomy = Anatomy.of(tiny.tiny_config("llama_mha"))
+    generator = torch.Generator().manual_seed(0)
+    named = {n: torch.nn.Parameter(torch.randn(t.shape, generator=generator)) for n, t in anatomy.tensors.items()}
+    kinds = ("kv_heads", "intermediate", "hidden")
+    saliency, alive = Saliency(SaliencyPart(metric=metric), anatomy, kinds, named, ALONE), Standing.of(anatomy).alive
+    for held in saliency.held.values():
+        held.mean.copy_(torch.rand(held.mean.shape, generator=generator))
+    inputs = Inputs(anatomy)
+    found = saliency.table(None, alive, inputs).values
+    if metric == "first":
+        plain = saliency.table(None, alive).values
+        assert all(np.array_equal(found[name], plain[name]) for name in plain)
+        return
+    name = "model.layers.1.mlp.down_proj.weight"
+    worth = named[name].detach().double().square() / inputs.of[name]
+    assert found["layers.1.intermediate"] == pytest.approx(worth.sum(0).numpy(), rel=1e-5)
+    held = [n for n in saliency.held if n.endswith(("o_proj.weight", "down_proj.weight"))]
+    stem = sum((named[n].detach().double().square() / inputs.of[n]).sum(1) for n in held)
+    assert found["hidden"] == pytest.approx(stem.numpy(), rel=1e-5)
+    assert list(saliency.known()) == [] and saliency.saved() == {}
+    saliency.restore({})  # nothing is kept of it
+
+
+def test_what_was_saved_comes_back():
+    saliency, _, _ = watched("first", "output", 0.5, ("kv_heads", "intermediate", "hidden"))
+    before = {name: held.mean.clone() for name, held in saliency.held.items()}
+    saved = {name: mean.clone() for name, mean in saliency.saved().items()}
+    assert list(saliency.known()) == list(before) and any(bool(mean.any()) for mean in before.values())
+    for held in saliency.held.values():
+        held.mean.zero_()
+    saliency.restore(saved)
+    assert all(torch.equal(saliency.held[name].mean, mean) for name, mean in before.items())
+
+
+@pytest.mark.parametrize("axes", [("kv_heads", "intermediate"), ("kv_heads", "intermediate", "hidden")])
+def test_what_is_known_goes_on_in_the_smaller_model(axes):
+    """Rows and columns of matrices, or entries of sums; and that something was seen, so that the next update is averaged."""
+    saliency, *_ = watched("first", "output", 0.5, axes)
+    after = Saliency(saliency.part, saliency.anatomy, axes, saliency.named, ALONE)
+    kept = torch.arange(0, saliency.anatomy.shape.layers[0].intermediate_size, 2)
+    stem = torch.arange(1, saliency.anatomy.shape.hidden_size)
+    found = {}
+    after.restore = found.update
+    rows = lambda name: {1: kept, 0: stem} if "down_proj" in name else {}  # noqa: E731
+    after.cut_from(saliency, rows, {name: name for name in saliency.held})
+    for name, held in saliency.held.items():
+        mean = held.mean
+        if "down_proj" in name:
+            mean = mean[stem][:, kept] if held.whole else mean[kept]
+        assert torch.equal(found[f"saliency.{name}"], mean)
+    assert after.count == saliency.count > 0
+    whole = {0: (0,), 1: (1,)}
+    assert all(saliency.follows(n) == (whole if held.whole else {1: (0,)}) for n, held in saliency.held.items())
+
+
+def test_a_weight_without_a_gradient_is_worth_nothing():
+    _, saliency = worked_example()
+    for p in saliency.named.values():
+        p.data.fill_(2.0)
+    first, second = saliency.held
+    saliency.named[first].grad = torch.ones_like(saliency.named[first])
+    saliency.see(None, UPDATE)
+    assert bool((saliency.held[first].mean == 2).all()) and not bool(saliency.held[second].mean.any())
+
+
+def test_rows_are_placed_as_they_are():
+    rows = torch.rand(2, 3, dtype=torch.float64)
+    placed = _placed(rows, 1, 4)
+    assert placed.dtype == torch.float64 and torch.equal(placed[1:3], rows) and not bool(placed[[0, 3]].any())
+
+
+def test_without_a_rate_all_goes_at_the_end_itself():
+    pace = Pace(PacePart(kind="rate", start=0.1, end=0.5), 1000, 100, lambda tokens: 0.0)
+    assert [pace.share(t) for t in (400, 500, 600)] == [0, 1, 1]
