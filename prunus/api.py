@@ -118,8 +118,12 @@ def dtype_named(name: str) -> str:
 
 
 def positions(source: Source) -> int | None:
-    """How many tokens the model can see at once; None if its config does not say."""
+    """How many tokens the model can see at once; None if its config does not say. UserError if that is less than two."""
     value = getattr(source.config, "max_position_embeddings", None)
+    if isinstance(value, int) and value < 2:
+        raise UserError(
+            f"{source.name}: max_position_embeddings is {value} in its config, but a prediction takes two tokens"
+        )
     return value if isinstance(value, int) else None
 
 

@@ -57,6 +57,8 @@ class Shape:
         """Read the sizes of a Hugging Face config (also one with `per_layer_config`); reads no weight."""
         heterogeneous = getattr(config, "is_heterogeneous", False)
         count = _size(config, "num_hidden_layers")
+        if not count:
+            raise UserError("config.json: num_hidden_layers is 0; a model has at least one layer")
         layers = tuple(_layer(config.per_layer_config[i] if heterogeneous else config) for i in range(count))
         hidden = _size(config, "hidden_size")
         head_dim = getattr(config, "head_dim", None)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNREADABLE = (  # what the libraries raise over a config, weights or a tokenizer that are wrong
-    ValueError, OSError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError, StrictDataclassError,
-    SafetensorError,
+    ValueError, OSError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError, AssertionError,
+    StrictDataclassError, SafetensorError,
 )  # fmt: skip
 QUANTIZED = "quantized.json"  # how a folder with fewer bits was made
 _LONGEST_NAME = 255  # bytes, as file systems have it

@@ -12,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunus.api import positions
 from prunus.errors import UserError
 from prunus.source import Source
 
@@ -158,6 +159,16 @@ def test_sizes_that_cannot_be(folder, changes):
     """Whatever the first complaint is about, it is a user's error of one line, and no traceback."""
     checkpoints.edit_json(folder / "config.json", **changes)
     refused(folder, "config")
+
+
+def test_configs_of_nothing(folder):
+    """No layer, room for one token alone, a padding token that no row stands for."""
+    checkpoints.edit_json(folder / "config.json", num_hidden_layers=0)
+    refused(folder, "config.json: num_hidden_layers is 0; a model has at least one layer")
+    checkpoints.edit_json(folder / "config.json", num_hidden_layers=2, max_position_embeddings=1)
+    refused(folder, "max_position_embeddings is 1 in its config, but a prediction takes two tokens", positions)
+    checkpoints.edit_json(folder / "config.json", max_position_embeddings=64, pad_token_id=10**6)
+    refused(folder, "the weights cannot be read: Padding_idx must be within num_embeddings", lambda source: source.load())
 
 
 def test_a_depth_that_the_files_cannot_have_is_refused_before_anything_is_built(folder):
