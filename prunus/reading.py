@@ -115,10 +115,15 @@ def rows_of(content: bytes, where: str, mend: str = "") -> Iterator[tuple[int, A
             yield number, parsed(line, f"{where}: line {number}", mend)
 
 
-def check_ids(path: Path) -> None:
-    """UserError for a tokenizer.json with an id that nobody has: the tokenizers library makes room for every id below it."""
+def check_tokenizer(path: Path) -> None:
+    """UserError for a tokenizer.json at which the tokenizers library would take gigabytes, or end the process.
+
+    It makes room for every id below the largest; and of a pair that is merged it takes the prefix off the second part, bytes of a
+    character if there is no such prefix, and cannot say so.
+    """
     data = bytes_of(path)
-    if not re.search(rb":\s*[0-9]{8,}", data):
+    long, prefixed = (re.search(text, data) for text in (rb":\s*[0-9]{8,}", rb'"continuing_subword_prefix"\s*:\s*"[^"]'))
+    if not long and not prefixed:
         return
     told = parsed(data, str(path))
     model, added = (told.get(name) if isinstance(told, dict) else None for name in ("model", "added_tokens"))
@@ -127,6 +132,14 @@ def check_ids(path: Path) -> None:
     ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     if wrong := [one for one in ids if isinstance(one, int) and one >= _MOST_IDS]:
         raise UserError(f"{path}: has a token with the id {wrong[0]}, but ids end below {_MOST_IDS:,}; the file is corrupt")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    for pair in merges if prefix and isinstance(merges, list) else ():
+        second = pair.rpartition(" ")[2] if isinstance(pair, str) else pair[-1] if isinstance(pair, list) and pair else None
+        if not isinstance(second, str) or not second.startswith(str(prefix)):
+            raise UserError(
+                f"{path}: merges {pair!r}, whose second part does not begin with '{prefix}'; the file is corrupt"
+            )
 
 
 @contextmanager

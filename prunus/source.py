@@ -20,7 +20,7 @@ from .errors import UserError, unknown
 from .headers import Entry, gguf_metadata, safetensors_entries, sha256
 from .hf import quiet
 from .manifest import MANIFEST
-from .reading import check_ids, check_regular, first_line, refusing, table_of
+from .reading import check_regular, check_tokenizer, first_line, refusing, table_of
 from .sealed import stamp
 from .tensorfiles import Stored, check_finite, same_bytes
 
@@ -305,7 +305,7 @@ class Source:
         if self.kind == "gguf":
             where, path = {"gguf_file": self.path.name}, str(self.path.parent)
         elif (self.path / "tokenizer.json").is_file():
-            check_ids(self.path / "tokenizer.json")
+            check_tokenizer(self.path / "tokenizer.json")
         with refusing(f"{self.name}: the tokenizer cannot be read"), quiet():
             tokenizer = AutoTokenizer.from_pretrained(path, **where)
         if not tokenizer.is_fast:

@@ -517,3 +517,12 @@ def test_rows_are_placed_as_they_are():
 def test_without_a_rate_all_goes_at_the_end_itself():
     pace = Pace(PacePart(kind="rate", start=0.1, end=0.5), 1000, 100, lambda tokens: 0.0)
     assert [pace.share(t) for t in (400, 500, 600)] == [0, 1, 1]
+
+
+def test_a_head_has_as_many_columns_as_it_is_wide():
+    anatomy = Anatomy.of(tiny.tiny_config("llama"))
+    named = {n: torch.nn.Parameter(torch.zeros(t.shape)) for n, t in anatomy.tensors.items()}
+    saliency = Saliency(SaliencyPart(), anatomy, ("kv_heads", "intermediate"), named, ALONE)
+    table, shape = saliency.table(None, Standing.of(anatomy).alive), anatomy.shape
+    group = shape.layers[0].num_attention_heads // shape.layers[0].num_key_value_heads
+    assert table.elements({"layers.0.kv_heads": (0, 1)}, anatomy) == 2 * group * shape.head_dim * shape.hidden_size

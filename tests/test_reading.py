@@ -13,14 +13,15 @@ import pipeline
 import pytest
 import training
 
-from prunus import checkpoint, record, train_plots
+from prunus import checkpoint, record, source, train_plots
+from prunus.data import tokenizer
 from prunus.data.shards import Shards, prepared_documents
 from prunus.data.tokenizer import open_tokenizer
 from prunus.errors import UserError
 from prunus.export import card
 from prunus.headers import gguf_metadata, safetensors_entries
 from prunus.ledger import Intervals, Ledger
-from prunus.reading import bytes_of, json_of, rows_of, table_of, yaml_of
+from prunus.reading import bytes_of, check_tokenizer, json_of, rows_of, table_of, yaml_of
 from prunus.sealed import sealed, unsealed
 from prunus.source import Source
 from prunus.study import page
@@ -260,12 +261,19 @@ def test_token_ids_that_nobody_has(tmp_path, place):
             read()
 
 
-def test_a_tokenizer_at_which_its_library_panics(tmp_path):
+def test_a_tokenizer_at_which_its_library_panics(tmp_path, monkeypatch):
+    """Panics are no `Exception`; this one is seen before, so here nobody looks."""
     model = shutil.copytree(pipeline.folder(), tmp_path / "model")
     told = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     told["model"]["continuing_subword_prefix"] = "]]>"
     (model / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
-    for read in (Source.open(str(model)).tokenizer, lambda: open_tokenizer(str(model))):
+    reads = (Source.open(str(model)).tokenizer, lambda: open_tokenizer(str(model)))
+    for read in reads:
+        with pytest.raises(UserError, match="does not begin with ']]>'; the file is corrupt"):
+            read()
+    for module in (source, tokenizer):
+        monkeypatch.setattr(module, "check_tokenizer", lambda path: None)
+    for read in reads:
         with pytest.raises(UserError, match="model: the tokenizer cannot be read: "):
             read()
 
@@ -325,3 +333,16 @@ def test_arrays_are_skipped_not_read(tmp_path):
 def test_json_of_any_kind(tmp_path):
     (tmp_path / "x.json").write_text("[1, null]", encoding="utf-8")
     assert json_of(tmp_path / "x.json") == [1, None]
+
+
+@pytest.mark.parametrize("merges", [["a b"], [["a", "#b"], ["a", "é"]], [["a"]], [7]])
+def test_a_prefix_that_merged_parts_lack(tmp_path, merges):
+    """The library takes it off unseen, in the midst of a character, and then ends the process."""
+    model = {"type": "BPE", "continuing_subword_prefix": "#", "vocab": {"a": 0, "#b": 1}, "merges": merges}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": model}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer.json: merges .* does not begin with '#'; the file is corrupt"):
+        check_tokenizer(path)
+    for good in ({"merges": ["a #b", "#b #b"]}, {"continuing_subword_prefix": None}):
+        path.write_text(json.dumps({"model": model | good}), encoding="utf-8")
+        check_tokenizer(path)

@@ -125,3 +125,15 @@ def test_uniform_shapes():
     sizes = {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 10, "head_dim": 4, "vocab_size": 50}
     made = Shape.uniform(**sizes, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True)
     assert made == Shape.of(config())
+
+
+def test_a_model_of_one_layer_is_uniform():
+    one = Shape.of(config()).with_layers((LayerShape(6, 2, 10),))
+    assert one.is_uniform and one.num_hidden_layers == 1
+
+
+def test_a_config_that_lacks_a_size_is_refused():
+    bare = config()
+    del bare.num_hidden_layers
+    with pytest.raises(UserError, match=r"config.json: num_hidden_layers is None, but a whole number is needed"):
+        Shape.of(bare)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import UserError, unknown
 from ..headers import sha256
 from ..place import staged_files
-from ..reading import check_ids, json_of, refusing, text_of
+from ..reading import check_tokenizer, json_of, refusing, text_of
 from ..sealed import stamp
 
 FORMAT: Literal[1] = 1
@@ -301,7 +301,7 @@ def _decoded(folder: Path, opened: list[Shards]) -> Iterator[str]:
     from tokenizers import Tokenizer
 
     mend = "prepare the data again"
-    check_ids(folder / TOKENIZER)
+    check_tokenizer(folder / TOKENIZER)
     told = text_of(folder / TOKENIZER, mend)
     with refusing(f"{folder / TOKENIZER}: cannot be read", mend):
         tokenizer = Tokenizer.from_str(told)

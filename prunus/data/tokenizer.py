@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..reading import check_ids, check_regular, refusing
+from ..reading import check_regular, check_tokenizer, refusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ def open_tokenizer(name: str, *, online: bool = False) -> PreTrainedTokenizerBas
         raise UserError(f"{name}: there is no tokenizer.json in it; give a model's folder, or one of prunus data tokenizer")
     if folder.exists():
         check_regular(folder)
-        check_ids(folder / "tokenizer.json")
+        check_tokenizer(folder / "tokenizer.json")
     with refusing(f"{name}: the tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder) if folder.exists() else name, local_files_only=not online, trust_remote_code=False
