@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
+from .reading import size_of
 
 _MAX_TEXT = 1 << 26  # bytes of one text in a GGUF header; chat templates have thousands
 _MAX_HEADER = 100_000_000  # bytes; the limit that the safetensors library itself sets
@@ -39,7 +40,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def safetensors_entries(path: Path) -> dict[str, Entry]:
     """Tensor name -> `Entry` from a safetensors header; UserError if the file is truncated or its header is broken."""
-    size = path.stat().st_size
+    size = size_of(path)
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -115,7 +116,7 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     """Scalar metadata of a GGUF file (arrays are skipped); UserError if the file is truncated or corrupt."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    size = path.stat().st_size
+    size = size_of(path)
     with path.open("rb") as file:
         r = _Reader(file, size, path)
         if r.take(4) != b"GGUF":

@@ -37,16 +37,19 @@ def text_of(path: Path | str, mend: str = "", *, most_bytes: int = _MOST_BYTES) 
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}){tail(mend)}") from error
 
 
+def size_of(path: Path | str, mend: str = "") -> int:
+    """Bytes of a regular file; UserError for a pipe or a device, which an opener would wait for."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: no file that can be read{tail(mend)}")
+    return found.st_size
+
+
 def bytes_of(path: Path | str, mend: str = "", *, most_bytes: int = _MOST_BYTES) -> bytes:
     """The bytes of a regular file, whose size is looked at before anything is read."""
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: no file that can be read{tail(mend)}")
-        if found.st_size > most_bytes:
-            raise UserError(
-                f"{path}: {found.st_size:,} bytes, but a file of its kind has at most {most_bytes:,}{tail(mend)}"
-            )
+        if (size := size_of(path, mend)) > most_bytes:
+            raise UserError(f"{path}: {size:,} bytes, but a file of its kind has at most {most_bytes:,}{tail(mend)}")
         with open(path, "rb") as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -122,3 +122,7 @@ def test_a_record_says_what_it_lacks(tmp_path):
     reasons.write_text("m9: only speed\n")
     assert lacks(rows) == [] and lacks(rows, 11) == ["10 of 11 mutants have been run; run `make mutants` again"]
     assert mutants.summary(record).splitlines()[-2:] == [f"{'all':24} {10:7} {9:6} {1:8} {1:9}", "killed: 90.0%"]
+
+
+def test_the_record_lacks_nothing():
+    assert mutants.faults(mutants.ROOT / "results" / "suite" / "mutants.jsonl") == []

@@ -346,3 +346,10 @@ def test_a_prefix_that_merged_parts_lack(tmp_path, merges):
     for good in ({"merges": ["a #b", "#b #b"]}, {"continuing_subword_prefix": None}):
         path.write_text(json.dumps({"model": model | good}), encoding="utf-8")
         check_tokenizer(path)
+
+
+@pytest.mark.parametrize("read", [safetensors_entries, gguf_metadata, bytes_of])
+def test_pipes_are_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(UserError, match=r"x: no file that can be read"):
+        read(tmp_path / "x")

@@ -78,7 +78,7 @@ def _wider(path: Path) -> None:
         (lambda folder: _wider(files(folder, 2)[1]), "logs-00002.npy: changed since it was written"),
         (lambda folder: files(folder, 2)[1].unlink(), "logs-00002.npy: is missing; copy the folder again"),
         (lambda folder: (folder / MANIFEST).unlink(), "there is no manifest.json in it; prunus teach writes"),
-        (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json: is nothing that prunus teach wrote"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json: not readable as JSON: .*; write it again"),
         (lambda folder: _edit(folder, format=2), "manifest.json: is nothing that prunus teach wrote"),
         (lambda folder: _edit(folder, tokenizer_sha256="0" * 64), r"another recipe \(the tokenizer differs\)"),
         (lambda folder: _edit(folder, vocab_size=301), r"\(the vocabulary's size differs: 301 there, 300 here\)"),
