@@ -117,3 +117,11 @@ def test_the_command_line(tmp_path):
     assert code == 2 and "recipe 'scrach' does not exist (did you mean 'scratch'?)" in err
     code, _, err = cli("train", "scratch", "--out", tmp_path / "b", "--tokens", "4X")
     assert code == 2 and "--tokens: '4X' is no number" in err
+
+
+def test_recipes_that_nobody_could_have(tmp_path):
+    """A name that is longer than any file's; an FFN that is infinitely wide."""
+    with pytest.raises(UserError, match=r"no such recipe file"):
+        recipes.read(f"{'x' * 300}.yaml")
+    with pytest.raises(UserError, match=r"model.enlarge"):
+        recipes.read("idea-prune", ("model.enlarge=.inf",))

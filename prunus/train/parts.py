@@ -26,6 +26,7 @@ class ModelPart(Strict):
     enlarge: float | None = Field(
         default=None,
         gt=1,
+        le=1000,
         description="the shape's FFN so many times as wide; prune brings it back unless it names a target",
     )
     tokenizer: str | None = Field(default=None, description="folder of the tokenizer, where no checkpoint brings one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -210,7 +211,7 @@ def load(name: str, known: Mapping[str, str]) -> dict[str, Any]:
     """Plain data of a recipe file, or of one in `known`, bare name -> YAML."""
     path = Path(name).expanduser()
     if path.suffix in _SUFFIXES:
-        if not path.is_file():
+        if not os.path.isfile(path):  # also where a name is too long for any file
             raise UserError(f"{name}: no such recipe file")
         text = text_of(path)
     else:
