@@ -43,7 +43,7 @@ def _faults(found: list[Record]) -> list[str]:
 
 
 def _fuzz(found: list[Record]) -> list[str]:
-    tried, refused, taken, failed = _total(found, "tried", "refused", "taken", "failed")
+    tried, refused, taken, failed = _total(found, "inputs", "refused", "taken", "failed")
     return [
         f"bad input of {len(found)} kinds: damaged, hostile, absurd",
         f"{tried:,} inputs: {refused:,} refused in one sentence with the place, {taken:,} taken, {failed:,} with a traceback, a "
