@@ -20,6 +20,7 @@ from .shape import LayerShape
 
 FORMAT = 1
 _MOST_UNITS = 10_000_000  # a range longer than any axis is a mistake, not an allocation
+_AXIS = re.compile(r"(?:layers\.[0-9]{1,9}\.)?[a-z_]+")
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ class Keep:
         entries = data.get("keep")
         if data.get("format") != FORMAT or not isinstance(entries, Mapping):
             raise UserError(f"{where}: expected format {FORMAT} with a 'keep' table, got keys {sorted(map(str, data))}")
+        if (wrong := next((name for name in entries if not _AXIS.fullmatch(str(name))), None)) is not None:
+            raise UserError(
+                f"{where}: keep of '{wrong}', which is called like no axis; names are such as layers.0.intermediate"
+            )
         return cls({str(name): _units(text, f"{where}: keep of '{name}'") for name, text in entries.items()})
 
 

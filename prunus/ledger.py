@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from .errors import UserError
 from .place import staged_files
-from .reading import json_of
+from .reading import first_wrong, json_of
 
 FORMAT: Literal[1] = 1
 LEDGER = "ledger.json"
@@ -294,9 +294,7 @@ class Ledger(_Strict):
         try:
             return cls.model_validate(json_of(found))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "as a whole"
-            raise UserError(f"{found}: is no ledger ({where}: {first['msg']})") from error
+            raise UserError(f"{found}: is no ledger ({first_wrong(error)})") from error
 
 
 # -- two runs -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .errors import UserError
-from .reading import json_of
+from .reading import first_wrong, json_of
 
 MANIFEST = "prunus.json"
 FORMAT: Literal[1] = 1
@@ -60,6 +60,13 @@ class After(Side):
     """Of a model that was cut."""
 
     model_type: str
+
+
+class Named(BaseModel):
+    """The model that was cut."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str
 
 
 class Part(BaseModel):
@@ -113,7 +120,7 @@ class Manifest(BaseModel):
     fingerprint: dict[str, Any]
     verified: dict[str, Any]
 
-    @field_validator("before", "after", "method", "calibration", "verified", "fingerprint")
+    @field_validator("source", "before", "after", "method", "calibration", "verified", "fingerprint")
     @classmethod
     def _check(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
         try:
@@ -121,12 +128,12 @@ class Manifest(BaseModel):
                 _TABLES[str(info.field_name)].model_validate(value)
             return value
         except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise ValueError(first_wrong(error, "")) from None
 
 
 _TABLES: dict[str, type[BaseModel]] = {
-    "before": Side, "after": After, "method": Part, "calibration": Calibration, "verified": Proof, "fingerprint": Fingerprint,
+    "source": Named, "before": Side, "after": After,
+    "method": Part, "calibration": Calibration, "verified": Proof, "fingerprint": Fingerprint,
 }  # fmt: skip
 
 
@@ -138,6 +145,4 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(json_of(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {where}: {str(first['msg']).removeprefix('Value error, ')}") from error
+        raise UserError(f"{path}: {first_wrong(error, 'the file')}") from error

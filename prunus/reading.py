@@ -13,9 +13,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _MOST_BYTES = 1 << 28  # of a file that is read whole; the largest that we write, records of long studies, are a tenth of it
 _MOST_IDS = 1 << 24  # of a tokenizer; the largest there are have a quarter of a million
@@ -27,6 +30,13 @@ _MOST_NODES = 1_000_000  # of YAML with its aliases unfolded
 def first_line(error: BaseException) -> str:
     """What an error says, short and on one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def first_wrong(error: ValidationError, whole: str = "as a whole") -> str:
+    """Where the first mistake is that pydantic found, and what; `whole` says where if it is of no field."""
+    first = error.errors()[0]
+    place, why = ".".join(map(str, first["loc"])) or whole, str(first["msg"]).removeprefix("Value error, ")
+    return f"{place}: {why}" if place else why
 
 
 def text_of(path: Path | str, mend: str = "", *, most_bytes: int = _MOST_BYTES) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny
@@ -121,7 +122,7 @@ def test_json_says_ranges_and_comes_back():
 UNITS = st.sets(st.integers(0, 30), max_size=12).map(lambda s: tuple(sorted(s)))
 
 
-@given(st.dictionaries(st.sampled_from(["hidden", "layers", "layers.0.mlp", "x y"]), UNITS))
+@given(st.dictionaries(st.sampled_from(["hidden", "layers", "layers.0.mlp", "layers.17.kv_heads"]), UNITS))
 def test_json_round_trip(units):
     assert Keep.from_json(json.loads(json.dumps(Keep(units).to_json()))).units == units
 
@@ -293,3 +294,9 @@ def test_sparsity_counts_weights():
     assert json.loads(mask.describe()) == {"matrices": 2, "sparsity": 0.1875}
     third = WeightMask({"a": torch.tensor([True, False, True])})
     assert json.loads(third.describe()) == {"matrices": 1, "sparsity": 0.333333}
+
+
+@pytest.mark.parametrize("name", ["layers..intermediate", "layers.x.heads", "layers.0.", "", "layers.0.heads.1", "<b>"])
+def test_names_that_no_axis_has_are_refused(name):
+    with pytest.raises(UserError, match=rf"keep of '{re.escape(name)}', which is called like no axis"):
+        Keep.from_json({"format": 1, "keep": {name: "0-3"}})

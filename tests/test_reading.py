@@ -353,3 +353,23 @@ def test_pipes_are_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "x")
     with pytest.raises(UserError, match=r"x: no file that can be read"):
         read(tmp_path / "x")
+
+
+def test_a_manifest_names_its_source(tmp_path):
+    folder = shutil.copytree(pipeline.saved("per-layer")[0], tmp_path / "cut")
+    checkpoints.edit_json(folder / "prunus.json", source={"kind": "folder"})
+    with pytest.raises(UserError, match=r"prunus.json: source: name: Field required"):
+        checkpoint.read_manifest(folder)
+
+
+def test_a_record_with_a_number_that_is_too_large_is_none(tmp_path):
+    folder, path = pipeline.saved("per-layer")[0], tmp_path / "eval.jsonl"
+    code, _, err = pipeline.cli(
+        "eval", folder, "-t", pipeline.text_file(), "--windows", 2, "--seq-len", 16, "--record", path
+    )
+    assert code == 0, err
+    (row,) = record.read(path)
+    row["figures"]["texts"][0]["bits_per_byte"] = 10**400
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"eval.jsonl is no record of prunus eval \(OverflowError"):
+        card._results([path], Source.open(str(folder)).sha256)

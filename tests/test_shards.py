@@ -87,7 +87,7 @@ SPOILT = {  # what is done to the manifest's JSON -> what is said
     "unknown field": (lambda d: d | {"colour": 1}, r"is no manifest \(colour: Extra inputs are not permitted\)"),
     "other ranges": (
         lambda d: d | {"splits": {"x": 1.0}},
-        r"is no manifest \(as a whole: Value error, splits and ranges differ",
+        r"is no manifest \(as a whole: splits and ranges differ",
     ),
     "a path": (
         lambda d: d | {"ranges": d["ranges"] | {"parent": [d["ranges"]["parent"][0] | {"file": "../x-0.bin"}]}},

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import UserError, unknown
 from ..headers import sha256
 from ..place import staged_files
-from ..reading import check_tokenizer, json_of, refusing, text_of
+from ..reading import check_tokenizer, first_wrong, json_of, refusing, text_of
 from ..sealed import stamp
 
 FORMAT: Literal[1] = 1
@@ -129,9 +129,7 @@ class Manifest(_Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "as a whole"
-            raise UserError(f"{path}: is no manifest ({where}: {first['msg']}); prepare the data again") from error
+            raise UserError(f"{path}: is no manifest ({first_wrong(error)}); prepare the data again") from error
 
     def write(self, folder: Path) -> None:
         """Write it, all or nothing."""

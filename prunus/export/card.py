@@ -168,7 +168,7 @@ def _results(paths: Sequence[Path], sha256: str) -> tuple[list[dict[str, Any]], 
             raise UserError(f"card: {path} has no record of prunus eval on these weights ({sha256[:16]})")
         try:
             _add_(texts, tasks, own)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(f"card: {path} is no record of prunus eval ({type(error).__name__}: {error})") from error
     return list(texts.values()), list(tasks.values())
 

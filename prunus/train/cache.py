@@ -24,7 +24,7 @@ from ..data.shards import SMALL_VOCAB, Hash
 from ..errors import UserError
 from ..headers import sha256
 from ..place import staged_files
-from ..reading import json_of
+from ..reading import first_wrong, json_of
 from ..record import digest
 from .feeds import Feeds
 from .loss import Likeliest, Mix
@@ -112,8 +112,7 @@ class Manifest(_Strict):
         try:
             return cls.model_validate(json_of(path, "write it again"))
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise UserError(f"{path}: is nothing that prunus teach wrote ({reason}); write it again") from error
+            raise UserError(f"{path}: is nothing that prunus teach wrote ({first_wrong(error)}); write it again") from error
 
     def write(self, folder: Path) -> None:
         """All or nothing."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..distributed import ALONE, World
 from ..errors import UserError
-from ..reading import text_of
+from ..reading import first_wrong, text_of
 from ..sealed import sealed, unsealed
 
 STATE, FORMAT = "state.json", 1
@@ -139,8 +139,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         State.model_validate(state)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {mend}") from error
+        raise UserError(f"{path}: {first_wrong(error)}; {mend}") from error
     return state
 
 
