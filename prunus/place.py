@@ -19,11 +19,8 @@ from pathlib import Path
 
 from .errors import UserError
 
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-)  # some network file systems: one process a folder is the user's care
+# Of some network file systems: there one process a folder is the user's care.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _ASKING = (signal.SIGINT, signal.SIGTERM)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
 
@@ -55,11 +52,13 @@ def staged_files(*paths: Path) -> Iterator[list[Path]]:
 @contextmanager
 def unbroken() -> Iterator[None]:
     """What is asked by Ctrl-C or SIGTERM meanwhile is done afterwards. For moments."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler runs
-        yield
+    before = {signum: signal.getsignal(signum) for signum in _ASKING}
+    if threading.current_thread() is not threading.main_thread() or None in before.values():
+        yield  # no handler runs here, or a host program's own, which could not be put back
         return
     asked: list[int] = []
-    before = {signum: signal.signal(signum, lambda signum, frame: asked.append(signum)) for signum in _ASKING}
+    for signum in _ASKING:
+        signal.signal(signum, lambda signum, frame: asked.append(signum))
     try:
         yield
     finally:

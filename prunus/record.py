@@ -109,10 +109,12 @@ def append(path: Path, kind: str, recipe: dict[str, Any], figures: dict[str, Any
 
 
 def _end(content: bytes) -> tuple[int, bytes]:
-    """Where the next line begins, and what must stand before it: half a line of a killed process goes, a whole one gets its end."""
+    """Where the next line begins, and what must stand before it: half a killed process's record goes, a whole line gets its end."""
     last = content.rpartition(b"\n")[2]
     if not last:
         return len(content), b""
+    if not last.startswith(b"{"):  # no record's beginning: somebody's own text, which is none of ours to remove
+        return len(content), b"\n"
     try:
         json.loads(last)
     except (ValueError, RecursionError):

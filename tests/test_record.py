@@ -125,3 +125,12 @@ def test_a_record_that_does_not_fit_harms_no_other(tmp_path):
     ):
         record.append(path, "eval", {}, {})
     assert path.read_bytes() == before
+
+
+def test_what_is_no_record_stays(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my own notes, without an end of line")
+    record.append(path, "eval", {}, {})
+    assert path.read_text().startswith("my own notes, without an end of line\n{")
+    with pytest.raises(UserError, match=r"notes.txt: line 1: not readable as JSON"):
+        record.read(path)
