@@ -29,13 +29,8 @@ from .file import MADE, Cell, MeasurePart, Study
 
 STEPS, CUTS, EVALUATIONS, MEASURES = "steps", "cuts", "evaluations", "measures"  # folders beside those of the training runs
 STATISTICS = "statistics"  # that several cuts share, until all are done
-OF_THE_TARGET = {
-    "ratio",
-    "pattern",
-    "target",
-    "multiple_of",
-    "sparsity",
-}  # what statistics that serve any target know nothing of
+# What statistics that serve any target know nothing of.
+OF_THE_TARGET = {"ratio", "pattern", "target", "multiple_of", "sparsity"}
 Kind = Literal["cut", "train", "evaluate", "measure"]
 
 
