@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 import warnings
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from held_for_backward import kept_bytes
 
-from prunus import heap, measure, record
+from prunus import heap, measure, products, record
 from prunus.anatomy import Anatomy
 from prunus.data.order import Domain, Stream
 from prunus.ledger import Data, Stage
@@ -71,8 +72,11 @@ def ours(
     sparse: bool = False,
     adapters: bool = False,
     taught: str | None = None,
+    multiplied: str | None = None,
 ) -> Steps:
     """`steps -> updates`; what an option needs is in place before the first."""
+    if multiplied is not None:
+        os.environ[products.CHOICE] = multiplied
     model = model_of(shape, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     anatomy = Anatomy.of(model.config)
     if adapters:
@@ -332,6 +336,8 @@ def measured(shape: str, precision: str, arguments: argparse.Namespace, *, optio
     }
     if not arguments.no_compile:
         asked["compiled"] = ("ours", {"compiled": True})
+    if products.library() == products.ONEDNN:
+        asked["products: torch"] = ("ours", {"multiplied": products.TORCH})
     if options:
         asked |= {name: ("ours", chosen) for name, chosen in OPTIONS.items()}
     started = {name: Row(kind, shape, precision, chosen) for name, (kind, chosen) in asked.items()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import products
 from .data.windows import Windows
 from .distributed import ALONE, World
 
@@ -70,6 +71,7 @@ def token_nll(logits_TV: Tensor, ids_T: Tensor) -> float:
 
 
 @torch.no_grad()
+@products.fast()
 def perplexity(
     model: PreTrainedModel, windows: Windows, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Perplexity:
@@ -84,6 +86,7 @@ def perplexity(
 
 
 @torch.no_grad()
+@products.fast()
 def mean_loss(model: PreTrainedModel, ids_NT: Tensor, world: World = ALONE) -> float:
     """Nats a token over some windows, T - 1 predictions each; logits of one window at a time are held.
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import products
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -75,6 +77,7 @@ def speed(
     }
 
 
+@products.fast()
 def gemm_rate(seconds: float = 0.15, dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of this machine's matmul at a middling size: the floor that plans are estimated from."""
     generator = torch.Generator().manual_seed(0)  # its own: measuring may change no run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import combination, depth, hf, rotation, surgeon, units, weights
+from . import combination, depth, hf, products, rotation, surgeon, units, weights
 from .anatomy import Anatomy
 from .axes import kind_of
 from .data.windows import Windows
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
+@products.fast()
 def one_shot_(
     plan: Plan,
     model: PreTrainedModel,

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from . import products
 from .errors import UserError
 from .place import NO_LOCKS
 from .reading import bytes_of, rows_of
@@ -34,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What a speed depends on; no host name, no path."""
+    """What a speed depends on; no host name, no path. `products` are those of scoring and training."""
     import torch
 
     return {
@@ -42,6 +43,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": "cpu",
+        "products": products.library(),
     }
 
 

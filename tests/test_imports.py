@@ -17,7 +17,7 @@ import prunus
 
 ROOT = Path(prunus.__file__).parent
 LAYERS = (  # the lowest first; a new module is placed here
-    "errors place reading sealed manifest heap tables network distributed axes shape families anatomy keep cut",
+    "errors place reading sealed manifest heap products tables network distributed axes shape families anatomy keep cut",
     "methods headers tensorfiles modeling_pruned hf source data data.text data.windows",
     "data.tokenizer data.encode data.shards data.writer data.prepare data.mixing data.order data.overlap ledger",
     "gates scaling spent statistics criteria allocate compensate solve eliminate sizes",

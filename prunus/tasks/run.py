@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import products
 from ..errors import UserError
 from ..latency import cache_folder
 from ..place import staged_files
@@ -126,6 +127,7 @@ def _known(folder: Path, name: str, key: Mapping[str, Any]) -> Result | None:
         return None
 
 
+@products.fast()
 def _run(
     asked: Asked,
     names: Sequence[str],

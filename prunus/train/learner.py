@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import products
 from .loss import Likeliest, Mix, head_loss, head_nll
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Learner(nn.Module):
         self.precision = precision
         self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
         decoder: Any = model.get_decoder()
-        self.decode = torch.compile(decoder, dynamic=False) if compiled else decoder
+        self.decode = torch.compile(decoder, dynamic=False, options=products.compiler_options()) if compiled else decoder
         self.held: dict[str, nn.Parameter] = {}
         self.name_held_()
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import products
 from ..distributed import ALONE, World, local, whole
 from ..errors import UserError
 from .learner import Learner, Taught, boundaries
@@ -81,6 +82,7 @@ class Training:
 _USUAL = 0.98  # what the running mean keeps at each update
 
 
+@products.fast()
 def train_(run: Training, until: int, each: Callable[[Training], None] = lambda run: None) -> None:
     """Changes `run`: updates until step `until`. `each` is called after every one; what it raises ends the loop.
 
@@ -171,6 +173,7 @@ class Sparse(Hook):
 
 
 @torch.no_grad()
+@products.fast()
 def validate(learner: Learner, feed: Feed, sequences: int, micro: int, world: World = ALONE) -> dict[str, Any]:
     """Mean cross-entropy in nats a token of the first sequences of a feed, and of each of its domains, without dropout."""
     found: list[tuple[int, float]] = []

@@ -83,7 +83,7 @@ class _HeadLoss(torch.autograd.Function):
             if slope is not None:
                 grad *= slope
             narrow = grad.to(hidden_ND.dtype)
-            torch.mm(narrow, head_VD, out=grad_ND[part])
+            grad_ND[part] = narrow @ head_VD
             if hidden_ND.dtype == wide:
                 grad_VD.addmm_(narrow.T, hidden_ND[part])
             else:

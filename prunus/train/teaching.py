@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import record
+from .. import products, record
 from ..checkpoint import standing
 from ..data.tokenizer import fingerprint
 from ..errors import UserError
@@ -114,6 +114,7 @@ def prepare(recipe: Recipe, out: Path | None = None, *, online: bool = False) ->
     return made
 
 
+@products.fast()
 def write(teaching: Teaching, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Manifest:
     """Write what is not written yet; returns the manifest of all."""
     run, out, manifest = teaching.run, teaching.out, teaching.manifest
