@@ -24,6 +24,7 @@ from prunus.tables import markdown, number
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = ("<!-- results: begin (written by `make results`) -->", "<!-- results: end -->")
 CORPORA = (("wikitext2", "WikiText-2"), ("c4-unseen", "C4, unseen"))
+PER_PROCESSOR = ("train-speed",)  # kinds of which every processor's newest run is shown
 MORE = ("wikitext2-80", "WikiText-2, 80 windows")  # scored where little was removed
 RIVALS = ("flap", "llm-pruner", "wanda-sp", "slicegpt", "minitron-width", "shortgpt", "sleb", "adapt-pruner")
 README_ROWS = (
@@ -33,11 +34,12 @@ README_ROWS = (
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """All records of all files; of several runs of one recipe the newest."""
+    """All records of all files; of several runs of one recipe the newest, or each processor's newest."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for row in record.read(path):
-            newest[(row["kind"], row["recipe_hash"], *(str(row.get(key)) for key in ("study", "arm")))] = row
+            where = str(row["machine"]["cpu"]) if row["kind"] in PER_PROCESSOR else ""
+            newest[(row["kind"], row["recipe_hash"], where, *(str(row.get(key)) for key in ("study", "arm")))] = row
     return list(newest.values())
 
 
@@ -213,7 +215,16 @@ def recovery_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def speed_table(rows: list[dict[str, Any]]) -> list[str]:
     """`benchmarks/train.py`: what a step and each option of a recipe costs, against a bare loop in the same run."""
-    header = ["shape", "precision", "row", "tokens/s", "times the bare loop", "of the matmul rate", "first step, s"]
+    header = [
+        "processor",
+        "shape",
+        "precision",
+        "row",
+        "tokens/s",
+        "times the bare loop",
+        "of the matmul rate",
+        "first step, s",
+    ]
     header += ["kept for the way back, MiB", "commit"]
     cells, besides = [], []
     for r in rows:
@@ -223,17 +234,18 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
             kept = f["kept_bytes"].get(name)
             cells.append(
                 [
-                    recipe["shape"], recipe["precision"], name, f"{f['tokens'] / seconds:,.0f}", f"{bare / seconds:.2f}",
-                    f"{f['step_flops'] / seconds / peak:.0%}", f"{f['first_step_s'][name]:.0f}",
+                    r["machine"]["cpu"], recipe["shape"], recipe["precision"], name, f"{f['tokens'] / seconds:,.0f}",
+                    f"{bare / seconds:.2f}", f"{f['step_flops'] / seconds / peak:.0%}", f"{f['first_step_s'][name]:.0f}",
                     "" if kept is None else f"{kept / 2**20:,.0f}", r["commit"] or "",
                 ]
             )  # fmt: skip
-        besides.append(f"{recipe['shape']} {sum(f['besides_s'].values()) / f['step_s']['plain']:.2%}")
+        besides.append(
+            f"{recipe['shape']}, {r['machine']['cpu']}: {sum(f['besides_s'].values()) / f['step_s']['plain']:.2%}"
+        )
     m = rows[0]["machine"]
     return [
         "`benchmarks/train.py --options`, rows taking turns in one run, each in a process of its own; "
-        f"{m['cpu']}, {m['threads']} threads. What a run does besides its steps (reading, log, ledger), of a "
-        f"plain step: {', '.join(besides)}.",
+        f"{m['threads']} threads. What a run does besides its steps (reading, log, ledger), of a plain step: {'; '.join(besides)}.",
         "",
         *markdown(header, cells),
     ]
