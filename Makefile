@@ -37,7 +37,7 @@ $(VENV)/.engines: $(VENV)/.dev
 	touch $@
 
 slow: $(VENV)/.engines $(VENV)/.model
-	PRUNUS_TEST_DATA=$(DATA) $(BIN)/pytest -m slow
+	$(BIN)/python tools/slow.py --data $(DATA)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

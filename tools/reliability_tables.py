@@ -70,6 +70,19 @@ def _coverage(found: Record) -> list[str]:
     ]  # fmt: skip
 
 
+def _slow(found: dict[str, Record]) -> list[str]:
+    passed, seconds = (sum(one[name] for one in found.values()) for name in ("passed", "seconds"))
+    failed = [f"`{test}` of {name}" for name, one in found.items() for test in one["failed"]]
+    skipped = sorted({reason for one in found.values() for reason in one["skipped"].values()})
+    return [
+        f"tests marked slow, in {len(found)} files, {seconds / 60:.0f} minutes: every command twice in processes with nothing in "
+        "common, the real model, exports in the engines they are for, pages in a browser, tutorials, kills at random points",
+        f"{passed:,} passed, {len(failed)} failed" + (f": {', '.join(failed)}" if failed else "")
+        + (f"; not run: {'; '.join(skipped)}" if skipped else ""),
+        ", ".join(dict.fromkeys(str(one["commit"]) for one in found.values())), "`make slow DATA=FOLDER`",
+    ]  # fmt: skip
+
+
 def _of_suite(suite: Path) -> list[list[str]]:
     """What the tests themselves are worth."""
     rows = []
@@ -78,6 +91,8 @@ def _of_suite(suite: Path) -> list[list[str]]:
         rows.append(_mutants(head, tried))
     if (coverage := suite / "coverage.json").exists():
         rows.append(_coverage(json.loads(coverage.read_text(encoding="utf-8"))))
+    if (slow := suite / "slow.json").exists():
+        rows.append(_slow(json.loads(slow.read_text(encoding="utf-8"))))
     return rows
 
 
