@@ -49,6 +49,9 @@ def read_keep(folder: Path) -> Keep | None:
 # -- where it goes ------------------------------------------------------------------------------------------------------
 
 
+_SPARE_BYTES = 64e6  # what a checkpoint has besides weights, and what others write in the meantime
+
+
 def check_destination(out: Path, *, overwrite: bool, needed_bytes: int) -> None:
     """UserError, before any work, if the folder exists, cannot be written, or will not fit."""
     if out.exists() or out.is_symlink():
@@ -59,9 +62,12 @@ def check_destination(out: Path, *, overwrite: bool, needed_bytes: int) -> None:
     parent = standing(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: no right to write in {parent}")
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes * 1.02 + 64e6:
-        raise UserError(f"{out}: needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
+    free, needed = shutil.disk_usage(parent).free, needed_bytes * 1.02 + _SPARE_BYTES
+    if free < needed:
+        raise UserError(
+            f"{out}: needs {needed / 1e6:,.0f} MB, some of them to spare, but {free / 1e6:,.0f} MB are free there; make room, "
+            "or give another --out"
+        )
 
 
 def check_own(out: Path, marker: str, command: str, *, overwrite: bool, needed_bytes: int) -> None:

@@ -320,10 +320,12 @@ def test_a_place_that_is_too_small(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(3e9)))
     checkpoint.check_destination(tmp_path / "out", overwrite=False, needed_bytes=int(2.8e9))
-    with pytest.raises(UserError, match=r"out: needs 2.95 GB, but 3.00 GB are free there"):
+    with pytest.raises(
+        UserError, match=r"out: needs 3,073 MB, some of them to spare, but 3,000 MB are free there; make room"
+    ):
         checkpoint.check_destination(tmp_path / "out", overwrite=False, needed_bytes=int(2.95e9))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"out: needs \S+ .?B, but"):
+    with pytest.raises(UserError, match="out: needs 64 MB, some of them to spare, but 0 MB are free there"):
         result().save(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -53,6 +53,22 @@ def test_what_a_killed_process_left_goes(tmp_path):
     assert [path.name for path in tmp_path.glob("*page*")] == ["page.sqlite"]
 
 
+def test_a_process_that_nobody_asked_about_is_at_work_no_more(tmp_path):
+    """In containers the first process may ask late, or never, how others ended: until then their numbers are taken."""
+    out = tmp_path / "out"
+    if not (ended := os.fork()):
+        place.beside(out).mkdir()
+        os._exit(0)
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
+    try:
+        os.kill(ended, 0)
+        assert [path.name.endswith(f"-{ended}") for path in tmp_path.iterdir()] == [True]
+        place.clear_left(out)
+        assert not [*tmp_path.iterdir()]
+    finally:
+        os.waitpid(ended, 0)
+
+
 def test_what_was_set_aside_comes_back(tmp_path):
     """Where two folders cannot change places at one stroke, a kill may come between."""
     out = tmp_path / "out"

@@ -132,7 +132,7 @@ def test_what_cannot_be_taught_is_refused(tmp_path, monkeypatch):
         teaching.prepare(taught_by(), another_teacher())
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: type("D", (), {"free": 16_383})())
-        with pytest.raises(UserError, match=r"needs 0.00 GB, but 0.00 GB are free there; lower tokens or teacher.top_k"):
+        with pytest.raises(UserError, match=r"needs 0.0 MB, but 0.0 MB are free there; lower tokens or teacher.top_k"):
             teaching.prepare(taught_by(), tmp_path / "cache")
         assert teaching.prepare(taught_by(), written()).bytes == 0
     assert not (tmp_path / "cache").exists()

@@ -109,7 +109,7 @@ def prepare(recipe: Recipe, out: Path | None = None, *, online: bool = False) ->
     free = shutil.disk_usage(standing(out)).free
     if made.bytes > free:
         raise UserError(
-            f"{out}: needs {made.bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there; lower tokens or teacher.top_k"
+            f"{out}: needs {made.bytes / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free there; lower tokens or teacher.top_k"
         )
     return made
 
