@@ -105,7 +105,7 @@ def _soak(found: list[Record]) -> list[str]:
         f"{f['updates']:,} updates and {f['cuts']:,} cuts, each logged once: {'yes' if f['each_logged_once'] else 'no'}; memory of "
         f"a process grows by at most {f['rss_growth'] - 1:.2%} after its first save, its peak by {f['peak_growth'] - 1:.2%}; open "
         f"files {f['open_files'][0]} to {f['open_files'][1]}; processor time of an update {min(speed):.0f} to {max(speed):.0f} ms, "
-        f"{speed[0]:.0f} at first and {speed[-1]:.0f} at last; log in {len(f['log_parts_mb'])} parts",
+        f"{speed[0]:.0f} at first and {speed[-1]:.0f} at last; parts of the log: {len(f['log_parts_mb'])}",
         _commits(found), "`python tools/soak.py --data DATA --work FOLDER --record FILE`",
     ]  # fmt: skip
 
