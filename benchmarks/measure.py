@@ -34,7 +34,7 @@ def rates(threads: list[int], dtype: str) -> dict[int, dict[str, float]]:
     found = {}
     for count in threads:
         with bench.on_threads(count):
-            rate = measure.gemm_rate(dtype=getattr(torch, dtype))
+            rate = measure.plain_gemm_rate(dtype=getattr(torch, dtype))
         found[count] = {"flops_per_s": rate, "bytes_per_s": bandwidth(count)}
     return found
 

@@ -101,9 +101,9 @@ def obs(gram_CC: Tensor, out: int, kept: int) -> None:
 def admm(gram_CC: Tensor, out: int, kept: int) -> None:
     """Alternating directions: one factorisation, and thirty times all weights by its inverse."""
     inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(gram_CC)), torch.randn(out, len(gram_CC))
-    result = weight @ gram_CC @ inverse
+    weight @ gram_CC @ inverse
     for _ in range(30):
-        torch.mm(weight, inverse, out=result)
+        weight @ inverse
 
 
 def refit(gram_CC: Tensor, out: int, kept: int) -> None:

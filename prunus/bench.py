@@ -291,7 +291,7 @@ def run(
     for i, (path, row) in enumerate(zip(paths, rows, strict=True)):
         row["memory"] = peak_bytes(path, asked.dtype, max(asked.batches), max(asked.contexts), asked.new_tokens)
         progress("memory", i + 1, len(paths))
-    out = {"dtype": asked.dtype, "machine": records.machine(), "gemm_flops_per_s": measure.gemm_rate(), "models": rows}
+    out = {"dtype": asked.dtype, "machine": records.machine(), "gemm_flops_per_s": measure.plain_gemm_rate(), "models": rows}
     for row in rows if record is not None else ():
         recipe = {"command": "measure", "model": row["model"], "weights_sha256": row["weights_sha256"], **vars(asked)}
         records.append(record, "measure", recipe, row | {"beside": [other["model"] for other in rows]})  # type: ignore[arg-type]

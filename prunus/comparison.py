@@ -302,7 +302,7 @@ def _figures(setting: Setting, plan: Plan | None, seed: int | None, progress: Pr
         speed = measure.speed(model, **setting.speed_options(), progress=lambda d, t: progress("time", d, t))
         figures["speed"] = {
             **speed,
-            "gemm_flops_per_s": measure.gemm_rate(),
+            "gemm_flops_per_s": measure.plain_gemm_rate(),
         }  # a yardstick: is the machine as idle as before?
     return figures
 

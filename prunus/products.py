@@ -28,11 +28,18 @@ _LEAST = 1 << 22  # multiplications that are worth a call into oneDNN: below, ca
 
 
 @cache
+def _has_onednn() -> bool:
+    import torch
+
+    return bool(torch.backends.mkldnn.is_available())
+
+
+@cache
 def _half_idle() -> bool:
     """Whether MKL leaves half of this processor idle."""
     import torch
 
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    if not (torch.backends.mkl.is_available() and _has_onednn()):
         return False
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -46,6 +53,8 @@ def library() -> str:
     asked = os.environ.get(CHOICE) or (ONEDNN if _half_idle() else TORCH)
     if asked not in (ONEDNN, TORCH):
         raise UserError(f"{CHOICE}: {asked!r} makes no matrix products; give {ONEDNN} or {TORCH}, or unset it")
+    if asked == ONEDNN and not _has_onednn():
+        raise UserError(f"{CHOICE}: this PyTorch was built without oneDNN; give {TORCH}, or unset it")
     return asked
 
 
@@ -61,9 +70,9 @@ def fast() -> Iterator[None]:
         yield
         return
     with _lock:
-        _depth += 1
-        if _depth == 1:
+        if _depth == 0:
             _held = _overrides()
+        _depth += 1
     try:
         yield
     finally:
@@ -83,12 +92,15 @@ def fits(a_MK: Tensor, b_KN: Tensor) -> bool:
     """Whether a product is one that oneDNN makes, and large enough to gain."""
     import torch
 
+    if not (a_MK.dim() == b_KN.dim() == 2 and a_MK.shape[1] == b_KN.shape[0] and a_MK.dtype is b_KN.dtype is torch.float32):
+        return False  # PyTorch says what is wrong with them
     rows, depth, columns = *a_MK.shape, b_KN.shape[1]
-    return (
-        a_MK.dtype is b_KN.dtype is torch.float32
-        and rows * depth * columns >= _LEAST
-        and (b_KN.is_contiguous() or b_KN.T.is_contiguous())  # of other strides it makes a copy, or nothing
-    )
+    turned = b_KN.T.is_contiguous()
+    if rows * depth * columns < _LEAST or not (
+        turned or b_KN.is_contiguous()
+    ):  # of other strides it makes a copy, or nothing
+        return False
+    return columns > 1 and (rows > 1 or turned)  # a vector's product reads the matrix once, and MKL does that faster
 
 
 def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -118,7 +130,7 @@ def _overrides() -> Any:
         return own["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
 
     def addmm_(keys: Any, c: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-        if beta == 1 and c.dtype is a.dtype and fits(a, b):
+        if beta == 1 and alpha != 0 and c.dtype is a.dtype and fits(a, b) and c.shape == (a.shape[0], b.shape[1]):
             return c.add_(product(a, b), alpha=alpha)
         return own["addmm_"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
 

@@ -108,6 +108,31 @@ def test_what_is_small_or_of_another_kind_is_left_to_pytorch(made):
     assert made == [(256, 192, 128)]
 
 
+def test_what_pytorch_refuses_is_refused_in_its_words(made):
+    a, b = matrices(512, 512, 512)
+    with products.fast():
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            a @ b[:300]
+        with pytest.raises(RuntimeError, match=r"must be a matrix|2D|2-D"):
+            torch.mm(a, b[0])
+        with pytest.raises(RuntimeError):
+            torch.ones(1, 512, 512).addmm_(a, b)
+        nothing = torch.zeros(512, 512).addmm_(a / 0, b, alpha=0)
+    assert torch.equal(nothing, torch.zeros(512, 512)), "no part of a product is none, whatever it is"
+    assert made == []
+
+
+def test_one_that_could_not_begin_does_not_stand_in_the_way(made, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "_overrides", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError), products.fast():
+            pass
+    a, b = matrices()
+    with products.fast():
+        a @ b
+    assert len(made) == 1
+
+
 def test_they_end_where_they_are_asked_for(made):
     a, b = matrices()
     own = a @ b

@@ -117,6 +117,7 @@ def train_(run: Training, until: int, each: Callable[[Training], None] = lambda 
         each(run)
 
 
+@products.fast()
 def accumulate_(run: Training, position: int, sequences: int) -> tuple[float, int]:
     """Adds up gradients of the mean loss of the sequences from `position` on, in micro-batches and over processes.
 
