@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_compare, cli_data, cli_eval, cli_export, cli_study, cli_train
+from . import cli_compare, cli_data, cli_eval, cli_export, cli_study, cli_train, products
 from .cli_options import (
     METHOD_HELP,
     AllocateOpt,
@@ -351,6 +351,7 @@ def run(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         offline(online="--online" in arguments)  # before anything heavy is imported
+        products.chosen()
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
         check_processes(arguments)

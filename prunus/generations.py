@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import products
 from .data.text import rows_of
 from .errors import UserError
 from .place import staged_files
@@ -65,6 +66,7 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, label: str) -> None:
 
 
 @torch.no_grad()
+@products.fast()
 def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

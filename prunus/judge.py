@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from . import products
 from .api import positions
 from .errors import UserError, unknown
 from .source import Source
@@ -152,6 +153,7 @@ class Model:
         self._check_length(max(len(self._ids(tokenizer, Pair(prompt, "", ""))) for prompt in prompts) + 2 * new_tokens)
 
     @torch.no_grad()
+    @products.fast()
     def decide(self, pairs: Sequence[Pair], progress: Callable[[int, int], None]) -> list[str]:
         """One forward pass a pair."""
         model, tokenizer = self.source.load(self.dtype), self.source.tokenizer()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ONEDNN, TORCH = "onednn", "torch"
 CHOICE = "PRUNUS_PRODUCTS"
 _LEAST = 1 << 22  # multiplications that are worth a call into oneDNN: below, calling costs what its kernels gain
+_SHALLOW, _PART = 256, 1 << 18  # depth of a product; numbers of a part of one that are still near when they are added
 
 
 @cache
@@ -48,11 +49,17 @@ def _half_idle() -> bool:
     return amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def library() -> str:
-    """Whose products are taken: `onednn` or `torch` (its own choice). UserError if PRUNUS_PRODUCTS names neither."""
-    asked = os.environ.get(CHOICE) or (ONEDNN if _half_idle() else TORCH)
-    if asked not in (ONEDNN, TORCH):
+def chosen() -> str | None:
+    """What PRUNUS_PRODUCTS says, if it says anything; UserError if it names no library. Imports nothing heavy."""
+    asked = os.environ.get(CHOICE) or None
+    if asked not in (None, ONEDNN, TORCH):
         raise UserError(f"{CHOICE}: {asked!r} makes no matrix products; give {ONEDNN} or {TORCH}, or unset it")
+    return asked
+
+
+def library() -> str:
+    """Whose products are taken: `onednn` or `torch` (its own choice). UserError if those that are asked for are not to be had."""
+    asked = chosen() or (ONEDNN if _half_idle() else TORCH)
     if asked == ONEDNN and not _has_onednn():
         raise UserError(f"{CHOICE}: this PyTorch was built without oneDNN; give {TORCH}, or unset it")
     return asked
@@ -81,6 +88,23 @@ def fast() -> Iterator[None]:
             if _depth == 0:
                 _held._destroy()
                 _held = None
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within `fast`: PyTorch's own again, for what is compared with a process that has no others."""
+    global _depth, _held
+    with _lock:
+        depth, _depth = _depth, 0
+        if _held is not None:
+            _held._destroy()
+            _held = None
+    try:
+        yield
+    finally:
+        with _lock:
+            if depth:
+                _depth, _held = depth, _overrides()
 
 
 def compiler_options() -> dict[str, Any] | None:
@@ -115,6 +139,12 @@ def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return multiply(a_MK, b_KN.T, bias_N, "none", [], "")
 
 
+def _sum(c: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """c + a b [M, N] float32; c as torch.addmm takes it."""
+    whole = c.shape == b_KN.shape[1:] and c.is_contiguous()
+    return product(a_MK, b_KN, c) if whole else product(a_MK, b_KN).add_(c)
+
+
 def _overrides() -> Any:
     """A library of kernels that stand before PyTorch's own until it is destroyed."""
     import torch
@@ -126,12 +156,16 @@ def _overrides() -> Any:
 
     def addmm(keys: Any, c: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
         if beta == alpha == 1 and c.dtype is a.dtype and fits(a, b):
-            return product(a, b, c) if c.shape == b.shape[1:] and c.is_contiguous() else product(a, b).add_(c)
+            return _sum(c, a, b)
         return own["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
 
     def addmm_(keys: Any, c: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
         if beta == 1 and alpha != 0 and c.dtype is a.dtype and fits(a, b) and c.shape == (a.shape[0], b.shape[1]):
-            return c.add_(product(a, b), alpha=alpha)
+            # What is added is memory of its own. Of shallow products it would be the larger part of the work: a part at a time.
+            rows = len(c) if a.shape[1] >= _SHALLOW else max(1, _PART // b.shape[1])
+            for first in range(0, len(c), rows):
+                c[first : first + rows].add_(product(a[first : first + rows], b), alpha=alpha)
+            return c
         return own["addmm_"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
 
     out = torch.library.Library("aten", "IMPL")
@@ -144,21 +178,30 @@ def _overrides() -> Any:
 
 @cache
 def _op() -> tuple[Any, Any]:
-    """(`prunus::mm`, the pass that puts it into compiled graphs): PyTorch's own writes into memory of theirs, oneDNN's does not."""
+    """(our operators, the pass that puts them into compiled graphs): PyTorch's own write into memory of theirs, oneDNN's do not."""
     import torch
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     out = torch.library.Library("prunus", "DEF")
-    out.define("mm(Tensor a, Tensor b) -> Tensor", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+    out.define("mm(Tensor a, Tensor b) -> Tensor", tags=tags)
+    out.define("addmm(Tensor c, Tensor a, Tensor b) -> Tensor", tags=tags)
     out.impl("mm", lambda a, b: product(a, b), "CPU")
+    out.impl("addmm", lambda c, a, b: _sum(c, a, b), "CPU")
     torch.library.register_fake("prunus::mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), lib=out)
+    torch.library.register_fake("prunus::addmm", lambda c, a, b: a.new_empty(a.shape[0], b.shape[1]), lib=out)
+    ours = {
+        torch.ops.aten.mm.default: torch.ops.prunus.mm.default,
+        torch.ops.aten.addmm.default: torch.ops.prunus.addmm.default,
+    }
 
     class Replaced(CustomGraphPass):
         def __call__(self, graph: torch.fx.graph.Graph) -> None:
-            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-                a, b = (each.meta["val"] for each in node.args)
-                if a.device.type == "cpu" and fits(a, b):
-                    node.target = torch.ops.prunus.mm.default
+            for theirs, own in ours.items():
+                for node in graph.find_nodes(op="call_function", target=theirs):
+                    *more, a, b = (each.meta["val"] for each in node.args)
+                    if a.device.type == "cpu" and not node.kwargs and all(c.dtype is a.dtype for c in more) and fits(a, b):
+                        node.target = own
 
         def uuid(self) -> Any:
             return get_hash_for_files((__file__,))

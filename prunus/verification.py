@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import reload
+from . import products, reload
 from .errors import VerificationError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Probe:
 
 
 @torch.no_grad()
+@products.plain()  # as the clean process has it
 def probe(model: PreTrainedModel, new_tokens: int = NEW_TOKENS) -> Probe:
     """Run a model in memory on the fixed tokens."""
     generator = torch.Generator().manual_seed(0)

@@ -122,6 +122,7 @@ def an_older_cut(at: Path) -> None:
 
 
 STANDS = "already exists"
+SLOW = {"export to onnx", "compare"}  # seconds a run
 COMMANDS: dict[str, Command] = {
     "prepare": Command(
         lambda at: ("data", "prepare", inputs() / "text.jsonl", "-t", inputs() / "tokenizer", "-o", at / "out",
@@ -311,6 +312,13 @@ def start(
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     counted = json.loads((aside / "calls").read_text()) if wait is None and code == 0 else {}
     return Ended(code, (aside / "said").read_text(errors="replace"), time.monotonic() - since, Counter(counted))
+
+
+def refusal(said: str) -> str:
+    """What a user is told: one sentence, no traceback."""
+    lines = [line for line in said.splitlines() if line.startswith("prunus: ")]
+    assert len(lines) == 1 and "Traceback" not in said, said[-3000:]
+    return lines[0]
 
 
 # -- what is left of it ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import faults
 import pipeline
 import pytest
 import training
-from faults import COMMANDS, SAVING, Calls, Disturbance, disturb, fresh, outcome, reference, start
+from faults import COMMANDS, SAVING, SLOW, Calls, Disturbance, disturb, fresh, outcome, reference, refusal, start
 
 from prunus import heap, place, record
 from prunus.data.prepare import Text, prepare
@@ -29,16 +28,6 @@ from prunus.sealed import sealed, unsealed
 from prunus.source import Source
 from prunus.study import run as studies
 from prunus.train import saved
-
-SLOW = {"export to onnx", "compare"}  # seconds a run
-
-
-def refusal(said: str) -> str:
-    """What a user is told: one sentence, no traceback."""
-    lines = [line for line in said.splitlines() if line.startswith("prunus: ")]
-    assert len(lines) == 1 and "Traceback" not in said, said[-3000:]
-    return lines[0]
-
 
 # -- killed, and asked to stop ----------------------------------------------------------------------------------------------
 
@@ -89,93 +78,6 @@ def test_a_step_is_killed_with_its_study():
         os.waitpid(parent, 0)
         since = time.monotonic()
         assert pipe.read() == b"" and time.monotonic() - since < 30  # the last one that held it is gone
-
-
-# -- a full disk, a folder that cannot be written ----------------------------------------------------------------------------
-
-
-NO_ROOM = ("File too large", "os error 27", "is there room", "No space left", "are free there")
-
-
-def largest(name: str) -> int:
-    """Bytes of the largest file that a command leaves."""
-    folder = reference(name).folder
-    return max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def starved(name: str, share: float) -> None:
-    """With too little room it says so and leaves nothing half-written; with enough the same command ends as ever."""
-    whole, at = reference(name), fresh(name)
-    older, size = outcome(at), int(share * largest(name))
-
-    def first() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-    ended = start(name, at, first=first)
-    assert ended.code in (1, 2), ended.said[-3000:]
-    assert name == "study" or any(word in refusal(ended.said) for word in NO_ROOM)
-    assert not faults.half(at, whole.outcome, older)
-    again = start(name, at)
-    assert again.code == 0 and outcome(at) == whole.outcome, again.said[-3000:]
-
-
-ROOM = [("prepare", 0.5), ("prune", 0.5), ("train", 0.5), ("train", 0.9), ("export to gguf", 0.5), ("report", 0.5)]
-
-
-@pytest.mark.parametrize(("name", "share"), ROOM[:2] + ROOM[3:5])
-def test_no_room(name, share):
-    starved(name, share)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in SLOW])
-@pytest.mark.parametrize("share", [0.1, 0.95])
-def test_no_room_anywhere(name, share):
-    starved(name, share)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["prepare", "prune", "train", "study", "export to gguf", "report"])
-def test_a_full_disk(name, tmp_path):
-    """A small file system; skipped where mounting is refused."""
-    whole = reference(name)
-    need = sum(path.stat().st_size for path in whole.folder.rglob("*"))
-    at = fresh(name)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={max(need // 2, 4096)}", "tmpfs", str(at)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting is refused: {mounted.stderr.decode().strip()}")
-    try:
-        COMMANDS[name].before(at)
-        ended = start(name, at)
-        assert ended.code in (1, 2), ended.said[-3000:]
-        assert name == "study" or any(word in refusal(ended.said) for word in NO_ROOM)
-        assert not faults.half(at, whole.outcome, {})
-        subprocess.run(["mount", "-o", f"remount,size={16 * need + 2**27}", str(at)], check=True)
-        again = start(name, at)
-        assert again.code == 0 and outcome(at) == whole.outcome, again.said[-3000:]
-    finally:
-        subprocess.run(["umount", str(at)], check=True)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="a process that is not root cannot become another user, and need not")
-@pytest.mark.parametrize("name", ["prepare", "prune", "train"])
-def test_a_folder_that_may_not_be_written(name):
-    """As a user without rights there."""
-    reference(name)
-    at = fresh(name)
-    aside = at.with_name(f"{at.name}.aside")
-    aside.mkdir(exist_ok=True)
-    aside.chmod(0o777)
-    for parent in at.parents:
-        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o755)
-    ended = start(name, at, first=lambda: os.setuid(65534))
-    assert ended.code == 2 and not outcome(at), ended.said[-3000:]
-    assert any(word in refusal(ended.said) for word in ("no right to write", "cannot be written", "Permission denied"))
-    again = start(name, at)
-    assert again.code == 0 and outcome(at) == reference(name).outcome
 
 
 # -- what is not what it was -------------------------------------------------------------------------------------------------

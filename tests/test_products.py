@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus import products
+from prunus import cli, products
 from prunus.errors import UserError
 from prunus.spent import Flops
 from prunus.train.loss import head_loss
@@ -106,6 +106,31 @@ def test_what_is_small_or_of_another_kind_is_left_to_pytorch(made):
         assert made == []
         a @ b
     assert made == [(256, 192, 128)]
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(700, 40, 1000), (300, 255, 5000), (300, 256, 5000)])
+def test_shallow_products_are_added_part_by_part(made, rows, depth, columns):
+    a, b = matrices(rows, depth, columns)
+    begun = torch.randn(rows, columns)
+    with products.fast():
+        found = begun.clone().addmm_(turned(a), b, alpha=-1)
+    assert apart(found, -a, b, begun.double()) < depth + 1
+    assert sum(size[0] for size in made) == rows and (len(made) > 1) == (depth < 256)
+
+
+def test_pytorchs_own_within(made):
+    a, b = matrices()
+    own = a @ b
+    with products.fast():
+        with products.plain():
+            assert torch.equal(a @ b, own)
+            with products.fast():
+                a @ b
+        assert len(made) == 1
+        a @ b
+    assert len(made) == 2 and torch.equal(a @ b, own) and len(made) == 2
+    with products.plain():
+        assert torch.equal(a @ b, own)
 
 
 def test_what_pytorch_refuses_is_refused_in_its_words(made):
@@ -215,17 +240,20 @@ def test_the_heads_loss_is_that_of_pytorchs_products(made, monkeypatch):
 class _Decoder(nn.Module):
     """A block's products, with what stands between them."""
 
-    def __init__(self):
+    def __init__(self, bias):
         super().__init__()
-        self.up, self.down = nn.Linear(64, 160, bias=False), nn.Linear(160, 64, bias=False)
+        self.up, self.down = nn.Linear(64, 160, bias=bias), nn.Linear(160, 64, bias=bias)
 
     def forward(self, x):
         return x + self.down(torch.nn.functional.silu(self.up(x)))
 
 
-def test_compiled_graphs_call_them(made):
+@pytest.mark.parametrize("sizes", [(4, 128, 64), (512, 64)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_graphs_call_them(made, bias, sizes):
     torch.manual_seed(0)
-    decoder, x = _Decoder(), torch.randn(4, 128, 64)
+    torch.compiler.reset()
+    decoder, x = _Decoder(bias), torch.randn(sizes)
     torch.compile(decoder, dynamic=False, options=products.compiler_options())(x).square().sum().backward()
     assert len(made) == 5, "two forward, three back: the input has no gradient"
     found = [p.grad.clone() for p in decoder.parameters()]
@@ -233,3 +261,9 @@ def test_compiled_graphs_call_them(made):
     decoder(x).square().sum().backward()
     for one, p in zip(found, decoder.parameters(), strict=True):
         assert torch.allclose(one, p.grad, rtol=0, atol=512 * ROUNDING * float(p.grad.abs().max()))
+
+
+def test_the_command_line_refuses_another_library_at_once(monkeypatch, capsys):
+    monkeypatch.setenv(products.CHOICE, "blis")
+    assert cli.run(["methods"]) == 2
+    assert "PRUNUS_PRODUCTS: 'blis' makes no matrix products; give onednn or torch" in capsys.readouterr().err

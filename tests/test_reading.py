@@ -111,7 +111,9 @@ def test_a_manifest_with_other_things_in_it(tmp_path, part, value, message):
 
 def test_manifests_that_prunus_writes_are_whole():
     for name in pipeline.SAVED:
-        checkpoint.read_manifest(pipeline.saved(name)[0])
+        folder = pipeline.saved(name)[0]
+        read = checkpoint.read_manifest(folder)
+        assert json.loads(read.model_dump_json()) == json.loads((folder / "prunus.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ class Asked:
         """What a task's result depends on."""
         rows = self.rows.get(name)
         data = "hub" if rows is None else {"sha256": rows.sha256, "split": rows.split}
-        return {"task": name, "rows": data, "limit": self.limit, "lm_eval": version("lm_eval"), **model}
+        by = {"lm_eval": version("lm_eval"), "products": products.library()}
+        return {"task": name, "rows": data, "limit": self.limit, **by, **model}
 
 
 @dataclass(frozen=True)

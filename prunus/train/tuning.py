@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from .. import checkpoint, record
+from .. import checkpoint, products, record
 from ..api import positions
 from ..data import text
 from ..errors import UserError
@@ -170,6 +170,7 @@ def _versions() -> dict[str, str]:
     return record.versions() | {"trl": version("trl")}
 
 
+@products.fast()
 def _trained(
     source: Source, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], recipe: Tuning, progress: Progress
 ) -> tuple[Any, dict[str, Any]]:
