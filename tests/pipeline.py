@@ -19,6 +19,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from prunus import api
 from prunus.anatomy import Anatomy
 from prunus.builders import make_plan
 from prunus.data.windows import Windows
@@ -192,6 +193,11 @@ SAVED: Mapping[str, tuple[object, ...]] = {  # name -> (case, options); each cos
     "uniform": ("llama_tied", "-m", "minitron-width", "-r", "0.3", "--seq-len", 16, "--windows", 6),
     "sparse": ("gemma2", "-m", "wanda", "--pattern", "2:4", "--seq-len", 16, "--windows", 6),
 }
+
+
+def result(source: object = None, **request: Any) -> api.Result:
+    """A cheap cut in memory."""
+    return api.prune(str(source or folder()), **({"method": "magnitude", "ratio": 0.5} | request))
 
 
 @functools.cache
