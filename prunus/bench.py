@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import measure
+from . import measure, products
 from . import record as records
 from .anatomy import Anatomy
 from .api import dtype_named, positions
@@ -150,8 +150,9 @@ def generate_s(model: PreTrainedModel, ids_BT: torch.Tensor, new_tokens: int) ->
     return first - start, (time.perf_counter() - first) / new_tokens
 
 
+@products.fast()
 def train_s(model: PreTrainedModel, ids_BT: torch.Tensor) -> float:
-    """Seconds of one update by AdamW, its loss chunked as in training; the model is left as it was."""
+    """Seconds of one update by AdamW, its loss chunked and its products made as in training; the model is left as it was."""
     from .train.learner import Learner
     from .train.optim import adamw
 
