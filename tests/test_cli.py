@@ -16,6 +16,7 @@ import tiny
 import torch
 from pipeline import cli
 from safetensors.torch import load_file, save_file
+from test_destination import lie
 
 from prunus import api, checkpoint
 from prunus.data.windows import pack
@@ -260,8 +261,6 @@ def test_stopped_by_the_user(tmp_path, monkeypatch, as_json):
 
 
 def test_a_checkpoint_that_does_not_verify(tmp_path, monkeypatch):
-    from test_checkpoint import lie
-
     whole, _, _ = pipeline.saved("uniform")  # before checks are told lies
     pipeline.verify_here(monkeypatch, lie)
     ask = ("prune", pipeline.folder(), "-m", "magnitude", "-r", 0.5, "-o", tmp_path / "out", "--json")
