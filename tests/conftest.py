@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is importe
 
 import functools
 import runpy
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ if os.environ.get("PYTHONPATH", "").split(os.pathsep)[0] != str(OFFLINE):  # unl
     runpy.run_path(str(OFFLINE / "sitecustomize.py"))  # no socket leaves this machine, nor that of a process of ours
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what Python writes beside sources for a newcomer, it writes here
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 settings.register_profile("prunus", deadline=None)  # a machine with other work is slow by chance
 settings.load_profile("prunus")

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 import traceback
 from collections import Counter
@@ -205,8 +206,6 @@ def spoken(words: tuple[object, ...], said: int, calls: Calls | None = None) -> 
             Popen=Step, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT,
             TimeoutExpired=subprocess.TimeoutExpired,
         )  # fmt: skip
-        import sys
-
         sys.stdout, sys.stderr = (os.fdopen(os.dup(said), "w", buffering=1) for _ in range(2))
         from prunus.data import prepare
 
@@ -268,6 +267,7 @@ def looked_at(request: Path) -> subprocess.CompletedProcess[str]:
     with unbroken():  # Python loses a Ctrl-C in what modules do at a fork, which no real process of ours does
         pid = os.fork()
     if not pid:
+        sys.dont_write_bytecode = True  # as `python -B`
         spec = importlib.util.spec_from_file_location("__reload__", reload.__file__)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
