@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+ANY_WIDTH = 10_000  # columns; rich gives a table no more than it needs
+
 
 def new_console() -> Console:
-    """Standard output, as it is now."""
-    return Console(highlight=False, soft_wrap=True)
+    """Standard output, as it is now; a pipe or a file has no edge at which names and figures would be folded."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = ANY_WIDTH
+    return console
 
 
 def new_table(*columns: str, title: str | None = None, left: int = 1) -> Table:

@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from .printed import new_console, new_table, print_notes
+from .printed import ANY_WIDTH, new_console, new_table, print_notes
 from .report import comparison_table
 from .tables import big, number, win_rate
 
@@ -191,7 +191,7 @@ def evaluation(result: dict[str, Any]) -> None:
         console.print(_task_table(result))
         console.print(f"± the standard error of that score; {result['dtype']}, zero-shot, by lm-eval")
     for i, prompt in enumerate(result.get("prompts", ())):
-        console.print(_written(prompt, [(row["model"], row["written"][i]) for row in models]))
+        console.print(_written(prompt, [(row["model"], row["written"][i]) for row in models]), width=min(console.width, 160))
     for other, said in models[0].get("judged", {}).items():
         console.print(Text(f"{models[0]['model']} against {other}: {win_rate(said)}"))
     if "against" in result and "tasks" in models[0]:
@@ -251,7 +251,7 @@ def comparison(result: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*row)
     console = new_console()
-    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum)
+    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=ANY_WIDTH), table).maximum)
     console.print(table)
     print_notes(console, result["notes"])
     console.print(f"{result['ran']} runs now, {len(rows)} rows in all: {result['table']}, {result['picture']}")

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from .printed import new_console, new_table
 from .tables import big, scientific
 
 
@@ -67,10 +65,7 @@ def result(record: Mapping[str, Any], out: Path) -> None:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Runs side by side."""
-    console = Console(highlight=False, soft_wrap=True)
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(("run", "recipe", "state", "tokens", "of", "loss", "best validation", "tokens/s")):
-        made.add_column(name, justify="left" if i < 3 else "right")
+    made = new_table("run", "recipe", "state", "tokens", "of", "loss", "best validation", "tokens/s", left=3)
     for row in rows:
         loss, best, speed = row["loss"], row["best"], row["tokens_per_s"]
         made.add_row(
@@ -83,7 +78,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
             "" if best is None else f"{best:.4f}",
             "" if speed is None else f"{speed:,.0f}",
         )
-    console.print(made)
+    new_console().print(made)
 
 
 def plan(result: Mapping[str, Any]) -> None:

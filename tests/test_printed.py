@@ -1,0 +1,26 @@
+"""What a pipe gets: every name and figure whole, on one line, for whoever searches or cuts it."""
+
+from __future__ import annotations
+
+from prunus.printed import new_console, new_table
+
+NAME = "evaluate-" + "a_cut=of-many-words_" * 20
+
+
+def test_a_pipe_has_no_edge(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = new_table("step", "tokens")
+    table.add_row(NAME, "1,234")
+    new_console().print(table)
+    header, row = capsys.readouterr().out.splitlines()
+    assert row.split() == [NAME, "1,234"] and len(row) == len(header) == len(NAME) + 2 + len("tokens")
+
+
+def test_a_width_that_is_asked_for_is_kept(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    table = new_table("step", "tokens")
+    table.columns[0].overflow = "fold"
+    table.add_row(NAME, "1,234")
+    new_console().print(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == 60 and "".join(line[:52].strip() for line in lines[1:]) == NAME
