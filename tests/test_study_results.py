@@ -69,14 +69,14 @@ def folder(tmp_path, lines, *, missing=(), compare=None, name="half", proofs=())
 
 
 def three_seeds():
-    """P-R ahead by 0.1, 0.2, 0.3: mean 0.2, standard deviation 0.1, standard error 0.0577."""
-    return [line("P-R", s, 4.0 - 0.1 * (s + 1)) for s in range(3)] + [line("S", s, 4.0) for s in range(3)]
+    """P-R ahead by 0.15, 0.2, 0.25: mean 0.2, standard deviation 0.05, standard error 0.0289, half of the interval 0.1242."""
+    return [line("P-R", s, 3.85 - 0.05 * s) for s in range(3)] + [line("S", s, 4.0) for s in range(3)]
 
 
 def test_differences_are_seed_by_seed(tmp_path):
     found = results.load(folder(tmp_path, three_seeds()))
     one = next(d for d in results.differences(found) if d.metric == results.LOSS)
-    assert one.seeds == 3 and one.mean == pytest.approx(-0.2) and one.error == pytest.approx(0.1 / math.sqrt(3))
+    assert one.seeds == 3 and one.mean == pytest.approx(-0.2) and one.error == pytest.approx(0.05 / math.sqrt(3))
     assert one.verdict == "P-R better" and one.group == "ratio=0.5"
     text = next(d for d in results.differences(found) if d.metric == ("w.txt", "loss"))
     assert text.mean == pytest.approx(-0.1)
@@ -86,15 +86,27 @@ def test_differences_are_seed_by_seed(tmp_path):
     ("apart", "verdict"),
     [
         ((0.1, 0.1, 0.1), "S better"),
+        ((0.1, 0.2, 0.3), "within noise"),  # 3.46 standard errors from zero: of three seeds not far enough
+        ((0.15, 0.2, 0.25), "S better"),
         ((-0.1, -0.1, -0.1), "P-R better"),
         ((0.1, -0.1, 0.05), "within noise"),
         ((0.0, 0.0, 0.0), "within noise"),
     ],
 )  # fmt: skip
-def test_verdicts_take_twice_the_standard_error(apart, verdict, tmp_path):
+def test_verdicts_take_the_interval_of_so_few_seeds(apart, verdict, tmp_path):
     lines = [line("P-R", s, 4.0 + d) for s, d in enumerate(apart)] + [line("S", s, 4.0) for s in range(3)]
     one = next(d for d in results.differences(results.load(folder(tmp_path, lines))) if d.metric == results.LOSS)
     assert one.verdict == verdict
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 11, 12, 13, 20, 60, 1000])
+def test_the_interval_is_student_s(count):
+    """The density of t, summed by Simpson's rule from 0 to the quantile, is 0.475."""
+    freedom, end, steps = count - 1, results.half_interval(1.0, count), 20_000
+    scale = math.exp(math.lgamma(count / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    density = [scale * (1 + (i * end / steps) ** 2 / freedom) ** (-count / 2) for i in range(steps + 1)]
+    total = (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2])) * end / steps / 3
+    assert total == pytest.approx(0.475, abs=1e-4)
 
 
 def test_more_is_better_of_accuracy_and_one_seed_has_the_papers_rule(tmp_path):
@@ -120,10 +132,10 @@ def test_an_arm_that_is_trained_once_is_compared_with_every_seed(tmp_path):
 def test_tables_say_the_same_in_every_form(tmp_path):
     found = results.load(folder(tmp_path, three_seeds(), missing=["S_ratio=0.9"]))
     text = formats.written(found, "markdown")
-    assert "| P-R - S | ratio=0.5 | validation loss | 3.8000 | 4.0000 | -0.2000 ± 0.1155 | 3 | P-R better |" in text
-    assert "3.8000 (3.7000 to 3.9000)" in text and "without 1 run that is not done" in text
+    assert "| P-R - S | ratio=0.5 | validation loss | 3.8000 | 4.0000 | -0.2000 ± 0.1242 | 3 | P-R better |" in text
+    assert "3.8000 (3.7500 to 3.8500)" in text and "without 1 run that is not done" in text
     tex = formats.written(found, "latex")
-    assert r"-0.2000 $\pm$ 0.1155" in tex and tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2
+    assert r"-0.2000 $\pm$ 0.1242" in tex and tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2
     rows = list(csv.DictReader(io.StringIO(formats.written(found, "csv"))))
     assert len(rows) == 12 and {row["cut.ratio"] for row in rows} == {"0.5"}
     assert sum(float(r["value"]) for r in rows if r["arm"] == "S" and r["on"] == "validation") == pytest.approx(12.0)

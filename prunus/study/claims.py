@@ -1,7 +1,7 @@
 """Findings that a study is asked about, each with its verdict there: holds, does not, within noise. Reads records alone.
 
 A lead is what the first of two arms is ahead of the second on a metric, so that more is better whatever is measured. It is taken
-seed by seed; noise is twice the standard error over seeds, and of one seed nothing is known of it, which the verdict says.
+seed by seed; noise is half of its mean's 95 % interval. Of one seed nothing is known of that, which the verdict says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .results import LOSS, Metric, Results, Run, is_loss, is_seed
+from .results import LOSS, Metric, Results, Run, half_interval, is_loss, is_seed, standard_error
 
 _LEVEL = 0.05  # of ranks that agree by chance
 Place = tuple[tuple[str, Any], ...]
@@ -29,13 +29,17 @@ class Lead:
     @classmethod
     def of(cls, values: Sequence[float]) -> Lead:
         """Of leads seed by seed."""
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return cls(statistics.fmean(values), error, len(values))
+        return cls(statistics.fmean(values), standard_error(values), len(values))
+
+    @property
+    def reach(self) -> float | None:
+        """Half of its interval; None of one seed."""
+        return None if self.error is None else half_interval(self.error, self.seeds)
 
     @property
     def verdict(self) -> str:
         """Whether there is one."""
-        if self.error is not None and abs(self.mean) <= 2 * self.error:
+        if self.reach is not None and abs(self.mean) <= self.reach:
             return NOISE
         return HOLDS if self.mean > 0 else FAILS
 
@@ -60,7 +64,7 @@ class Verdict:
         scale, digits = (1.0, 4) if self.metric is None or is_loss(self.metric) else (100.0, 1)
         parts = []
         for name, lead in self.leads:
-            spread = "" if lead.error is None else f" ± {2 * scale * lead.error:.{digits}f}"
+            spread = "" if lead.reach is None else f" ± {scale * lead.reach:.{digits}f}"
             parts.append(f"{name} {scale * lead.mean:+.{digits}f}{spread}".strip())
         seeds = sorted({lead.seeds for _, lead in self.leads})
         counted = [f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}"] if seeds else []

@@ -67,11 +67,11 @@ def _compared(compared: Sequence[Difference]) -> Table:
     header = ("equal", "arms", "", "on", "first", "second", "difference", "seeds", "")
     rows = []
     for d in compared:
-        spread = "" if d.error is None else f" ± {_figure(2 * d.error, d.metric)}"
+        spread = "" if d.reach is None else f" ± {_figure(d.reach, d.metric)}"
         told = (d.protocol.replace("-", " "), " - ".join(d.arms), d.group, " ".join(d.metric))
         first, second = (_figure(value, d.metric) for value in d.values)
         rows.append((*told, first, second, _figure(d.mean, d.metric, "+") + spread, str(d.seeds), d.verdict))
-    return Table("Differences, seed by seed, ± twice their standard error", header, tuple(rows), 4)
+    return Table("Differences, seed by seed, ± half of their 95 % interval", header, tuple(rows), 4)
 
 
 def _figure(value: float, metric: Metric, sign: str = "") -> str:

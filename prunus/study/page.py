@@ -28,7 +28,7 @@ from ..train.listing import begun, finished, logged
 from ..train.opening import LEDGER, RECIPE
 from .charts import STYLE, Point, Series, chart, leads
 from .formats import Table, tables
-from .results import LOSS, STUDY, Metric, Results, Run, differences, is_loss, is_seed, load
+from .results import LOSS, STUDY, Metric, Results, Run, differences, half_interval, is_loss, is_seed, load, standard_error
 
 _SCRIPT = """
 for (const head of document.querySelectorAll("th")) {
@@ -173,10 +173,10 @@ def _study_charts(page: Page, found: Results, metric: Metric) -> None:
     scale = 1.0 if is_loss(metric) else 100.0
     if any(_last(key) == "tokens" for run in found.runs for key in run.place):
         lines = _by_tokens(found, metric, scale)
-        note = "means over seeds, ± twice the standard error"
+        note = "means over seeds, ± half of their 95 % interval"
         page.draw(f"{name} against tokens", note, lines, x="tokens trained on", y=name, log_x=True)
     ahead = "nats a token" if is_loss(metric) else "points"
-    note = "right of zero the first arm is; ± twice the standard error over seeds"
+    note = "right of zero the first arm is; ± half of the 95 % interval over seeds"
     for protocol in dict.fromkeys(part["protocol"] for part in found.written["compare"]):
         lines, rows = by_place(found, metric, scale, protocol)
         title = f"Who is ahead on {name}, equal {protocol.replace('-', ' ')}"
@@ -212,7 +212,7 @@ def by_place(found: Results, metric: Metric, scale: float, protocol: str) -> tup
         if one.metric == metric and one.protocol == protocol and "tokens=" not in one.group:
             name = " over ".join(one.arms)
             row = ", ".join(part.split("=", 1)[-1] for part in one.group.split(", ")) or one.arms[0]
-            error = None if one.error is None else 2 * scale * one.error
+            error = None if one.reach is None else scale * one.reach
             seeds = f"{one.seeds} seed{'s' if one.seeds > 1 else ''}"
             pairs.setdefault(name, []).append((row, Point(sign * one.mean, 0, error, seeds)))
     rows = list(dict.fromkeys(row for points in pairs.values() for row, _ in points))
@@ -274,7 +274,8 @@ def _by_tokens(found: Results, metric: Metric, scale: float) -> list[Series]:
 
 
 def _error(values: Sequence[float]) -> float | None:
-    return 2 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    error = standard_error(values)
+    return None if error is None else half_interval(error, len(values))
 
 
 def _advantages(found: Results, metric: Metric, key: str, scale: float) -> list[Series]:
@@ -289,7 +290,7 @@ def _advantages(found: Results, metric: Metric, key: str, scale: float) -> list[
             continue
         more = f", {' '.join(parts.values())}" if parts else ""
         name = f"{' - '.join(one.arms)}{more}"
-        error = None if one.error is None else 2 * scale * one.error
+        error = None if one.reach is None else scale * one.reach
         lines.setdefault(name, []).append(Point(at, scale * one.mean, error, f"{one.seeds} seeds"))
     return [Series(name, tuple(sorted(points, key=lambda p: p.x))) for name, points in lines.items()]
 

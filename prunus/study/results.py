@@ -221,6 +221,30 @@ def rows(found: Results) -> list[dict[str, Any]]:
     ]
 
 
+# -- what a few seeds tell --------------------------------------------------------------------------------------------------
+
+# Student's t, its 97.5 % quantile by degrees of freedom: two or three seeds tell little of how far they spread
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of what was drawn; None of one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def half_interval(error: float, count: int) -> float:
+    """Half of the 95 % interval of a mean over `count` > 1 values with this standard error (Student's t).
+
+    Behind ten degrees of freedom to 0.1 %, by the first terms of the expansion around the normal quantile (Abramowitz and
+    Stegun 26.7.5).
+    """
+    freedom = count - 1
+    if freedom <= len(_T):
+        return _T[freedom - 1] * error
+    z = 1.959964
+    return error * (z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2))
+
+
 # -- differences ------------------------------------------------------------------------------------------------------------
 
 
@@ -239,11 +263,16 @@ class Difference:
     noise: float | None  # of one seed: the items' standard error of the second arm's score, the rule of the papers
 
     @property
+    def reach(self) -> float | None:
+        """Half of the difference's 95 % interval; None of one seed."""
+        return None if self.error is None else half_interval(self.error, self.seeds)
+
+    @property
     def verdict(self) -> str:
         """Which arm is better, or that nothing can be told."""
-        if self.error is None and self.noise is None:
+        if self.reach is None and self.noise is None:
             return "one run each"
-        far = 2 * self.error if self.error is not None else self.noise
+        far = self.noise if self.reach is None else self.reach
         if abs(self.mean) <= (far or 0.0):
             return "within noise"
         return f"{self.arms[0 if (self.mean < 0) == is_loss(self.metric) else 1]} better"
@@ -280,7 +309,7 @@ def _difference(
     protocol: str, arms: tuple[str, str], group: str, metric: Metric, both: Sequence[tuple[Score, Score]]
 ) -> Difference:
     apart = [a.value - b.value for a, b in both]
-    error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
+    error = standard_error(apart)
     means = (statistics.fmean(a.value for a, _ in both), statistics.fmean(b.value for _, b in both))
     noise = both[0][1].error if len(both) == 1 else None
     return Difference(protocol, arms, group, metric, means, statistics.fmean(apart), error, len(both), noise)
