@@ -1,7 +1,8 @@
 """Our own method: cut what the rest can make up for, where that costs the loss least, and let the rest make up for it.
 
-1. One pass forward and back gives F = E[g g^T] at what every o_proj and down_proj puts out: g is the gradient of a token's
-   loss there, so an output error e costs about e^T F e / 2 nats (the Fisher information as the loss's curvature).
+1. One pass forward and back gives F = E[g g^T] at what every o_proj and down_proj puts out: g is the gradient there of the loss
+   of a token that the model itself draws, so an output error e costs about e^T F e / 2 nats (the Fisher information: how far
+   the cut model's words come to lie from the dense one's). The text's own next tokens would weigh by where the model errs.
 2. One dense sweep gives for every sub-layer the error, in nats, of all sizes that it could have: units go the cheapest first,
    and after each the weights that read the rest are solved again (optimal brain surgery on Gram matrices, `eliminate.py`).
 3. A dynamic programme takes the sizes with the least sum of errors that meet the target (`allocate.least_error`); an error
@@ -31,7 +32,7 @@ from .planning import Plan, biased_anatomy
 from .sizes import Sizes, named
 from .solve import refit
 from .statistics import Moments, layer_moments
-from .taylor import walk_back
+from .taylor import drawn, walk_back
 
 _LEVELS = 48  # sizes of an axis that the programme tells apart
 # What a KV group's error counts more than a channel's. Attention brings things from far back, of which calibration windows
@@ -95,7 +96,7 @@ def words(job: Job) -> Tensor | None:
 
 
 def output_fisher(job: Job) -> dict[str, Tensor]:
-    """Matrix name -> E[g g^T] [D, D] over tokens, float64; g is the gradient of the summed loss at the matrix's output."""
+    """Matrix name -> E[g g^T] [D, D] over tokens, float64; g is the gradient of a drawn token's loss at the matrix's output."""
     windows = job.windows
     assert windows is not None
     tokens = windows.num_windows * (windows.seq_len - 1)
@@ -107,7 +108,7 @@ def output_fisher(job: Job) -> dict[str, Tensor]:
         value = (g_ND.T @ g_ND).double() * (losses * losses / tokens)
         out[name] = out[name] + value if name in out else value
 
-    walk_back(job, take)
+    walk_back(job, take, labels=drawn)
     return {name: job.world.sum_(value) for name, value in out.items()}
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # parameter, gradient of a batch's mean loss (to keep or to change), the batch's share of the windows
 Take = Callable[[str, Tensor, float], None]
 Look = Callable[[int, Tensor, Tensor], None]  # layer, its input, its output [B, T, D]
+Labels = Callable[
+    [Tensor, Tensor], Tensor
+]  # logits [T - 1, V] behind all but the last of a window's ids [T] -> tokens [T - 1]
 _LOSS_SCALE = 2.0**10  # the way back starts with this: float16 would round many gradients of a mean loss to zero
 
 
@@ -126,11 +129,30 @@ def _wide(tensor: Tensor) -> Tensor:
 # -- the way back ---------------------------------------------------------------------------------------------------------
 
 
+def following(logits_PV: Tensor, ids_T: Tensor) -> Tensor:
+    """The text's own next tokens."""
+    return ids_T[1:]
+
+
+def drawn(logits_PV: Tensor, ids_T: Tensor) -> Tensor:
+    """Next tokens that the model itself draws, int64 [P]: gradients of their loss have the Fisher matrix for a covariance.
+
+    A window always has the same luck, in whatever batch or process it is.
+    """
+    luck_P1 = torch.rand(len(logits_PV), 1, generator=torch.Generator().manual_seed(int(ids_T.sum())))
+    up_to_PV = logits_PV.softmax(-1).cumsum_(-1)
+    found_P1 = torch.searchsorted(up_to_PV, luck_P1.to(up_to_PV.dtype) * up_to_PV[:, -1:])
+    return found_P1.squeeze(1).clamp_max_(logits_PV.shape[1] - 1)
+
+
 @torch.no_grad()
-def walk_back(job: Job, take: Take, *, per_window: bool = False, look: Look | None = None) -> None:
+def walk_back(
+    job: Job, take: Take, *, per_window: bool = False, look: Look | None = None, labels: Labels = following
+) -> None:
     """Hand the loss's gradient at every tensor of `plan.graded_tensors` to `take`, batch by batch, in float32 or wider.
 
-    So too the gradient [B, T, out] at what every matrix of `plan.graded_outputs` gives, under the matrix's name.
+    So too the gradient [B, T, out] at what every matrix of `plan.graded_outputs` gives, under the matrix's name. `labels` are
+    the tokens that the loss is of.
     Blocks are run a second time on the way back, so memory holds one batch's streams and the activations of one block. The
     way ends at the first block that has such a tensor. `per_window` makes every window a batch of its own. Batches are of
     this process's windows, shares of all.
@@ -150,7 +172,7 @@ def walk_back(job: Job, take: Take, *, per_window: bool = False, look: Look | No
             if look is not None:
                 look(layer, hidden, out)
             hidden = out
-        gradient = _at_the_end(job.model, anatomy, hidden, ids_BT)
+        gradient = _at_the_end(job.model, anatomy, hidden, ids_BT, labels)
         for layer in reversed(range(first, len(sweep.blocks))):
             gradient, found = _through(sweep, layer, streams.pop(), gradient, wanted, outputs)
             for name, value in found.items():
@@ -159,13 +181,13 @@ def walk_back(job: Job, take: Take, *, per_window: bool = False, look: Look | No
 
 
 @torch.enable_grad()
-def _at_the_end(model: PreTrainedModel, anatomy: Anatomy, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+def _at_the_end(model: PreTrainedModel, anatomy: Anatomy, hidden_BTD: Tensor, ids_BT: Tensor, labels: Labels) -> Tensor:
     """Scaled gradient of the batch's mean loss at the stream that leaves the last block; one window's logits are held."""
     out: list[Tensor] = []
     for j, ids_T in enumerate(ids_BT):
         stream = hidden_BTD[j : j + 1].detach().requires_grad_()
         logits_TV = _wide(logits_from(model, anatomy, stream, ids_T[None])[0])
-        loss = torch.nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:])
+        loss = torch.nn.functional.cross_entropy(logits_TV[:-1], labels(logits_TV[:-1].detach(), ids_T))
         out.extend(torch.autograd.grad(loss * (_LOSS_SCALE / len(ids_BT)), stream))
     return torch.cat(out)
 

@@ -7,6 +7,7 @@ where a product of 80 tokens is off by some 1e-7; least squares on them (conditi
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pipeline
@@ -64,7 +65,7 @@ def readers(anatomy):
 
 
 def naive_fisher(model, ids, modules):
-    """Module -> E[g g^T], token by token: one window's summed loss, plain autograd over the whole model."""
+    """Module -> E[g g^T], token by token: one window's summed loss of drawn tokens, plain autograd over the whole model."""
     model = copy.deepcopy(model)
     seen = {}
     for name in modules:
@@ -72,11 +73,18 @@ def naive_fisher(model, ids, modules):
     total = dict.fromkeys(modules, 0.0)
     for ids_T in ids:
         logits = model(input_ids=ids_T[None], use_cache=False).logits[0].double()
-        loss = torch.nn.functional.cross_entropy(logits[:-1], ids_T[1:], reduction="sum")
+        loss = torch.nn.functional.cross_entropy(logits[:-1], naive_draw(logits, ids_T), reduction="sum")
         for name, gradient in zip(modules, torch.autograd.grad(loss, [seen[name] for name in modules]), strict=True):
             for g_D in gradient[0].double():
                 total[name] = total[name] + torch.outer(g_D, g_D)
     return {name: value / (len(ids) * (ids.shape[1] - 1)) for name, value in total.items()}
+
+
+def naive_draw(logits_TV, ids_T):
+    """Down each position's probabilities until they add up to the window's luck there."""
+    luck = torch.rand(len(ids_T) - 1, generator=torch.Generator().manual_seed(sum(ids_T.tolist()))).tolist()
+    up_to = [itertools.accumulate(logits_V.softmax(-1).tolist()) for logits_V in logits_TV[:-1]]
+    return torch.tensor([next(i for i, sum_ in enumerate(sums) if sum_ >= u) for sums, u in zip(up_to, luck, strict=True)])
 
 
 def naive_curve(x, weight, fisher, unit_rows, affine):

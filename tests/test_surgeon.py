@@ -9,6 +9,7 @@ import torch
 from surgery import CLOSE, DAMP, FITTED, WINDOWS, job_for, naive_curve, naive_fisher, readers
 
 from prunus.surgeon import _at_levels, _root, error_curves, output_fisher
+from prunus.taylor import drawn
 
 # -- what an error costs --------------------------------------------------------------------------------------------------
 
@@ -31,6 +32,16 @@ def test_the_fisher_matrix_does_not_depend_on_the_batch():
     for name, one in output_fisher(job_for(model, batch_size=1)).items():
         all_ = output_fisher(job_for(model, batch_size=5))[name]
         torch.testing.assert_close(one, all_, rtol=CLOSE, atol=CLOSE * float(one.abs().max()))
+
+
+def test_drawn_tokens_are_as_frequent_as_the_model_says():
+    """Of 20,000 draws each token's share is within four standard errors of its probability; the same window draws the same."""
+    share_V = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    logits_PV, ids_T = share_V.log().expand(20_000, -1), torch.arange(20_001)
+    tokens = drawn(logits_PV, ids_T)
+    found_V = tokens.bincount(minlength=5) / len(tokens)
+    assert ((found_V - share_V).abs() <= 4 * (share_V * (1 - share_V) / len(tokens)).sqrt()).all()
+    assert torch.equal(tokens, drawn(logits_PV, ids_T)) and not torch.equal(tokens, drawn(logits_PV, ids_T + 1))
 
 
 def test_the_root_of_a_fisher_matrix():
