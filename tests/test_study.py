@@ -437,6 +437,16 @@ def arms_of(path):
         (lambda d: d["evaluate"][0].update({"documents": "-30:"}), "calibrates on documents :-20 .* documents -30:"),
         (lambda d: d["evaluate"][0].update({"documents": None}), "scores on documents all"),
         (lambda d: d["evaluate"][0].update({"texts": []}), "evaluate.0: nothing is asked"),
+        (
+            lambda d: d["evaluate"][0].update({"texts": ["c4/valid.jsonl", "wiki/valid.jsonl"]}),
+            r"evaluate.0: 'wiki/valid.jsonl' would stand under 'valid.jsonl -20:', as 'c4/valid.jsonl' of evaluate.0 does; give",
+        ),
+        (lambda d: d["evaluate"].append(d["evaluate"][0] | {"windows": 3}), r"evaluate.1: .* as '.*text.jsonl' of evaluate.0 does"),
+        (lambda d: d["evaluate"].append({"texts": ["x/validation"]}), "'x/validation' .* as the validation of training does"),
+        (
+            lambda d: d["evaluate"].extend({"tasks": ["piqa"], "task_data": "x", "limit": limit} for limit in (1, 2)),
+            "evaluate.2: 'piqa' would stand under 'piqa', as 'piqa' of evaluate.1 does; .* ask a task once",
+        ),
         (lambda d: d["arms"].update({"X": {"model": "m", "from": "P"}}), "model is released"),
         (lambda d: d["arms"].update({"X": {"from": "P", "shape_of": "S", "recipe": "scratch"}}), "from goes on with weights"),
         (lambda d: d["arms"].update({"X": {"cut": {"method": "flap"}}}), "cut needs weights"),

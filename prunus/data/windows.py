@@ -121,7 +121,7 @@ def pack(
     path = None if source.startswith(HUB) else Path(source).expanduser()
     return Windows(
         ids_NT=ids_NT,
-        source=source if path is None else path.name,
+        source=name_of(source),
         documents=docs,
         seed=seed,
         sha256=hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest(),
@@ -130,6 +130,11 @@ def pack(
         num_words=sum(len(part.split()) for part in under),
         stride=stride,
     )
+
+
+def name_of(source: str) -> str:
+    """What records call a text: no folders of the user's machine."""
+    return source if source.startswith(HUB) else Path(source).expanduser().name
 
 
 def byte_level_bytes(tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor) -> int | None:

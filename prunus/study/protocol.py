@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data.text import documents, slice_of
+from ..data.windows import name_of
 from ..errors import UserError
 from ..ledger import Ledger, Stage, compare
 from ..train.recipe import Recipe
 from .file import Cell, CutPart, Study, shared_places
+from .results import LOSS, loss_on
 from .steps import ledger_of, model_of
 
 Read = Counter[tuple[str, str, int]]  # (domains, range, seed of its order) -> tokens
@@ -29,7 +31,9 @@ Read = Counter[tuple[str, str, int]]  # (domains, range, seed of its order) -> t
 
 
 def check(study: Study) -> None:
-    """UserError for arms whose recipes cannot keep what the study promises, and for text that calibrates and judges."""
+    """UserError for arms whose recipes cannot keep what the study promises, for text that calibrates and judges, and for figures
+    that no name would tell apart.
+    """
     for part in study.file.compare:
         for cells in shared_places(study, part.arms):
             try:
@@ -41,6 +45,7 @@ def check(study: Study) -> None:
     for cell in study.cells:
         if cell.cut is not None:
             _apart(study, cell, cell.cut)
+    _check_names(study)
 
 
 def _training(cells: Mapping[str, Cell]) -> None:
@@ -144,6 +149,20 @@ def _apart(study: Study, cell: Cell, cut: CutPart) -> None:
                     f"{study.path}: arm '{cell.arm}' calibrates on documents {mine} of {text.text}, and evaluate.{i} scores on "
                     f"documents {theirs} of it; give slices that share none, such as :-100 and -100:"
                 )
+
+
+def _check_names(study: Study) -> None:
+    """UserError for two figures of one name, of which tables would show the last alone."""
+    told = {LOSS: "the validation of training"}
+    for i, part in enumerate(study.file.evaluate):
+        named = [(loss_on(name_of(text), part.documents), text) for text in part.texts]
+        for metric, asked in [*named, *(((task, "score"), task) for task in part.tasks)]:
+            if metric in told:
+                raise UserError(
+                    f"{study.path}: evaluate.{i}: '{asked}' would stand under '{metric[0]}', as {told[metric]} does; give every "
+                    "text a file name or documents of its own, and ask a task once"
+                )
+            told[metric] = f"'{asked}' of evaluate.{i}"
 
 
 def _meet(text: Path, one: str | None, other: str | None) -> bool:

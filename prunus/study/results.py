@@ -90,14 +90,18 @@ class Run:
 def _scores(figures: Mapping[str, Any]) -> dict[Metric, Score]:
     out: dict[Metric, Score] = {}
     for text in figures["texts"]:
-        which = text["text"]["documents"]
-        out[text["text"]["source"] + (f" {which}" if which else ""), "loss"] = Score(text["loss"])
+        out[loss_on(text["text"]["source"], text["text"]["documents"])] = Score(text["loss"])
     for name, task in figures.get("tasks", {}).items():
         score = task[task["metric"]]
         out[name, task["metric"]] = Score(score["mean"], score["error"])
     for name, score in figures.get("means", {}).items():
         out[f"mean of {name}", "accuracy"] = Score(score["mean"], score["error"])
     return out
+
+
+def loss_on(text: str, documents: str | None) -> Metric:
+    """What the loss on a text, as records name it, or on a slice of its documents stands under."""
+    return text + (f" {documents}" if documents else ""), "loss"
 
 
 def _milliseconds(timed: Mapping[str, Any] | None) -> dict[str, float]:
