@@ -447,6 +447,11 @@ def arms_of(path):
             lambda d: d["evaluate"].extend({"tasks": ["piqa"], "task_data": "x", "limit": limit} for limit in (1, 2)),
             "evaluate.2: 'piqa' would stand under 'piqa', as 'piqa' of evaluate.1 does; .* ask a task once",
         ),
+        (
+            lambda d: d["evaluate"].extend({"tasks": [name]} for name in ("piqa", "seven")),
+            "evaluate.2: 'piqa' would stand under 'piqa', as 'piqa' of evaluate.1 does",
+        ),
+        (lambda d: d["evaluate"].append({"tasks": ["pica"]}), r"evaluate.1: unknown task 'pica' \(did you mean 'piqa'\?\)"),
         (lambda d: d["arms"].update({"X": {"model": "m", "from": "P"}}), "model is released"),
         (lambda d: d["arms"].update({"X": {"from": "P", "shape_of": "S", "recipe": "scratch"}}), "from goes on with weights"),
         (lambda d: d["arms"].update({"X": {"cut": {"method": "flap"}}}), "cut needs weights"),

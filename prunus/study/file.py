@@ -31,6 +31,7 @@ from ..bench import Asked
 from ..errors import UserError, nearest, unknown
 from ..planning import Request
 from ..reading import text_of, yaml_of
+from ..tasks import local
 from ..train import recipe as recipes
 from ..train.recipe import Recipe
 
@@ -102,10 +103,11 @@ class EvaluatePart(_Strict):
 
     @property
     def question(self) -> Question:
-        """As `appraise` takes it."""
+        """As `appraise` takes it, a mean's name standing for its tasks; UserError for a name of neither."""
+        tasks = local.named(",".join(self.tasks)) if self.tasks else ()
         options = TextOptions(self.windows, self.seq_len, None, self.documents)
         data = None if self.task_data is None else Path(self.task_data).expanduser()
-        return Question(tuple(self.texts), options, tuple(self.tasks), data, self.limit, dtype=self.dtype)
+        return Question(tuple(self.texts), options, tasks, data, self.limit, dtype=self.dtype)
 
 
 class MeasurePart(_Strict):

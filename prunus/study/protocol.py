@@ -32,7 +32,7 @@ Read = Counter[tuple[str, str, int]]  # (domains, range, seed of its order) -> t
 
 def check(study: Study) -> None:
     """UserError for arms whose recipes cannot keep what the study promises, for text that calibrates and judges, and for figures
-    that no name would tell apart.
+    that no name would tell apart, or of tasks that there are not.
     """
     for part in study.file.compare:
         for cells in shared_places(study, part.arms):
@@ -156,7 +156,11 @@ def _check_names(study: Study) -> None:
     told = {LOSS: "the validation of training"}
     for i, part in enumerate(study.file.evaluate):
         named = [(loss_on(name_of(text), part.documents), text) for text in part.texts]
-        for metric, asked in [*named, *(((task, "score"), task) for task in part.tasks)]:
+        try:
+            named += [((task, "score"), task) for task in part.question.tasks]
+        except UserError as error:
+            raise UserError(f"{study.path}: evaluate.{i}: {error}") from error
+        for metric, asked in named:
             if metric in told:
                 raise UserError(
                     f"{study.path}: evaluate.{i}: '{asked}' would stand under '{metric[0]}', as {told[metric]} does; give every "
