@@ -22,12 +22,14 @@ from .job import Progress, no_progress
 from .judge import Judge, verdicts
 from .judge import judge as judge_named
 from .network import offline
+from .record import digest
 from .source import Source
 from .tasks.run import Asked, Result, results, table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_OF_THE_FILE = ("_name_or_path", "transformers_version", "dtype")  # of a config: what changes no score by itself
 PROTOCOLS: Mapping[str, tuple[TextOptions, str]] = {
     "sixteen": (EVALUATION, "the first 16 windows of 1,024 tokens"),
     "gptq": (TextOptions(0, 2048), "every full window of 2,048 tokens (GPTQ, SparseGPT, Wanda; text joined by blank lines)"),
@@ -185,7 +187,8 @@ def _ask(source: Source, question: Question, asked: Asked | None, progress: Prog
         stage = f"{label} {windows.source}"[:24]
         found.texts.append((perplexity(model(), windows, progress=partial(progress, stage)), windows))
     if asked is not None:
-        told = {"weights_sha256": source.sha256, "tokenizer": fingerprint(tokenizer), "dtype": question.dtype}
+        told = {"weights_sha256": source.sha256, "config": _config_digest(source), "tokenizer": fingerprint(tokenizer)}
+        told |= {"dtype": question.dtype}
         found.tasks = results(asked, lambda: (model(), tokenizer), told, progress=partial(progress, f"{label} tasks"))
     if question.prompts:
         found.written = continuations(
@@ -193,6 +196,11 @@ def _ask(source: Source, question: Question, asked: Asked | None, progress: Prog
             progress=partial(progress, f"{label} writes"),
         )  # fmt: skip
     return found
+
+
+def _config_digest(source: Source) -> str:
+    """Of all that makes another model of the same weights: activation, positions, norms."""
+    return digest({name: value for name, value in source.config.to_dict().items() if name not in _OF_THE_FILE})
 
 
 def _apart(one: Found, other: Found) -> dict[str, Any]:

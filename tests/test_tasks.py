@@ -1,6 +1,8 @@
 """Tasks from files to scores: rows are refused or brought into form; lm-eval's own model says the same; nothing is run twice."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pipeline
@@ -260,6 +262,33 @@ def test_models_side_by_side(data, tmp_path):
     assert text["loss"] == pytest.approx(first["texts"][0]["loss"] - second["texts"][0]["loss"]) and text["error"] > 0
     assert len(log.read_text(encoding="utf-8").splitlines()) == 3 and str(data) not in log.read_text(encoding="utf-8")
     assert len(found["notes"]) == 7
+
+
+def test_the_same_weights_under_another_config_are_another_model(data, tmp_path):
+    """But for what says where a config lay, who wrote it, and in which dtype."""
+    question = appraisal.Question(tasks=("hellaswag",), task_data=data)
+    folders = []
+    for name, changes in (
+        ("plain", {}),
+        ("eps", {"rms_norm_eps": 20.0}),
+        ("act", {"hidden_act": "relu"}),
+        ("rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.2}}),
+        ("same", {"transformers_version": "5.0.0", "dtype": "bfloat16"}),
+    ):
+        folder = shutil.copytree(pipeline.folder("llama", 128), tmp_path / name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        folders.append(str(folder))
+    log = tmp_path / "log.jsonl"
+    appraisal.appraise(folders, question, record=log)
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    keys = [line["recipe"]["tasks"]["hellaswag"] for line in lines]
+    assert len({key["weights_sha256"] for key in keys}) == 1 and len({key["config"] for key in keys}) == 4
+    assert keys[-1] == keys[0] and len([*(tmp_path / "cache").glob("tasks/*.json")]) == 4
+    texts = replace(question, texts=(str(pipeline.text_file()),), options=appraisal.TextOptions(4, 20))
+    again = appraisal.appraise(folders[1:2], texts)  # whose config is read when the model is loaded
+    assert again["models"][0]["tasks"] == lines[1]["figures"]["tasks"]
+    assert len([*(tmp_path / "cache").glob("tasks/*.json")]) == 4
 
 
 def test_strided_windows_predict_every_token_once():
