@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import training
 from pipeline import cli
 
 from prunus.errors import UserError
-from prunus.study import formats, page, results
+from prunus.study import claims, formats, page, results
 from prunus.study.charts import Point, Series, chart, leads
 
 BROWSER = Path(__file__).with_name("browser.py")
@@ -119,6 +120,16 @@ def test_more_is_better_of_accuracy_and_one_seed_has_the_papers_rule(tmp_path):
     (tmp_path / "b").mkdir()
     found = results.load(folder(tmp_path / "b", close))
     assert {d.metric: d for d in results.differences(found)}["piqa", "acc"].verdict == "within noise"
+
+
+@pytest.mark.parametrize("keys", [("seed+data.seed", "data.seed"), ("seed", "data.seed"), ("seed", "seed+data.seed")])
+def test_a_repetition_meets_its_like_whatever_its_seeds_are_called(keys, tmp_path):
+    lines = [one | {"place": {"cut.ratio": 0.5, keys[one["arm"] == "S"]: i % 3}} for i, one in enumerate(three_seeds())]
+    found = results.load(folder(tmp_path, lines))
+    one = next(d for d in results.differences(found) if d.metric == results.LOSS)
+    assert one.seeds == 3 and one.mean == pytest.approx(-0.2) and one.error == pytest.approx(0.1 / math.sqrt(3))
+    (claim,) = claims.verdicts(replace(found, written=found.written | {"claims": [{"says": "x", "better": ["P-R", "S"]}]}))
+    assert claim.told == "0.5 +0.2000 ± 0.1155; 3 seeds"
 
 
 def test_an_arm_that_is_trained_once_is_compared_with_every_seed(tmp_path):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .results import LOSS, Metric, Results, Run, half_interval, is_loss, is_seed, standard_error
+from .results import LOSS, Metric, Results, Run, agree, half_interval, is_loss, is_seed, standard_error
 
 _LEVEL = 0.05  # of ranks that agree by chance
 Place = tuple[tuple[str, Any], ...]
@@ -107,12 +107,7 @@ def _metric(found: Results, claim: Mapping[str, Any], runs: Iterable[Run]) -> Me
 
 def _pairs(found: Results, claim: Mapping[str, Any], arms: Sequence[str]) -> list[tuple[Run, Run]]:
     where = claim.get("where") or {}
-    return [
-        (one, two)
-        for one in _runs(found, arms[0], where)
-        for two in _runs(found, arms[1], where)
-        if all(one.place[key] == two.place[key] for key in one.place.keys() & two.place.keys())
-    ]
+    return [(one, two) for one in _runs(found, arms[0], where) for two in _runs(found, arms[1], where) if agree(one, two)]
 
 
 def _ahead(one: Run, two: Run, metric: Metric) -> float:

@@ -370,7 +370,8 @@ def _places(written: StudyFile, arm: str) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _fields(place: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def fields(place: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Fields with their values, one by one, of a place whose keys may give one value to several."""
     return ((field, value) for key, value in place.items() for field in key.split(WITH))
 
 
@@ -435,12 +436,12 @@ class _Made:
 
     def _cut(self, own: Mapping[str, Any], place: Mapping[str, Any]) -> CutPart:
         data, named = {**self.written.cut, **own}, self.written.cuts
-        for key, value in _fields(place):
+        for key, value in fields(place):
             if key == NAMED:
                 if not isinstance(value, str) or value not in named:
                     raise unknown("cut", str(value), named)
                 data |= named[value]
-        for key, value in _fields(place):
+        for key, value in fields(place):
             if key.startswith(CUT):
                 recipes.put(data, key.removeprefix(CUT), value)
         try:
@@ -449,7 +450,7 @@ class _Made:
             raise UserError(f"cut: {recipes.sentence(error, data, CutPart)}") from error
 
     def _recipe(self, part: ArmPart, place: Mapping[str, Any], others: Mapping[str, Cell]) -> Recipe:
-        changes = {**self.written.set, **part.set, **{k: v for k, v in _fields(place) if not _is_cuts(k)}}
+        changes = {**self.written.set, **part.set, **{k: v for k, v in fields(place) if not _is_cuts(k)}}
         if (parent := others.get("from")) is not None or part.model is not None:
             begun: str | None = (
                 MADE + "cut" if part.cut is not None else part.model if parent is None else MADE + parent.name

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..place import staged_files
 from ..reading import json_of
 from ..train import recipe as recipes
-from .file import ClaimPart, Study
+from .file import ClaimPart, Study, fields
 
 STUDY, RECORDS, PROOFS, INDEX = "study.json", "records.jsonl", "proofs.json", "index.sqlite"
 LOSS = ("validation", "loss")  # of the training run's own
@@ -302,11 +302,22 @@ def differences(found: Results) -> list[Difference]:
 
 
 def _pairs(found: Results, first: str, other: str) -> Iterable[tuple[Run, Run]]:
-    """Runs of two arms that agree in all that both are told apart by."""
-    for one in found.of(first):
-        for two in found.of(other):
-            if all(one.place[key] == two.place[key] for key in one.place.keys() & two.place.keys()):
-                yield one, two
+    """Runs of two arms that agree."""
+    return ((one, two) for one in found.of(first) for two in found.of(other) if agree(one, two))
+
+
+def agree(one: Run, two: Run) -> bool:
+    """Whether two runs have the same values of all that both are told apart by.
+
+    If their seeds are of other fields, such as `seed` and `data.seed`, these must have the same values: runs that are crossed
+    would count each repetition several times.
+    """
+    mine, theirs = (dict(fields(run.place)) for run in (one, two))
+    both = mine.keys() & theirs.keys()
+    if any(mine[name] != theirs[name] for name in both):
+        return False
+    seeds = [{str(value) for name, value in place.items() if is_seed(name)} for place in (mine, theirs)]
+    return any(map(is_seed, both)) or not all(seeds) or seeds[0] == seeds[1]
 
 
 def _difference(
