@@ -10,15 +10,20 @@ from test_study import written
 from test_study_results import folder, line
 
 from prunus.errors import UserError
-from prunus.study import claims, formats, results
+from prunus.study import claims, formats, page, results
 from prunus.study import file as files
 
 BETTER = {"says": "pruned is ahead", "better": ["P-R", "S"]}
 
 
-def asked(tmp_path, lines, *what):
+def asked(tmp_path, lines, *what, **grid):
+    """What a folder holds of a study that asks; `grid` in the order of its values, a dot as ``__``, else in that of the runs."""
     out = folder(tmp_path, lines)
     told = json.loads((out / "study.json").read_text())
+    told["file"]["grid"] = {key.replace("__", "."): values for key, values in grid.items()}
+    for key, value in (item for one in lines for item in one["place"].items()):
+        if value not in told["file"]["grid"].setdefault(key, []):
+            told["file"]["grid"][key].append(value)
     told["file"]["claims"] = [files.ClaimPart.model_validate(one).model_dump() for one in what]
     (out / "study.json").write_text(json.dumps(told))
     return results.load(out)
@@ -77,6 +82,49 @@ def test_a_lead_that_shrinks_is_taken_from_the_same_seeds(tmp_path):
         "0.8",
         "0.5",
     ]
+
+
+def placed(key, value, ahead):
+    """P-R ahead of S by so much, seed by seed, at a value of one key alone."""
+    return [
+        one | {"run": f"{one['run']}-{value}", "place": {key: value, "data.seed": one["place"]["data.seed"]}}
+        for one in arms(ahead)
+    ]
+
+
+def test_without_values_a_lead_shrinks_in_the_order_of_the_grid(tmp_path):
+    """Not by the alphabet, and names beside numbers have no other order; an arm's own grid comes before the study's."""
+    values = ["tokens-2", "tokens-10", 0.5]
+    lines = [
+        one for i, value in enumerate(reversed(values)) for one in placed("cut", value, [0.1 + 0.1 * i, 0.11 + 0.1 * i])
+    ]
+    lead = {"says": "x", "shrinks": {"arms": ["P-R", "S"], "along": "cut"}}
+    found = asked(tmp_path, lines, lead, cut=["later", *values])
+    (one,) = claims.verdicts(found)
+    assert one.verdict == "holds" and [name for name, _ in one.leads] == ["tokens-2", "tokens-10", "0.5"]
+    own = {"P-R": {"grid": {"cut": values[::-1]}}, "S": {"grid": None}}
+    (other,) = claims.verdicts(replace(found, written=found.written | {"arms": own}))
+    assert other.verdict == "does not hold" and [name for name, _ in other.leads] == ["0.5", "tokens-10", "tokens-2"]
+
+
+def test_values_of_a_grid_may_be_tables_and_lists(tmp_path):
+    """As those of cut.target are: in verdicts, tables, the index and pages."""
+    values = [{"num_hidden_layers": 2}, {"num_hidden_layers": 1, "hidden_size": 8}, [1, 2]]
+    lines = [one for i, value in enumerate(values) for one in placed("cut.target", value, [0.3 - 0.1 * i, 0.31 - 0.1 * i])]
+    lead = {"says": "x", "shrinks": {"arms": ["P-R", "S"], "along": "cut.target"}}
+    found = asked(
+        tmp_path, lines, BETTER, lead, BETTER | {"where": {"cut.target": values[:1]}}, {"says": "x", "ranks": ["P-R", "S"]}
+    )
+    better, shrinks, first, ranks = claims.verdicts(found)
+    assert (better.verdict, shrinks.verdict, first.verdict) == ("holds",) * 3
+    names = ["{'num_hidden_layers': 2}", "{'num_hidden_layers': 1, 'hidden_size': 8}", "[1, 2]"]
+    assert [[name for name, _ in one.leads] for one in (better, shrinks, first)] == [names, names, names[:1]]
+    assert "over 3 places" in ranks.more
+    for form in formats.FORMATS:
+        assert formats.written(found, form)
+    results.index(found)
+    written_ = page.write(found.folder, tmp_path / "page.html")
+    assert written_["charts"] and "num_hidden_layers" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_ranks_that_agree(tmp_path):

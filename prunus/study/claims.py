@@ -15,7 +15,7 @@ from typing import Any
 from .results import LOSS, Metric, Results, Run, agree, half_interval, is_loss, is_seed, standard_error
 
 _LEVEL = 0.05  # of ranks that agree by chance
-Place = tuple[tuple[str, Any], ...]
+Place = tuple[tuple[str, str], ...]  # values as text: some are lists or tables
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,21 @@ def _ahead(one: Run, two: Run, metric: Metric) -> float:
 
 
 def _name(place: Place) -> str:
-    return ", ".join(str(value) for _, value in place)
+    return ", ".join(value for _, value in place)
 
 
 def _place(one: Run, two: Run, without: str = "") -> Place:
     """Where a pair stands in the grid, whatever the seed."""
     both = {**two.place, **one.place}
-    return tuple((key, value) for key, value in both.items() if not is_seed(key) and key != without)
+    return tuple((key, str(value)) for key, value in both.items() if not is_seed(key) and key != without)
+
+
+def _values(found: Results, arm: str, key: str, runs: Iterable[Run]) -> list[Any]:
+    """Those of a grid's key that runs have, in the grid's order."""
+    own = found.written.get("arms", {}).get(arm, {}).get("grid")
+    grid = found.written.get("grid", {}) if own is None else own
+    there = [run.place[key] for run in runs]
+    return [value for value in grid.get(key, []) if value in there]
 
 
 def _seed(one: Run, two: Run) -> str:
@@ -147,20 +155,21 @@ def _better(found: Results, claim: Mapping[str, Any]) -> Verdict:
 def _shrinks(found: Results, claim: Mapping[str, Any]) -> Verdict:
     """The lead of the first arm is less at the last value of a key than at its first; everything else being the same."""
     part = claim["shrinks"]
-    along, values = part["along"], part.get("values") or []
+    along = part["along"]
     pairs = [pair for pair in _pairs(found, claim, part["arms"]) if along in pair[0].place]
     metric = _metric(found, claim, (run for pair in pairs for run in pair))
-    values = values or sorted({pair[0].place[along] for pair in pairs})
-    by: dict[Place, dict[Any, dict[str, float]]] = {}  # by value of the key, then by seed
+    values = part.get("values") or _values(found, part["arms"][0], along, (one for one, _ in pairs))
+    by: dict[Place, dict[int, dict[str, float]]] = {}  # by where the key's value stands, then by seed
     for one, two in pairs if metric else ():
-        seeds = by.setdefault(_place(one, two, along), {}).setdefault(one.place[along], {})
-        seeds[_seed(one, two)] = _ahead(one, two, metric or LOSS)
+        if one.place[along] in values:
+            seeds = by.setdefault(_place(one, two, along), {}).setdefault(values.index(one.place[along]), {})
+            seeds[_seed(one, two)] = _ahead(one, two, metric or LOSS)
     falls, leads = [], []
     for place, at in by.items():
         before = f"{_name(place)} " if place else ""
-        leads += [(f"{before}{value}", Lead.of([*at[value].values()])) for value in values if value in at]
-        if len(at) > 1 and values[0] in at and values[-1] in at:
-            first, last = at[values[0]], at[values[-1]]
+        leads += [(f"{before}{value}", Lead.of([*at[i].values()])) for i, value in enumerate(values) if i in at]
+        if len(at) > 1 and 0 in at and len(values) - 1 in at:
+            first, last = at[0], at[len(values) - 1]
             both = [first[seed] - last[seed] for seed in first if seed in last]
             falls += [Lead.of(both)] if both else []
     return _judged(claim, metric, leads, falls)

@@ -139,7 +139,7 @@ class LeadPart(_Strict):
 
     arms: list[str] = Field(min_length=2, max_length=2)
     along: str
-    values: list[Any] = Field(default=[], description="from the first to the last; default: all, in order")
+    values: list[Any] = Field(default=[], description="from the first to the last; default: all, in the grid's order")
 
 
 class ClaimPart(_Strict):

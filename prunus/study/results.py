@@ -130,9 +130,15 @@ class _Compared(_Loose):
     arms: Annotated[list[str], Field(min_length=2)]
 
 
+class _Arm(_Loose):
+    grid: dict[str, list[Any]] | None = None
+
+
 class _File(_Loose):
     """As much of a study's file as tables read."""
 
+    arms: dict[str, _Arm] = {}
+    grid: dict[str, list[Any]] = {}
     compare: list[_Compared]
     claims: list[ClaimPart] = []
 
