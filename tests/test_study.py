@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -397,6 +398,26 @@ def test_slurm_jobs_do_the_steps(tmp_path):
     assert "--dependency" not in asked[0] and "--dependency=afterany:4711" in asked[1]
     assert (out / "two" / "record.jsonl").is_file(), done.stderr
     assert cluster.levels(steps(files.read(path)), out) == []
+
+
+def test_no_name_becomes_a_command_of_the_script_that_submits(tmp_path):
+    """Neither a study's nor a folder's; what the script says at its end can be done as it stands."""
+    inner = tmp_path / "we\"ird $(touch made-1) `touch made-2` 'x' %s"
+    inner.mkdir()
+    path, name = inner / "study.yaml", "half\ntouch made-3\r\n#"
+    path.write_text(json.dumps({"name": name, "arms": {"one": {"recipe": base(tmp_path)}}}), encoding="utf-8")
+    tools, here = tmp_path / "bin", tmp_path / "here"
+    tools.mkdir()
+    here.mkdir()
+    (tools / "sbatch").write_text("#!/bin/bash\necho 4711\n")
+    (tools / "sbatch").chmod(0o755)
+    submit = cluster.write(files.read(path), inner / "out", [])
+    path_ = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", submit], capture_output=True, text=True, env=path_, cwd=here)
+    assert done.returncode == 0 and not list(here.iterdir()) and not list(tmp_path.rglob("made-*")), done.stderr
+    said = done.stdout.removeprefix("submitted as 4711; ").removesuffix(" gathers the records once it has ended\n")
+    wanted = [sys.executable, "-m", "prunus", "study", "gather", str(path), "--out", str(inner / "out")]
+    assert shlex.split(said) == wanted and done.stderr == ""
 
 
 def test_a_step_by_itself(tmp_path):

@@ -23,7 +23,7 @@ _SUBMIT = """#!/bin/bash
 # Submits the steps of the study {name}; written by prunus study slurm. Again after a failure: what is done is done.
 set -eu
 {lines}
-echo "submitted as $job; {python} -m prunus study gather {file} --out {out} gathers the records once it has ended"
+printf 'submitted as %s; %s\\n' "$job" {then}
 """
 
 
@@ -42,8 +42,9 @@ def write(study: Study, out: Path, options: Sequence[str] = ()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     said = {
         "python": shlex.quote(sys.executable), "file": shlex.quote(str(study.path.absolute())),
-        "out": shlex.quote(str(out.absolute())), "name": study.name,
+        "out": shlex.quote(str(out.absolute())), "name": " ".join(study.name.split()),  # on the line of its comment
     }  # fmt: skip
+    then = "{python} -m prunus study gather {file} --out {out} gathers the records once it has ended".format(**said)
     lines, more = [], " ".join(map(shlex.quote, options))
     for i, names in enumerate(levels(steps(study), out), 1):
         listed, task = folder / f"level-{i}.txt", folder / f"level-{i}.sh"
@@ -54,7 +55,7 @@ def write(study: Study, out: Path, options: Sequence[str] = ()) -> Path:
         words = f"sbatch --parsable --array=1-{len(names)} --output={logs}{behind} {more}".rstrip()
         lines.append(f"job=$({words} {shlex.quote(str(task))})")
     submit = folder / "submit.sh"
-    _write(submit, _SUBMIT.format(lines="\n".join(lines) or "job=nothing", **said))
+    _write(submit, _SUBMIT.format(lines="\n".join(lines) or "job=nothing", then=shlex.quote(then), **said))
     submit.chmod(0o755)
     return submit
 
