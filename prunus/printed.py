@@ -13,8 +13,11 @@ ANY_WIDTH = 10_000  # columns; rich gives a table no more than it needs
 
 
 def new_console() -> Console:
-    """Standard output, as it is now; a pipe or a file has no edge at which names and figures would be folded."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Standard output, as it is now; a pipe or a file has no edge at which names and figures would be folded.
+
+    What is printed is text: no bracket or colon of a user's name is markup.
+    """
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = ANY_WIDTH
     return console

@@ -27,14 +27,16 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (
-                TextColumn("{task.description:<12}"),
+                TextColumn("{task.description:<12}", markup=False),  # names of models and texts
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
             )
-            self.bar = Bar(*columns, console=Console(file=sys.stderr))  # as it is now: libraries may be silenced meanwhile
+            # Standard error as it is now: libraries may be silenced meanwhile.
+            console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+            self.bar = Bar(*columns, console=console)
             self.bar.start()
         return self
 

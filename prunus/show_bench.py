@@ -65,7 +65,7 @@ def exported(result: dict[str, Any]) -> None:
             f"{found['max_logit_difference']:.2g} of {found['max_logit']:.2g}, and {found['same_tokens']} of {found['tokens']} "
             "greedy tokens are the same"
         )
-    out.print(f"{result['out']}: {result['format']}, {told}", markup=False)
+    out.print(f"{result['out']}: {result['format']}, {told}")
     print_notes(out, result["notes"])
 
 
@@ -76,7 +76,6 @@ def trimmed(result: dict[str, Any]) -> None:
         f"{r['out']}: {r['vocab']:,} of {r['vocab_before']:,} tokens, {r['params']:,} of {r['params_before']:,} parameters; "
         f"{r['covered']:.3%} of {r['corpus_tokens']:,} tokens of the text are kept as they are, and {r['same_lines']:,} "
         "lines of these alone are read as before; compare bits per byte (prunus eval), not perplexity",
-        markup=False,
     )
 
 
@@ -86,7 +85,6 @@ def quantized(result: dict[str, Any]) -> None:
     out.print(
         f"{result['out']}: {result['scheme']}{group}, {result['matrices']} matrices, {result['bytes'] / 1e6:,.1f} MB "
         f"(before {result['bytes_before'] / 1e6:,.1f}), everything else {result['dtype']}; the same in a clean process",
-        markup=False,
     )
     print_notes(out, result["notes"])
 
@@ -106,12 +104,12 @@ def served(result: dict[str, Any]) -> None:
 def carded(result: dict[str, Any]) -> None:
     """A model card."""
     told = f"{result['out']}: {result['results']} results, licence {result['licence'] or 'not on record (--licence)'}"
-    new_console().print(told, markup=False)
+    new_console().print(told)
 
 
 def pushed(result: dict[str, Any]) -> None:
     """An upload."""
-    new_console().print(result["url"], markup=False)
+    new_console().print(result["url"])
 
 
 def _spread(found: dict[str, float]) -> str:

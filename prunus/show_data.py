@@ -34,17 +34,17 @@ def described(manifest: Manifest) -> dict[str, Any]:
 
 def tokenizer(result: dict[str, Any]) -> None:
     """`prunus data tokenizer`."""
-    new_console().print(f"{result['out']}: {result['vocab_size']:,} tokens, {result['seconds']:.1f} s", markup=False)
+    new_console().print(f"{result['out']}: {result['vocab_size']:,} tokens, {result['seconds']:.1f} s")
 
 
 def prepared(result: dict[str, Any]) -> None:
     """`prunus data prepare` and `inspect`."""
     console = new_console()
     vocab = f"{result['vocab_size']:,} tokens in the vocabulary, {result['dtype']}"
-    console.print(f"{result['out']}: data {result['digest']}, {vocab}", markup=False)
+    console.print(f"{result['out']}: data {result['digest']}, {vocab}")
     for origin in result["sources"]:
         licence = origin["licence"] or "not given"
-        console.print(f"  {origin['source']}: {origin['documents']:,} documents, licence {licence}", markup=False)
+        console.print(f"  {origin['source']}: {origin['documents']:,} documents, licence {licence}")
     table = new_table("range", "share", "documents", "tokens", "text bytes", "shards")
     for name, row in result["ranges"].items():
         counts = (f"{row[key]:,}" for key in ("documents", "tokens", "text_bytes", "shards"))
@@ -63,10 +63,9 @@ def overlap(result: dict[str, Any]) -> None:
     console.print(
         f"{result['hits']:,} of {result['ngrams']:,} {result['n']}-grams of {result['evaluation']} occur in {result['data']}: "
         f"{result['share']:.2%}, in {result['documents_hit']:,} of {result['documents']:,} documents",
-        markup=False,
     )
     if result["warning"]:
-        console.print(f"warning: {result['warning']}", markup=False)
+        console.print(f"warning: {result['warning']}")
 
 
 def ledger(result: dict[str, Any]) -> None:
@@ -79,7 +78,7 @@ def ledger(result: dict[str, Any]) -> None:
             flops = (big(stage["flops"][kind], "FLOP") if kind in stage["flops"] else "" for kind in _KINDS)
             whose = "parent" if stage["parent"] else "run"
             table.add_row(stage["name"], whose, params, f"{stage['tokens']:,}", f"{stage['unique_tokens']:,}", *flops)
-        console.print(run["run"], style="bold", markup=False)
+        console.print(run["run"], style="bold")
         console.print(table)
         at_least = "at least " if run["unrecorded"] else ""
         for cache in sorted({stage["teacher_cache"] for stage in run["stages"]} - {None}):
@@ -89,7 +88,7 @@ def ledger(result: dict[str, Any]) -> None:
         console.print(f"own: {run['tokens']:,} tokens, {big(run['flops'], 'FLOP')}")
         console.print(f"in all: {at_least}{run['total_tokens']:,} tokens, {at_least}{big(run['total_flops'], 'FLOP')}")
         for what in run["unrecorded"]:
-            console.print(f"without a ledger: {what}", markup=False)
+            console.print(f"without a ledger: {what}")
         console.print()
     for key, title in (("own", "their own tokens"), ("with_parents", "with all that came before")):
         if found := result.get(key):
@@ -97,7 +96,7 @@ def ledger(result: dict[str, Any]) -> None:
             counts = f"{found['shared']:,} in both, {found['only_a']:,} and {found['only_b']:,} in one only"
             console.print(f"{title}: {found['verdict']}{order} ({counts})")
             for note in found["notes"]:
-                console.print(f"  note: {note}", markup=False)
+                console.print(f"  note: {note}")
 
 
 _KINDS = ("train", "teacher", "scoring")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from prunus.printed import new_console, new_table
+import io
+import sys
+
+import pytest
+
+from prunus.printed import new_console, new_table, print_notes
+from prunus.progress import Progress
 
 NAME = "evaluate-" + "a_cut=of-many-words_" * 20
 
@@ -24,3 +30,28 @@ def test_a_width_that_is_asked_for_is_kept(capsys, monkeypatch):
     new_console().print(table)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) == 60 and "".join(line[:52].strip() for line in lines[1:]) == NAME
+
+
+@pytest.mark.parametrize("name", ["half [/b] x", "[bold]half", "of :heart: and [link=x]y[/link]", "a\\[b]"])
+def test_no_name_is_markup(name, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = new_table(name, title=name)
+    table.add_row(name)
+    console = new_console()
+    console.print(name)
+    console.print(table)
+    print_notes(console, [name])
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [name, name, name, name, f"note: {name}"]
+
+
+def test_no_name_in_a_bar_is_markup(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress() as progress:
+        progress("[/b] [red]x", 1, 2)
+        progress.say("said: [/b]")
+    said = sys.stderr.getvalue()
+    assert "[/b] [red]x" in said and "said: [/b]" in said

@@ -400,6 +400,12 @@ def test_slurm_jobs_do_the_steps(tmp_path):
     assert cluster.levels(steps(files.read(path)), out) == []
 
 
+def test_a_plan_names_a_study_as_it_is_written(tmp_path):
+    path = written(tmp_path, name="half [/b] [red]x", arms={"one": {"recipe": base(tmp_path)}}, grid={}, compare=[])
+    code, said, err = cli("study", "plan", path, "--rate", "1e9")
+    assert code == 0 and "half [/b] [red]x: 1 runs" in said, err
+
+
 def test_no_name_becomes_a_command_of_the_script_that_submits(tmp_path):
     """Neither a study's nor a folder's; what the script says at its end can be done as it stands."""
     inner = tmp_path / "we\"ird $(touch made-1) `touch made-2` 'x' %s"
