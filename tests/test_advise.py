@@ -142,6 +142,13 @@ def test_a_study_of_one_s_own_speaks(tmp_path):
             "did you mean 'depth'",
         ),
         (("--parent-params", "8B", "--target-params", "2B", "--tokens", "1B", "--device", "tpu"), "unknown device 'tpu'"),
+        *(
+            (
+                ("--parent-params", "8B", "--target-params", "4.5B", "--tokens", "50B", "--rate", rate),
+                f"rate: {rate} is not above 0; give the FLOPs a second that training reaches, or leave it out",
+            )
+            for rate in ("0", "-1", "nan")
+        ),
         (("nowhere", "--target-params", "2B", "--tokens", "1B"), "nowhere: no such file or folder"),
     ],
 )

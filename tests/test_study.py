@@ -406,6 +406,15 @@ def test_a_plan_names_a_study_as_it_is_written(tmp_path):
     assert code == 0 and "half [/b] [red]x: 1 runs" in said, err
 
 
+@pytest.mark.parametrize("rate", ["0", "-5", "nan"])
+def test_plans_refuse_rates_that_are_none(rate, tmp_path):
+    path = written(tmp_path, arms={"one": {"recipe": base(tmp_path)}}, grid={}, compare=[])
+    code, said, err = cli("study", "plan", path, "--rate", rate)
+    assert code == 2 and not said and f"rate: {rate} is not above 0; give the FLOPs a second" in err
+    with pytest.raises(UserError, match="is not above 0"):
+        plan(files.read(path), rate=float(rate))
+
+
 def test_no_name_becomes_a_command_of_the_script_that_submits(tmp_path):
     """Neither a study's nor a folder's; what the script says at its end can be done as it stands."""
     inner = tmp_path / "we\"ird $(touch made-1) `touch made-2` 'x' %s"

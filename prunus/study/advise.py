@@ -20,7 +20,7 @@ from .. import measure
 from ..errors import UserError, unknown
 from ..methods import METHODS
 from ..tables import big
-from ..train.estimate import EFFICIENCY
+from ..train.estimate import EFFICIENCY, check_rate
 from .results import LOSS, Run, differences, load
 
 PUBLISHED, SOURCES = "published.csv", "published.yaml"
@@ -150,7 +150,8 @@ class Asked:
     rate: float | None = None  # FLOPs a second that training reaches
 
     def checked(self) -> Asked:
-        """Self; UserError for sizes that cannot be."""
+        """Self; UserError for sizes and rates that cannot be."""
+        check_rate(self.rate)
         if self.tokens <= 0:
             raise UserError(f"tokens: {self.tokens:g} are none; give how many there are to train on")
         if not 0 < self.params < self.parent_params:
@@ -280,5 +281,5 @@ def _cost(answer: str, asked: Asked) -> dict[str, Any]:
         "tokens": asked.tokens,
         "flops": flops,
         "hours": hours,
-        "basis": basis if rate else "no rate of a GPU is known; give --rate",
+        "basis": basis if rate is not None else "no rate of a GPU is known; give --rate",
     }

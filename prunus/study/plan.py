@@ -11,7 +11,7 @@ from ..anatomy import Anatomy
 from ..builders import make_plan
 from ..costs import is_timed
 from ..errors import UserError
-from ..train.estimate import EFFICIENCY, estimate
+from ..train.estimate import EFFICIENCY, check_rate, estimate
 from ..train.opening import cutting_of
 from ..train.recipe import Recipe
 from ..train.shapes import Outline, config_of, released
@@ -55,8 +55,9 @@ def plan(study: Study, out: Path | None = None, *, rate: float | None = None, pr
     `rate`: FLOPs a second, as reached in training, of all `processes` together; else half the float32 matmul rate measured
     here now. UserError for what can be known to be wrong: cuts that no shape fits, budgets that are not met.
     """
+    check_rate(rate)
     check(study)
-    speed = rate or EFFICIENCY * measure.gemm_rate()
+    speed = EFFICIENCY * measure.gemm_rate() if rate is None else rate
     expected = _Expectations()
     rows = []
     for step in steps(study).values():

@@ -30,6 +30,12 @@ UNCLOCKED = (
 )
 
 
+def check_rate(rate: float | None) -> None:
+    """UserError for a stated rate that is not above 0."""
+    if rate is not None and not rate > 0:
+        raise UserError(f"rate: {rate:g} is not above 0; give the FLOPs a second that training reaches, or leave it out")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes on each of `devices`; tokens a second and hours of all together. What a sweep of rates takes is in the hours."""
@@ -169,9 +175,9 @@ def planned(
     """
     if devices < 1:
         raise UserError(f"devices: {devices} are too few; give at least 1")
-    for name, value in (("rate", rate), ("memory", memory)):
-        if value is not None and not value > 0:
-            raise UserError(f"{name}: {value} is not above 0")
+    check_rate(rate)
+    if memory is not None and not memory > 0:
+        raise UserError(f"memory: {memory} is not above 0")
     source = None if recipe.model.source is None else Outline.of(recipe.model.source)
     asked = recipe.model
     config = config_of(asked.shape or "", 0, asked.target_params, asked.enlarge) if source is None else source.config
