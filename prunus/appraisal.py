@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ class Found:
     """What one model said."""
 
     source: Source
+    name: str  # its label, with a number where one before it has the same
     texts: list[tuple[Perplexity, Windows]] = field(default_factory=list)
     tasks: dict[str, Result] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
@@ -93,7 +95,7 @@ class Found:
         """The model's figures."""
         opened = self.source
         out: dict[str, Any] = {
-            "model": opened.label,
+            "model": self.name,
             "weights_sha256": opened.sha256,
             "params": opened.anatomy.num_params,
             "texts": [figures.to_json() | {"text": windows.provenance()} for figures, windows in self.texts],
@@ -131,12 +133,13 @@ def appraise(
         if question.chat:
             check_chat(source.tokenizer(), source.label)
     judge = _judge(question, opened)
-    found = [_ask(source, question, asked, progress) for source in opened]
+    names = _names([source.label for source in opened])
+    found = [_ask(source, name, question, asked, progress) for source, name in zip(opened, names, strict=True)]
     if judge is not None:
         for other in found[1:]:
-            told = partial(progress, f"judge, {other.source.label}"[:24])
+            told = partial(progress, f"judge, {other.name}"[:24])
             said = verdicts(judge, question.prompts, found[0].written, other.written, progress=told)
-            found[0].judged[other.source.label] = {"judge": judge.name} | said.to_json()
+            found[0].judged[other.name] = {"judge": judge.name} | said.to_json()
     rows = [one.row() for one in found]
     for one, row in zip(found, rows, strict=True):
         if record is not None:
@@ -145,6 +148,15 @@ def appraise(
     out |= {"prompts": question.prompts} if question.prompts else {}
     if len(found) > 1:
         out["against"] = [_apart(found[0], other) for other in found[1:]]
+    return out
+
+
+def _names(labels: Sequence[str]) -> list[str]:
+    """Labels made different, in order: of two folders called `model` the second is `model (2)`."""
+    out: list[str] = []
+    for label in labels:
+        tried = (label if i == 1 else f"{label} ({i})" for i in count(1))
+        out.append(next(name for name in tried if name not in out))
     return out
 
 
@@ -170,9 +182,9 @@ def _recipe(one: Found, question: Question) -> dict[str, Any]:
     return recipe | ({"written": written} if question.prompts else {})
 
 
-def _ask(source: Source, question: Question, asked: Asked | None, progress: Progress) -> Found:
+def _ask(source: Source, name: str, question: Question, asked: Asked | None, progress: Progress) -> Found:
     """One model's answers; its weights are read once, and only if something is left to compute."""
-    found, tokenizer = Found(source), source.tokenizer()
+    found, tokenizer = Found(source, name), source.tokenizer()
     loaded: list[PreTrainedModel] = []
 
     def model() -> PreTrainedModel:
@@ -180,7 +192,7 @@ def _ask(source: Source, question: Question, asked: Asked | None, progress: Prog
             loaded.append(source.load(question.dtype))
         return loaded[0]
 
-    label = source.label[:16]
+    label = name[:16]
     for text in question.texts:
         windows = question.options.pack(tokenizer, text, question.online)
         windows.check_fits(source.anatomy.shape.vocab_size, text)
@@ -211,7 +223,7 @@ def _apart(one: Found, other: Found) -> dict[str, Any]:
         texts.append(
             {"source": windows.source, **(_loss_apart(mine, theirs, windows) if same else {"loss": None, "error": None})}
         )
-    out: dict[str, Any] = {"model": other.source.label, "texts": texts}
+    out: dict[str, Any] = {"model": other.name, "texts": texts}
     return out | (table(one.tasks, other.tasks)["against"] if one.tasks else {})
 
 

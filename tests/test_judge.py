@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pipeline
@@ -107,6 +108,37 @@ def test_a_program_judges_on_the_command_line(tmp_path, capsys):
     assert text.count(": wins ") == 1 and all(f": {verdict}\n" in text for verdict in said["each"])
     assert cli.run(arguments) == 0
     assert "of 3 prompts" in capsys.readouterr().out
+
+
+def test_models_of_one_name_are_told_apart(tmp_path, capsys):
+    """Two baselines in folders called model, beside one called model (2): each has verdicts of its own."""
+    prompts, records = tmp_path / "prompts.txt", tmp_path / "r.jsonl"
+    prompts.write_text("the cat sings\nunder a moon\n", encoding="utf-8")
+    places = [tmp_path / "a" / "mine", tmp_path / "b" / "model", tmp_path / "c" / "model (2)", tmp_path / "d" / "model"]
+    for place, case in zip(places, ("llama", "llama_tied", "llama", "mistral"), strict=True):
+        shutil.copytree(pipeline.folder(case, 128), place)
+    arguments = [
+        "eval",
+        str(places[0]),
+        "--prompts",
+        str(prompts),
+        "--new-tokens",
+        "4",
+        "--judge",
+        program(tmp_path, LONGER),
+    ]
+    arguments += [word for place in places[1:] for word in ("--baseline", str(place))]
+    assert cli.run([*arguments, "--json", "--record", str(records)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    names = ["mine", "model", "model (2)", "model (3)"]
+    assert [row["model"] for row in told["models"]] == names and list(told["models"][0]["judged"]) == names[1:]
+    assert [row["model"] for row in told["against"]] == names[1:]
+    for row in told["models"][1:]:
+        lengths = [len(a) - len(b) for a, b in zip(told["models"][0]["written"], row["written"], strict=True)]
+        said = told["models"][0]["judged"][row["model"]]["each"]
+        assert said == ["win" if d > 0 else "loss" if d < 0 else "tie" for d in lengths]
+    kept = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    assert [line["recipe"]["model"] for line in kept] == [place.name for place in places]
 
 
 @pytest.mark.parametrize("chat", [False, True])
