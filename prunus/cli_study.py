@@ -62,6 +62,9 @@ def step_of_study(
     file: StudyArg,
     step: Annotated[str, typer.Argument(help="A step's name, as prunus study plan lists it.", metavar="STEP")],
     out: OutOpt,
+    key: Annotated[
+        str | None, typer.Option("--key", help="Its key when the study was begun; with another by now it is refused.")
+    ] = None,
 ) -> None:
     """Do one step, whose needs are done: what prunus study run and cluster jobs start."""
     from . import show_study
@@ -73,7 +76,7 @@ def step_of_study(
     read = files.read(file)
     try:
         with Progress() as progress:
-            do(read, named(read, step), out.expanduser(), progress=progress, say=show_study.line)
+            do(read, named(read, step, key), out.expanduser(), progress=progress, say=show_study.line)
     except StoppedError as stop:
         print(f"prunus: {stop}", file=sys.stderr)
         raise typer.Exit(stop.code) from stop

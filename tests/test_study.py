@@ -398,6 +398,11 @@ def test_slurm_jobs_do_the_steps(tmp_path):
     assert "--dependency" not in asked[0] and "--dependency=afterany:4711" in asked[1]
     assert (out / "two" / "record.jsonl").is_file(), done.stderr
     assert cluster.levels(steps(files.read(path)), out) == []
+    arms["one"]["set"]["optimizer.lr"] = 0.05
+    written(tmp_path, arms=arms, grid={}, compare=[], evaluate=[])
+    (out / "one" / "record.jsonl").unlink()
+    done = subprocess.run(["bash", submit], capture_output=True, text=True, env=os.environ | path_)
+    assert "the study was changed since" in done.stderr and not (out / "one" / "record.jsonl").exists()
 
 
 def test_a_plan_names_a_study_as_it_is_written(tmp_path):
@@ -441,7 +446,29 @@ def test_a_step_by_itself(tmp_path):
     assert code == 2 and "below: needs bad, which is not done yet" in err
     code, _, err = cli("study", "step", path, "belo", "--out", tmp_path / "out")
     assert code == 2 and "unknown step 'belo' (did you mean 'below'?)" in err
-    assert named(files.read(path), "good").kind == "train"
+    study = files.read(path)
+    key = named(study, "good").key
+    assert named(study, "good", key).kind == "train"
+    code, _, err = cli("study", "step", path, "bad", "--out", tmp_path / "out", "--key", key)
+    other = named(study, "bad").key
+    assert code == 2 and f"study.yaml: bad: key {other} is not the {key} that was begun with" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_is_changed_while_it_runs_fails_the_steps_that_change(tmp_path, monkeypatch):
+    """Each step's process reads the file again; none may do what another file says under a name of the one that runs."""
+    arms = {name: {"recipe": base(tmp_path), "set": {"tokens": 2 * EACH}} for name in ("one", "two", "three")}
+    path, real = written(tmp_path, arms=arms, grid={}, compare=[], evaluate=[]), running._Process
+
+    def edited(*asked):
+        arms["two"]["set"]["optimizer.lr"] = 0.05
+        written(tmp_path, arms=arms, grid={}, compare=[], evaluate=[])
+        return real(*asked)
+
+    monkeypatch.setattr(running, "_Process", edited)
+    result = run(files.read(path), tmp_path / "out")
+    assert result["ran"] == ["one", "three"] and "the study was changed since" in result["failed"]["two"]
+    assert not (tmp_path / "out" / "two").exists()
 
 
 # -- wrong inputs -------------------------------------------------------------------------------------------------------------

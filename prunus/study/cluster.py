@@ -16,8 +16,8 @@ FOLDER = "slurm"
 _TASK = """#!/bin/bash
 # One step of a study; written by prunus study slurm.
 set -eu
-step=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {level})
-exec {python} -m prunus study step {file} "$step" --out {out}
+read -r step key < <(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {level})
+exec {python} -m prunus study step {file} "$step" --key "$key" --out {out}
 """
 _SUBMIT = """#!/bin/bash
 # Submits the steps of the study {name}; written by prunus study slurm. Again after a failure: what is done is done.
@@ -46,9 +46,10 @@ def write(study: Study, out: Path, options: Sequence[str] = ()) -> Path:
     }  # fmt: skip
     then = "{python} -m prunus study gather {file} --out {out} gathers the records once it has ended".format(**said)
     lines, more = [], " ".join(map(shlex.quote, options))
-    for i, names in enumerate(levels(steps(study), out), 1):
+    known = steps(study)
+    for i, names in enumerate(levels(known, out), 1):
         listed, task = folder / f"level-{i}.txt", folder / f"level-{i}.sh"
-        _write(listed, "".join(f"{name}\n" for name in names))
+        _write(listed, "".join(f"{name} {known[name].key}\n" for name in names))
         _write(task, _TASK.format(level=shlex.quote(str(listed)), **said))
         logs = shlex.quote(str(folder / f"level-{i}-%a.log"))
         behind = "" if i == 1 else ' --dependency="afterany:$job"'

@@ -186,7 +186,8 @@ class _Process:
         self.log = out / LOGS / f"{step.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.said = ""
-        words = [sys.executable, "-m", "prunus", "study", "step", str(study.path), step.name, "--out", str(out)]
+        words = [sys.executable, "-m", "prunus", "study", "step", str(study.path), step.name]
+        words += ["--key", step.key, "--out", str(out)]  # the file is read again there, and may have been changed
         self.process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             env=threads(processes), start_new_session=True, preexec_fn=_end_with_parent,

@@ -73,11 +73,16 @@ def steps(study: Study) -> dict[str, Step]:
     return _Steps().all(study)
 
 
-def named(study: Study, name: str) -> Step:
-    """A step by its name; UserError with the nearest one."""
+def named(study: Study, name: str, key: str | None = None) -> Step:
+    """A step by its name; UserError with the nearest one, and for one whose key is not the one that was asked for."""
     known = steps(study)
     if name not in known:
         raise unknown("step", name, known)
+    if key is not None and known[name].key != key:
+        raise UserError(
+            f"{study.path}: {name}: key {known[name].key} is not the {key} that was begun with, so the study was changed "
+            "since; put back what it said, or give the changed one another --out"
+        )
     return known[name]
 
 
