@@ -23,6 +23,7 @@ from .reading import first_wrong, json_of
 
 FORMAT: Literal[1] = 1
 LEDGER = "ledger.json"
+SWEEP = "lr sweep"  # name of the stage whose models, trained to find a rate, are thrown away
 _MOST_BYTES = 1 << 28  # of packed intervals, unpacked: 16 million of them
 _MOST_FLOPS = 10**36  # a float holds sums of it; all that was ever computed is less
 _LISTED = 32  # more intervals than this are packed

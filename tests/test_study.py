@@ -162,6 +162,30 @@ def test_a_ledger_that_says_otherwise_is_no_proof(finished, tmp_path):
     assert not holds and "in another order" in why
 
 
+@pytest.mark.parametrize(
+    ("name", "protocol_", "tried"), [("P-R", "training-tokens", "512 and 0"), ("P", "total-tokens", "1,024 and 0")]
+)
+def test_rates_that_one_arm_tried_and_the_other_took_are_named_besides(name, protocol_, tried, tmp_path, monkeypatch):
+    """No weight is left of the beginnings at which they were tried, but what they cost was spent."""
+    pipeline.verify_here(monkeypatch)
+    path = written(tmp_path, grid={"cut.method": ["minitron-depth"]}, evaluate=[])
+    data = yaml.safe_load(path.read_text())
+    data["arms"] = {arm: data["arms"][arm] for arm in ("P", "P-R", "S", "S-total")}
+    data["arms"][name]["set"]["optimizer.lr"] = [0.001, 0.01]
+    data["arms"]["S"]["lr_of"] = data["arms"]["S-total"]["lr_of"] = name
+    data["compare"] = [part for part in data["compare"] if part["protocol"] == protocol_]
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    study, out = files.read(path), tmp_path / "out"
+    protocol.check(study)
+    everything(study, out)
+    (row,) = protocol.proofs(study, out)
+    assert row["holds"] and row["why"].endswith(f"; {tried} of tried rates besides"), row["why"]
+    assert row["tokens"][0] >= PARENT + RETRAIN + int(tried.split()[0].replace(",", ""))
+    lines = {line["arm"]: line["ledger"] for line in gather(study, out)}
+    alone = [stage["flops"]["train"] for stage in lines[name]["stages"] if not stage["parent"]]
+    assert alone[0] == 2 * alone[1] and lines[name]["flops"] == sum(alone)
+
+
 def test_rows_and_records_hold_what_was_measured(finished):
     study, out = finished
     lines = gather(study, out)

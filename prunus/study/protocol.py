@@ -18,7 +18,7 @@ from typing import Any
 from ..data.text import documents, slice_of
 from ..data.windows import name_of
 from ..errors import UserError
-from ..ledger import Ledger, Stage, compare
+from ..ledger import SWEEP, Ledger, Stage, compare
 from ..train.recipe import Recipe
 from .file import Cell, CutPart, Study, shared_places
 from .results import LOSS, loss_on
@@ -220,23 +220,33 @@ def _proved(protocol: str, mine: Ledger, theirs: Ledger, within: float) -> tuple
         apart = theirs.total_flops / mine.total_flops - 1
         return abs(apart) <= within, f"{mine.total_flops:.4g} and {theirs.total_flops:.4g} FLOPs, {apart:+.2%} apart"
     parents = protocol == "total-tokens"
-    found = compare(_trained_alone(mine), _trained_alone(theirs), parents=parents)
-    other = [_other_text(one.all_stages(parents=parents)) for one in (mine, theirs)]
-    seen = [sum(s.tokens for s in one.all_stages(parents=parents)) - n for one, n in zip((mine, theirs), other, strict=True)]
+    alone = [_trained_alone(one) for one in (mine, theirs)]
+    found = compare(*alone, parents=parents)
+    seen = [sum(stage.tokens for stage in one.all_stages(parents=parents)) for one in alone]
     same = found.verdict == "same" and seen[0] == seen[1]
     order = "" if parents or not same else ", in the same order" if found.same_order else ", in another order"
     why = f"{found.verdict}: {found.shared:,} tokens in both, {found.only_a:,} and {found.only_b:,} in one alone{order}"
-    if any(other):
-        why += f"; {other[0]:,} and {other[1]:,} of calibration text besides"
+    for what, count in (("calibration text", _other_text), ("tried rates", _tried)):
+        besides = [count(one.all_stages(parents=parents)) for one in (mine, theirs)]
+        if any(besides):
+            why += f"; {besides[0]:,} and {besides[1]:,} of {what} besides"
     return same and (parents or found.same_order), why
 
 
 def _trained_alone(ledger: Ledger) -> Ledger:
-    """Without text that no weight was trained on."""
-    stages = [stage.model_copy(update={"other_text": {}}) for stage in ledger.stages]
+    """Without text that no weight was trained on, and without beginnings at other rates, of which no weight is left."""
+    stages = [
+        stage.model_copy(update={"other_text": {}, "tokens": stage.tokens - _other_text([stage])})
+        for stage in ledger.stages
+        if stage.name != SWEEP
+    ]
     parent = None if ledger.parent is None else _trained_alone(ledger.parent)
     return ledger.model_copy(update={"stages": stages, "parent": parent})
 
 
 def _other_text(stages: Iterable[Stage]) -> int:
     return sum(sum(stage.other_text.values()) for stage in stages)
+
+
+def _tried(stages: Iterable[Stage]) -> int:
+    return sum(stage.tokens for stage in stages if stage.name == SWEEP)

@@ -18,7 +18,7 @@ from ..data.text import documents, select
 from ..data.tokenizer import fingerprint
 from ..distributed import leads
 from ..errors import UserError
-from ..ledger import Data, Ledger, Stage
+from ..ledger import SWEEP, Data, Ledger, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +99,7 @@ class Feeds:
         """
         stages = []
         free = () if teacher_cache is None else ("teacher",)
-        for name, count, times, unspent in (("lr sweep", *beginnings, free), (recipe.name, sequences, 1, ())):
+        for name, count, times, unspent in ((SWEEP, *beginnings, free), (recipe.name, sequences, 1, ())):
             if not count * times:
                 continue
             stage = Stage(
