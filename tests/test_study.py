@@ -186,6 +186,44 @@ def test_rates_that_one_arm_tried_and_the_other_took_are_named_besides(name, pro
     assert alone[0] == 2 * alone[1] and lines[name]["flops"] == sum(alone)
 
 
+def paid(tmp_path, of):
+    """A parent, its half that tries rates, and a half that spends what one of them cost."""
+    compare = [{"protocol": "total-flops", "arms": [of, "F"], "within": 0.15}]
+    path = written(tmp_path, grid={}, compare=compare, evaluate=[])
+    data = yaml.safe_load(path.read_text())
+    data["cut"]["method"] = "flap"
+    data["arms"] = {name: data["arms"][name] for name in ("P", "P-R")}
+    data["arms"]["P-R"]["set"]["optimizer.lr"] = [0.001, 0.01]
+    data["arms"]["F"] = data["arms"]["P-R"] | {"flops_of": of, "set": {"data.epochs": 9}}
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return files.read(path)
+
+
+def test_what_an_arm_goes_on_from_is_paid_for_too(tmp_path, monkeypatch):
+    pipeline.verify_here(monkeypatch)
+    study, out = paid(tmp_path, "P-R"), tmp_path / "out"
+    foreseen = {row["step"]: row for row in plan(study, rate=1e9)["steps"]}
+    everything(study, out)
+    (row,) = protocol.proofs(study, out)
+    each = Ledger.read(out / "F").stages[-1].flops["train"] // resolved(study.of("F")[0], out).steps
+    assert row["holds"] and row["flops"][0] - each < row["flops"][1] <= row["flops"][0], row["why"]
+    assert foreseen["F"]["tokens"] == pytest.approx(Ledger.read(out / "F").stages[-1].tokens, rel=0.25)
+
+
+def test_nothing_is_left_to_spend(tmp_path, monkeypatch):
+    """Known from the plan where it can be, else once the runs are there."""
+    pipeline.verify_here(monkeypatch)
+    study, out = paid(tmp_path, "P"), tmp_path / "out"
+    said = "F: flops_of: P costs .* FLOPs, and this run's source .*, which leaves less than the .* of one update"
+    with pytest.raises(UserError, match=said):
+        run(study, out)
+    assert not out.exists()
+    for name in ("P", next(name for name in steps(study) if name.startswith("cut-"))):
+        do(study, named(study, name), out)
+    with pytest.raises(UserError, match=said):
+        do(study, named(study, "F"), out)
+
+
 def test_rows_and_records_hold_what_was_measured(finished):
     study, out = finished
     lines = gather(study, out)

@@ -179,7 +179,9 @@ class ArmPart(_Strict):
     recipe: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     grid: dict[str, list[Any]] | None = Field(None, description="instead of the study's")
-    flops_of: str | None = Field(None, description="an arm: as many tokens as its FLOPs pay for, its parents' included")
+    flops_of: str | None = Field(
+        None, description="an arm: as many tokens as its FLOPs pay for, its parents' included, less this one's source"
+    )
     lr_of: str | None = Field(
         None, description="an arm whose sweep found the rate, or whose run at the best of its rates did"
     )

@@ -19,7 +19,7 @@ from ..train.shrink.forecast import Forecast
 from ..train.sweep import tried
 from .file import MADE, Cell, CutPart, Study
 from .protocol import check
-from .steps import Step, steps
+from .steps import Step, payable, steps, sunk
 
 _SAVED = 3  # numbers a parameter in a checkpoint: itself and AdamW's two moments
 _WIDTH = 4  # bytes of a number in checkpoints, and in models that are cut: float32
@@ -85,9 +85,7 @@ def _row(study: Study, step: Step, expected: _Expectations) -> dict[str, Any]:
         if before is None:
             return _UNKNOWN | {"tokens": recipe.tokens}
         after, each = expected.after(cell) or before, expected.flops(cell, before)
-        tokens = recipe.steps * recipe.batch_tokens
-        if (paid := cell.others.get("flops_of")) is not None and (spent := expected.spent(paid)) is not None:
-            tokens = int(spent / each) // recipe.batch_tokens * recipe.batch_tokens
+        tokens = expected.tokens(cell, before)
         saved = recipe.save.keep * _SAVED if recipe.save.every else 0
         return {
             "tokens": tokens,
@@ -101,12 +99,10 @@ def _row(study: Study, step: Step, expected: _Expectations) -> dict[str, Any]:
         made, begun = expected.cut(cell), expected.begun(cell)
         if made is None or begun is None:
             return _UNKNOWN
-        text = cell.cut.calibration
-        size = (text.windows, text.seq_len) if text is not None and made.needs_text else (0, 0)
-        flops = made.scoring_flops(*size) if size[0] else 0
+        size = _calibration(cell, made)
         return {
             "tokens": size[0] * size[1],
-            "flops": round(flops),
+            "flops": _scoring(cell, made),
             "params": begun.params,
             "memory": made.memory_bytes(*size, _WIDTH),
             "disk": _WIDTH * begun.params,
@@ -119,6 +115,18 @@ def _row(study: Study, step: Step, expected: _Expectations) -> dict[str, Any]:
     if model is not None and len(asked) == len(study.file.evaluate):
         flops = round(sum(part.windows * len(part.texts) * model.flops(part.seq_len) for part in asked))
     return _UNKNOWN | {"flops": flops, "params": None if model is None else model.params, "disk": 0}
+
+
+def _calibration(cell: Cell, made: Any) -> tuple[int, int]:
+    """Windows of text that a cut reads, and their tokens."""
+    text = None if cell.cut is None else cell.cut.calibration
+    return (text.windows, text.seq_len) if text is not None and made.needs_text else (0, 0)
+
+
+def _scoring(cell: Cell, made: Any) -> int:
+    """FLOPs of a cut."""
+    size = _calibration(cell, made)
+    return round(made.scoring_flops(*size)) if size[0] else 0
 
 
 _UNKNOWN: dict[str, Any] = dict.fromkeys(("tokens", "flops", "params", "memory", "disk"))
@@ -249,17 +257,34 @@ class _Expectations:
             each = estimate(cell.recipe, model.anatomy, rate=1.0, cuts=cuts).flops_per_token
         return each + (0.0 if teacher is None else teacher.flops(seq_len) / seq_len)
 
+    def tokens(self, cell: Cell, model: Expected) -> int:
+        """That a run trains on: its own, or what another's FLOPs pay for. UserError if they pay for no update."""
+        recipe, paid = cell.recipe, cell.others.get("flops_of")
+        assert recipe is not None
+        spent, begun = None if paid is None else self.spent(paid), self.sunk(cell)
+        if spent is None or begun is None:
+            return recipe.steps * recipe.batch_tokens
+        return payable(cell, spent, begun, self.flops(cell, model) * recipe.batch_tokens) * recipe.batch_tokens
+
     def spent(self, cell: Cell) -> float | None:
-        """FLOPs of a run's training, its parents' included."""
-        total = 0.0
-        for one in (cell, *cell.ancestors()):
-            if one.recipe is None:
-                continue
-            before = self.before(one)
-            if before is None:
-                return None
-            total += self.flops(one, before) * (one.recipe.steps * one.recipe.batch_tokens + tried(one.recipe))
-        return total
+        """FLOPs of a run, its parents' included."""
+        return self._once("spent", cell, lambda: self._spent(cell))
+
+    def _spent(self, cell: Cell) -> float | None:
+        begun, recipe = self.sunk(cell), cell.recipe
+        if begun is None or recipe is None:
+            return begun
+        before = self.before(cell)
+        if before is None:
+            return None
+        return begun + self.flops(cell, before) * (self.tokens(cell, before) + tried(recipe))
+
+    def sunk(self, cell: Cell) -> float | None:
+        """FLOPs of what a run goes on from, its own cut among them as far as it can be foreseen."""
+        parent, made = cell.others.get("from"), self.cut(cell)
+        source = cell.model or (None if cell.recipe is None else cell.recipe.model.source)
+        before = sunk(source) if parent is None else self.spent(parent)
+        return before if before is None or made is None else before + _scoring(cell, made)
 
 
 def _is_elsewhere(name: str) -> bool:

@@ -267,8 +267,23 @@ def resolved(cell: Cell, out: Path) -> Recipe:
         ledger, anatomy = Ledger.read(ledger_of(paid, out) or out), _anatomy(data["model"])
         seq_len, batch = data["data"]["seq_len"], data["batch_tokens"]
         each = 3 * anatomy.flops(seq_len) * batch // seq_len
-        data["tokens"] = ledger.total_flops // each * batch
+        data["tokens"] = payable(cell, ledger.total_flops, sunk(data["model"]["source"]), each) * batch
     return recipes.parse(data, cell.name)
+
+
+def payable(cell: Cell, flops: float, sunk: float, each: float) -> int:
+    """Updates of `each` FLOPs that `flops` pay for, `sunk` of which went into what the run goes on from; UserError for none."""
+    if flops - sunk < each:
+        raise UserError(
+            f"{cell.name}: flops_of: {cell.others['flops_of'].name} costs {flops:.4g} FLOPs, and this run's source "
+            f"{sunk:.4g}, which leaves less than the {each:.4g} of one update; name an arm that costs more"
+        )
+    return int((flops - sunk) // each)
+
+
+def sunk(source: str | None) -> int:
+    """FLOPs of a source, its parents' included; none of fresh weights, and of what nobody recorded."""
+    return 0 if source is None else Ledger.after(Path(source).expanduser(), "", []).total_flops
 
 
 def _anatomy(model: Mapping[str, Any]) -> Any:
