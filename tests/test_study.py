@@ -30,6 +30,7 @@ from prunus.train.stopping import StoppedError
 
 EACH = 4 * training.SEQ  # tokens of an update
 PARENT, RETRAIN = 8 * EACH, 4 * EACH
+SMALLER = {"teacher": None, "prune.target": {"params": 1000}}
 BOTH = {"parent": {"tokens": PARENT, "seed": 0}, "retrain": {"tokens": RETRAIN}}
 
 
@@ -654,6 +655,14 @@ def test_names_that_are_no_folders(name, tmp_path):
         (
             {"R": {"recipe": "scratch"}, "S": {"recipe": "distill", "from": "R", "flops_of": "R"}},
             "a teacher costs FLOPs too",
+        ),
+        (
+            {"R": {"recipe": "scratch"}, "S": {"recipe": "scratch", "flops_of": "R", "set": {"optimizer.lr": "sweep"}}},
+            "'S': flops_of counts updates alone, and trying rates costs FLOPs too; name one rate, or give lr_of",
+        ),
+        (
+            {"R": {"recipe": "scratch"}, "S": {"recipe": "adapt-pruner", "from": "R", "flops_of": "R", "set": SMALLER}},
+            "'S': flops_of counts updates of one model, and prune makes later ones cheaper; drop one of them",
         ),
     ],
 )

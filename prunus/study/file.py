@@ -471,9 +471,19 @@ class _Made:
         if part.lr_of is not None:
             changes |= {RATE: 1e-3}  # until it is found
         recipe = recipes.read(str(part.recipe), (), changes)
-        if "flops_of" in others and recipe.teacher is not None:
-            raise UserError("flops_of counts updates alone, and a teacher costs FLOPs too; drop one of them")
+        if "flops_of" in others:
+            _check_paid(recipe)
         return recipe
+
+
+def _check_paid(recipe: Recipe) -> None:
+    """UserError for a recipe that spends FLOPs on anything but updates that all cost the same."""
+    if recipe.teacher is not None:
+        raise UserError("flops_of counts updates alone, and a teacher costs FLOPs too; drop one of them")
+    if recipe.optimizer.sweeps:
+        raise UserError("flops_of counts updates alone, and trying rates costs FLOPs too; name one rate, or give lr_of")
+    if recipe.prune is not None:
+        raise UserError("flops_of counts updates of one model, and prune makes later ones cheaper; drop one of them")
 
 
 def shared_places(study: Study, arms: Sequence[str]) -> list[dict[str, Cell]]:
