@@ -201,13 +201,18 @@ class Watch:
 
     def __init__(self, allowed: Path) -> None:
         self.allowed, self.on, self.found = str(allowed), False, ""
+        self.caches = sys.dont_write_bytecode
         sys.addaudithook(self._hook)
 
     def begin(self, allowed: Path) -> None:
         self.allowed, self.on, self.found = str(allowed), True, ""
+        self.caches, sys.dont_write_bytecode = (
+            sys.dont_write_bytecode,
+            True,
+        )  # what Python writes beside its sources is not ours
 
     def end(self) -> str:
-        self.on = False
+        self.on, sys.dont_write_bytecode = False, self.caches
         return self.found
 
     def _hook(self, event: str, args: tuple[object, ...]) -> None:
