@@ -2,6 +2,7 @@
 
 import json
 
+import lessons
 import pytest
 import torch
 import training
@@ -101,3 +102,22 @@ def test_each_range_may_have_a_seed_of_its_own(tmp_path):
     one = training.opened(training.asked(data__range="parent", data__seed=3), tmp_path / "b").feeds.training
     other = training.opened(training.asked(), tmp_path / "c").feeds.training
     assert torch.equal(both.take(0, 16).ids, torch.cat([one.take(0, 8).ids, other.take(0, 8).ids]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"parent": {"tokens": 256, "seed": 7}, "retrain": {"tokens": 256}},
+        {"parent": {"tokens": 256}, "retrain": {"tokens": 256, "seed": 7}},
+        {"parent": {"tokens": 512}, "retrain": {"tokens": 512}},  # in the same proportions
+    ],
+)
+def test_a_teachers_words_on_ranges_are_of_their_seeds_and_tokens(tmp_path, other):
+    one = ranges({"parent": 256, "retrain": 256})
+    lessons.teach(tmp_path / "cache", lessons.taught_by(data__range=one))
+    said = {"parent": {"tokens": 256, "seed": 0}, "retrain": {"tokens": 256}}  # the default, spelled out
+    training.opened(lessons.taught_by(tmp_path / "cache", data__range=said), tmp_path / "run")
+    with pytest.raises(UserError, match=r"written for another recipe \(data.domains or data.range differs\)"):
+        training.opened(lessons.taught_by(tmp_path / "cache", data__range=other), tmp_path / "run")
+    with pytest.raises(UserError, match=r"was written for something else \(data differs\)"):
+        lessons.teach(tmp_path / "cache", lessons.taught_by(data__range=other))

@@ -180,6 +180,14 @@ class Chain:
         )
 
     @property
+    def parts(self) -> dict[str, dict[str, int]]:
+        """Of every stream the seed of its order, and how many of its tokens there are."""
+        return {
+            name: {"seed": stream.seed, "tokens": count * self.seq_len}
+            for (name, stream), (_, count) in zip(self._named, self._streams, strict=True)
+        }
+
+    @property
     def num_sequences(self) -> int:
         """Of all streams together."""
         return int(self._spans[-1][1])

@@ -65,7 +65,7 @@ class Manifest(_Strict):
     teacher_sha256: Hash  # of its weights
     precision: str  # that it was run in
     flops_per_sequence: int  # of its forward pass
-    data: list[dict[str, Any]]  # of every domain: name, weight, and what its tokens are
+    data: list[dict[str, Any]]  # of every domain: name, weight, what its tokens are; of several ranges seed and tokens, too
     seed: int
     seq_len: int
     separate_documents: bool
@@ -155,8 +155,12 @@ def files(folder: Path, number: int) -> tuple[Path, Path]:
 def wanted(recipe: Recipe, feeds: Feeds, tokenizer_sha256: str, vocab_size: int) -> dict[str, Any]:
     """What a run must find in the manifest."""
     assert recipe.teacher is not None
-    domains = feeds.training.domains
-    data = [{"name": d.name, "weight": d.weight, **feeds.identity()[d.name]} for d in domains]
+    known, parts = feeds.identity(), feeds.parts
+    data = [
+        # proportions of ranges alone would fit other words: each is in the order of its own seed, and ends where it ends
+        {"name": d.name, "weight": d.weight, **known[d.name], **parts.get(known[d.name]["range"], {})}
+        for d in feeds.training.domains
+    ]
     part = recipe.data
     asked = (part.seed, part.seq_len, part.separate_documents, recipe.teacher.temperature, recipe.teacher.top_k)
     return dict(zip(_OF_A_RUN, (tokenizer_sha256, vocab_size, data, *asked), strict=True))

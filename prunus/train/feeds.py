@@ -78,6 +78,11 @@ class Feeds:
         segments = self.training.segments(batch)[:, :-1]
         return torch.cat([torch.ones_like(segments[:, :1], dtype=torch.bool), segments[:, 1:] != segments[:, :-1]], 1)
 
+    @property
+    def parts(self) -> dict[str, dict[str, int]]:
+        """Seed and tokens of each of several ranges; nothing where there is one, which the recipe's seed orders."""
+        return self.training.parts if isinstance(self.training, Chain) else {}
+
     def identity(self) -> dict[str, Any]:
         """What records keep of the data."""
         return {domain.name: _identity(domain) for domain in self.training.domains}
