@@ -158,6 +158,7 @@ class Stage(_Strict):
     name: str
     params: Annotated[int, Field(ge=0)] | None = None  # of the model at its end
     seed: int | None = None
+    seeds: dict[str, int] = {}  # of several ranges each its own, which order it instead
     seq_len: Annotated[int, Field(ge=1)] | None = None
     positions: tuple[int, int] | None = None  # of the stream, [first, end)
     history: list[tuple[int, dict[str, float]]] = []  # of the shares
@@ -355,7 +356,13 @@ def compare(a: Ledger, b: Ledger, *, parents: bool = False) -> Comparison:
 
 def _order(stages: list[Stage]) -> list[Any]:
     return [
-        (stage.seed, stage.seq_len, stage.positions, stage.history, {name: data.key for name, data in stage.data.items()})
+        (
+            stage.seeds or stage.seed,
+            stage.seq_len,
+            stage.positions,
+            stage.history,
+            {name: data.key for name, data in stage.data.items()},
+        )
         for stage in stages
         if stage.data
     ]

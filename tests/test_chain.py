@@ -121,3 +121,17 @@ def test_a_teachers_words_on_ranges_are_of_their_seeds_and_tokens(tmp_path, othe
         training.opened(lessons.taught_by(tmp_path / "cache", data__range=other), tmp_path / "run")
     with pytest.raises(UserError, match=r"was written for something else \(data differs\)"):
         lessons.teach(tmp_path / "cache", lessons.taught_by(data__range=other))
+
+
+def test_runs_whose_ranges_have_other_seeds_have_another_order(tmp_path):
+    whole = training.opened(training.asked(), tmp_path / "a").feeds.training.num_sequences  # the same tokens in any order
+
+    def ledger(**seeds):
+        asked = {"retrain": {"tokens": whole * training.SEQ, **seeds}}
+        recipe = training.asked(data__range=asked, tokens=whole * training.SEQ)
+        feeds = training.opened(recipe, tmp_path / "b").feeds
+        return Ledger.model_validate(feeds.ledger(recipe, whole, {"train": 1}, 1, None))
+
+    one, said, other = ledger(), ledger(seed=0), ledger(seed=7)
+    assert compare(one, said).same_order
+    assert (compare(one, other).verdict, compare(one, other).same_order) == ("same", False)

@@ -142,7 +142,7 @@ def test_only_what_was_done_alike_has_the_same_order():
     same = {"seed": 0, "seq_len": 10, "positions": (0, 10), "history": [(0, {"a": 1.0})]}
     one = Ledger(stages=[Stage(name="cut"), stage((0, 100), **same)])  # what reads no data has no order
     assert compare(one, Ledger(stages=[stage((0, 100), **same)])).same_order
-    others = {"seed": 1, "seq_len": 20, "positions": (0, 20), "history": [(0, {"a": 0.5})]}
+    others = {"seed": 1, "seeds": {"parent": 1}, "seq_len": 20, "positions": (0, 20), "history": [(0, {"a": 0.5})]}
     for name, value in others.items():
         found = compare(one, Ledger(stages=[stage((0, 100), **same | {name: value})]))
         assert found.verdict == "same" and not found.same_order, name

@@ -111,6 +111,7 @@ class Feeds:
                 name=name,
                 params=params,
                 seed=recipe.data.seed,
+                seeds={name: part["seed"] for name, part in self.parts.items()},
                 seq_len=recipe.data.seq_len,
                 positions=(0, count),
                 history=self.training.history,
