@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .allocate import adaptive_ratios
 from .anatomy import Anatomy
+from .axes import kind_of
 from .errors import UserError
 
+KINDS = ("kv_heads", "intermediate")
 _ROUNDING = 1e-6  # of sums of shares, in parameters
 
 
@@ -29,11 +31,12 @@ class Sizes:
     multiple_of: int
 
     @classmethod
-    def of(cls, anatomy: Anatomy, layers: Sequence[int], multiple_of: int) -> Sizes:
-        """Of `layers` alike, up to the smallest of them. An axis that the model lacks leaves nothing to choose."""
+    def of(cls, anatomy: Anatomy, layers: Sequence[int], multiple_of: int, kinds: Collection[str] = KINDS) -> Sizes:
+        """Of `layers` alike, up to the smallest of them. An axis that the model or `kinds` lacks leaves nothing to choose."""
         most, cost, owned = {}, {}, 0
-        for kind in ("kv_heads", "intermediate"):
-            axes = [anatomy.axes[name] for i in layers if (name := f"layers.{i}.{kind}") in anatomy.axes]
+        for kind in KINDS:
+            names = [f"layers.{i}.{kind}" for i in layers if kind in kinds]
+            axes = [anatomy.axes[name] for name in names if name in anatomy.axes]
             most[kind] = min((axis.size for axis in axes), default=0)
             cost[kind] = sum(anatomy.unit_params(axis.name) for axis in axes)
             owned += sum(axis.size * anatomy.unit_params(axis.name) for axis in axes)
@@ -141,15 +144,16 @@ def adaptive_counts(anatomy: Anatomy, ratios: Sequence[float], budget: int, mult
 
 
 def adaptive_onward(
-    now: Anatomy, source: Anatomy, importance_L: Tensor, budget: int, amplitude: float
+    now: Anatomy, source: Anatomy, importance_L: Tensor, budget: int, amplitude: float, kinds: Collection[str] = KINDS
 ) -> tuple[list[float], dict[str, int]]:
     """`adaptive` for a model that was cut from `source` before: (the share of the source's layers that goes now, units kept).
 
+    `kinds`: the axes that may go; no others are told of, and the budget is met without them.
     Groups go when the layer's parameters come nearer to one group less of the source's, even where that is more than its share
     of this cut: else small cuts would never come to half a group, and take channels alone. Then others give up less.
     """
     layers = range(now.shape.num_hidden_layers)
-    sizes, before = ([Sizes.of(anatomy, [i], 1) for i in layers] for anatomy in (now, source))
+    sizes, before = ([Sizes.of(anatomy, [i], 1, kinds) for i in layers] for anatomy in (now, source))
     whole, here = ([s.params(*s.whole) for s in some] for some in (before, sizes))
     most = [(h - s.params(*s.fewest)) / w for h, s, w in zip(here, sizes, whole, strict=True)]
     shares = adaptive_ratios(importance_L, whole, most, sum(here) - budget, amplitude)
@@ -160,7 +164,8 @@ def adaptive_onward(
         groups = min(s.groups, key=partial(_distance, near[i]))
         if groups < kept[i][0]:
             kept[i] = groups, s.channels
-    return shares, _filled(now, sizes, kept, wanted, budget)
+    counts = _filled(now, sizes, kept, wanted, budget)
+    return shares, {name: count for name, count in counts.items() if kind_of(name) in kinds}
 
 
 def _filled(

@@ -227,6 +227,13 @@ def test_rounds_of_adaptive_shares():
     assert isinstance(sizes, list) and len(set(sizes)) > 1
 
 
+def test_adaptive_shares_of_channels_alone_meet_the_target():
+    out = pipeline.scratch() / "adaptive-channels"
+    pruned = run(out, tied(**PARTS["adaptive"] | {"axes": ["intermediate"], "target": {"ratio": 0.2}}))["figures"]["pruning"]
+    assert pruned["met"] and pruned["target"] - 3 * 32 < pruned["measured"]  # within a channel
+    assert pruned["shape"]["num_key_value_heads"] == 4 and len(set(pruned["shape"]["intermediate_size"])) > 1
+
+
 def test_a_group_may_pass_two_stops_and_the_last_update_may_cut():
     out = pipeline.scratch() / "close-stops"
     pace = {"start": 0.5, "end": 1.0, "rounds": 1}
@@ -351,6 +358,7 @@ def test_every_family_shrinks_to_a_target(name, heads):
         ({"target": {"hidden_size": 16}, "axes": ["intermediate"]}, "which axes leaves out"),
         ({"allocate": "adaptive"}, "set alike to false"),
         ({"allocate": "adaptive", "alike": False}, "take hidden out of axes"),
+        ({"allocate": "adaptive", "alike": False, "axes": ["kv_heads"]}, "put intermediate into axes"),
         (
             {"allocate": "adaptive", "alike": False, "axes": ["intermediate"], "units": {"intermediate": 2}},
             "drop units and floor",

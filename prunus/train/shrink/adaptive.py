@@ -75,11 +75,12 @@ def shares(
     """
     now = standing.now
     removed = (now.block_params - budget) / source.block_params
-    _, counts = adaptive_onward(now, source, importance_L, budget, amplitude * removed)
+    kinds = {kind_of(name) for name in table.values}
+    _, counts = adaptive_onward(now, source, importance_L, budget, amplitude * removed, kinds)
     out = []
     for name, count in counts.items():
         gone = standing.size(name) - count
-        if gone > 0 and name in table.values:
+        if gone > 0:
             units = table.least(name, gone)
             out.append(Group(kind_of(name), {name: units}, float(table.values[name][list(units)].sum())))
     return out

@@ -282,6 +282,8 @@ class PrunePart(Strict):
             raise ValueError("allocate: adaptive takes a share at every cut, not groups; use pace.kind curve")
         if stray := sorted(set(self.axes) - {"kv_heads", "intermediate"}):
             raise ValueError(f"allocate: adaptive shares out KV groups and channels; take {stray[0]} out of axes")
+        if "intermediate" not in self.axes:
+            raise ValueError("allocate: adaptive gives each layer its share in channels; put intermediate into axes")
         if self.per != "params":
             raise ValueError(f"allocate: adaptive shares out parameters, and per: {self.per} has no say; drop it")
         if self.units or self.floor:
