@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pipeline
 import pytest
@@ -30,8 +31,8 @@ from prunus import record
 from prunus.errors import UserError
 from prunus.ledger import Ledger
 from prunus.place import locked
+from prunus.train import export, saved
 from prunus.train import run as runs
-from prunus.train import saved
 from prunus.train.learner import Learner, boundaries
 from prunus.train.loop import Hook, Training, train_
 from prunus.train.opening import prepare as opened
@@ -76,6 +77,14 @@ def test_the_loop_is_a_bare_loop(micro):
         assert losses[step] == pytest.approx(float(loss.detach()), rel=1e-6)  # norms compute in float32
     for name, p in theirs.named_parameters():
         assert (p - ours.get_parameter(name)).abs().max() < 1e-5, name
+
+
+def test_gradients_that_nothing_clips(tmp_path):
+    with mock.patch.object(export, "check_saved", return_value={}):
+        for name, clip in (("none", None), ("high", 1e9), ("low", 1e-3)):
+            execute(opened(asked(optimizer__clip=clip, save__every=0, validate__every=0), tmp_path / name))
+    free, high, low = (weights(tmp_path / name) for name in ("none", "high", "low"))
+    assert same(free, high) and not same(free, low)
 
 
 def test_documents_kept_apart_are_documents_alone():

@@ -61,7 +61,7 @@ class Training:
     schedule: Schedule
     batch: int  # sequences of one update
     micro: int  # sequences that go through the model together
-    clip: float = 1.0
+    clip: float | None = 1.0
     teacher: Taught | None = None
     starts: Callable[[Any], Tensor] | None = None  # [B, T] bool: first tokens of documents, where these are kept apart
     spike: float | None = None
@@ -93,7 +93,8 @@ def train_(run: Training, until: int, each: Callable[[Training], None] = lambda 
         for hook in run.hooks:
             hook.before_clip(run)
         parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, run.clip, foreach=True)))
+        most = math.inf if run.clip is None else run.clip
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             run.optimizer.zero_grad(set_to_none=True)
             raise UserError(

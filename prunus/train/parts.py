@@ -121,7 +121,7 @@ class OptimizerPart(Strict):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip: float = Field(default=1.0, gt=0, description="largest norm of all gradients together")
+    clip: float | None = Field(default=1.0, gt=0, description="largest norm of all gradients together; null: any")
 
     @model_validator(mode="after")
     def _positive(self) -> OptimizerPart:
