@@ -152,7 +152,9 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert not list(tmp_path.iterdir())  # opened when there is something to tell, by the process that tells it
     before(line(3, 1.5))
     before(line(4, 1.25))
-    track.sink("tensorboard", tmp_path)(line(4, 1.75))
+    again = track.sink("tensorboard", tmp_path)
+    again({"note": "of no step, which a run that goes on behind a sweep tells first"})
+    again(line(4, 1.75))
     seen = EventAccumulator(str(tmp_path / "tensorboard"))
     seen.Reload()
     told = {name: [(event.step, event.value) for event in seen.Scalars(name)] for name in seen.Tags()["scalars"]}

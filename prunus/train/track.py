@@ -77,11 +77,16 @@ def check(kind: str) -> None:
 
 
 def sink(kind: str, out: Path) -> Sink:
-    """A sink for the run in `out`. It opens at its first line: then the folder is a run's, and one process alone has lines."""
+    """A sink for the run in `out`. It opens at its first line: then the folder is a run's, and one process alone has lines.
+
+    Lines of no step, words about the run as a whole, have no place in it.
+    """
     check(kind)
     opened: list[Sink] = []
 
     def put(line: Mapping[str, Any]) -> None:
+        if "step" not in line:
+            return
         if not opened:
             opened.append(_SINKS[kind](out, line["step"]))
         opened[0](line)
