@@ -234,6 +234,17 @@ def test_adaptive_shares_of_channels_alone_meet_the_target():
     assert pruned["shape"]["num_key_value_heads"] == 4 and len(set(pruned["shape"]["intermediate_size"])) > 1
 
 
+def test_what_is_dead_at_the_end_of_a_missed_target_is_sliced():
+    """Slices wait for half of all to be dead; the record counts what is alive, and the model has no more."""
+    out = pipeline.scratch() / "missed"
+    part = {"axes": ["intermediate", "kv_heads"], "pace": {"kind": "steps", "start": 0.0, "prune": 2}, "per": "none"}
+    found = run(out, tied(target={"ratio": 0.3}, slice_at=0.5, **part))["figures"]
+    pruned, left = found["pruning"], Anatomy.of(config_of(str(out / "model"), 0))
+    assert not pruned["met"] and pruned["measured"] == left.block_params and found["params"] == left.num_params
+    assert left.shape.describe() == pruned["shape"] == events(out)[-1]["pruned"]["shape"]
+    assert all(rows.any(1).all() for name, rows in weights(out).items() if name.endswith("up_proj.weight"))
+
+
 def test_a_group_may_pass_two_stops_and_the_last_update_may_cut():
     out = pipeline.scratch() / "close-stops"
     pace = {"start": 0.5, "end": 1.0, "rounds": 1}

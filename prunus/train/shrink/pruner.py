@@ -93,7 +93,8 @@ class Pruner(Hook):
         self._look(run)
 
     def end(self, run: Training) -> None:
-        """Behind the last update: of a cut that came with it no effect will be known."""
+        """Behind the last update: of a cut that came with it no effect will be known, and no zeroed unit is saved."""
+        self._slice(run)  # of a target that was missed, some may still wait for more to be dead
         self._told_(run, None)
 
     def _told_(self, run: Training, loss: float | None) -> None:
