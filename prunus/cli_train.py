@@ -56,7 +56,7 @@ def count(option: str, text: str) -> int:
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
     try:
         return round(float(text[:-1]) * scale) if scale else int(text)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{option}: '{text}' is no number; write for example 200000, 200k or 4M") from error
 
 

@@ -119,6 +119,8 @@ def test_the_command_line(tmp_path):
     assert code == 2 and "recipe 'scrach' does not exist (did you mean 'scratch'?)" in err
     code, _, err = cli("train", "scratch", "--out", tmp_path / "b", "--tokens", "4X")
     assert code == 2 and "--tokens: '4X' is no number" in err
+    code, _, err = cli("train", "scratch", "--out", tmp_path / "b", "--tokens", "1e999k")
+    assert code == 2 and "--tokens: '1e999k' is no number" in err
 
 
 def test_recipes_that_nobody_could_have(tmp_path):
