@@ -13,6 +13,8 @@ from training import (
     SEQ,
     Killed,
     asked,
+    data,
+    other_data,
     run,
     same,
     tiny_shape,
@@ -102,6 +104,20 @@ def test_a_sweep_takes_the_lowest_loss_and_is_on_the_ledger(tmp_path):
     assert ledger.stages[0].flops["train"] == 2 * ledger.stages[1].flops["train"]
     run(tmp_path / "plain", asked(optimizer__lr=1e-2, validate__every=0))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+
+
+def test_beginnings_are_on_the_ledger_by_the_shares_that_they_read(tmp_path):
+    domains = [{"folder": str(data()), "name": "web"}, {"folder": str(other_data()), "name": "back"}]
+    mixing = {"references": {"web": 0.0, "back": 5.0}, "temperature": 0.1}
+    recipe = asked(data__domains=domains, data__mixing=mixing)
+    feeds = opened(recipe, tmp_path / "run").feeds
+    before = feeds.training.take(0, 16).ranges
+    feeds.remix_(4, {"web": 5.0, "back": 5.0})
+    tried, own = Ledger.model_validate(feeds.ledger(recipe, 16, {"train": 1}, 1, None, (16, 2))).stages
+    assert [at for at, _ in tried.history] == [0] and [at for at, _ in own.history] == [0, 4]
+    for domain in ("web", "back"):
+        read = sum(end - first for name, first, end in before if name == domain)
+        assert tried.consumed[domain].size == read != own.consumed[domain].size
 
 
 def test_rates_that_were_tried_are_not_tried_again(tmp_path):

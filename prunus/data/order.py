@@ -154,6 +154,12 @@ class Stream:
         for position, weights in history[1:]:
             self.reweight(position, weights)
 
+    def begun(self) -> Stream:
+        """Another, by the shares that this one began with."""
+        made = Stream(self.domains, self.seq_len, self.seed, self.epochs)
+        made.replay(self.history[:1])
+        return made
+
     def _key(self, k: int, epoch: int) -> np.ndarray:
         text = f"{self.seed}/{epoch}/{self.domains[k].name}"
         return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS).digest(), "<u8").astype(np.uint64)

@@ -104,7 +104,8 @@ class Feeds:
         """
         stages = []
         free = () if teacher_cache is None else ("teacher",)
-        for name, count, times, unspent in ((SWEEP, *beginnings, free), (recipe.name, sequences, 1, ())):
+        own = (recipe.name, sequences, 1, (), self.training)
+        for name, count, times, unspent, feed in ((SWEEP, *beginnings, free, self._begun), own):
             if not count * times:
                 continue
             stage = Stage(
@@ -114,12 +115,12 @@ class Feeds:
                 seeds={name: part["seed"] for name, part in self.parts.items()},
                 seq_len=recipe.data.seq_len,
                 positions=(0, count),
-                history=self.training.history,
+                history=feed.history,
                 data={domain: Data(**identity) for domain, identity in self.identity().items()},
                 teacher_cache=teacher_cache,
             )
             for _ in range(times):
-                for batch in self._batches(count):
+                for batch in _batches(feed, count):
                     stage.consume(batch.ranges)
             for kind, spent in flops.items():
                 if kind in unspent:
@@ -129,12 +130,18 @@ class Feeds:
         made = Ledger(stages=stages) if source is None else Ledger.after(source.path, source.label, stages)
         return made.model_dump(mode="json")
 
-    def _batches(self, sequences: int) -> Iterator[Batch]:
-        for first in range(0, sequences, _TOGETHER):
-            yield self.training.take(first, min(_TOGETHER, sequences - first))
+    @property
+    def _begun(self) -> Stream | Chain:
+        """The training stream as every beginning reads it: before the losses had a say in its shares."""
+        return self.training if isinstance(self.training, Chain) else self.training.begun()
 
 
 _TOGETHER = 1024  # sequences whose ranges are looked up at a time
+
+
+def _batches(feed: Stream | Chain, sequences: int) -> Iterator[Batch]:
+    for first in range(0, sequences, _TOGETHER):
+        yield feed.take(first, min(_TOGETHER, sequences - first))
 
 
 def _training(part: DataPart, key: str | None, *, whole: bool = False) -> Stream | Chain:
