@@ -41,6 +41,7 @@ def test_recipes_that_ship_are_whole(name):
         (["optimizer.betas=[0.9, 1.5]"], r"optimizer: betas \[0.9, 1.5\] must both lie in \[0, 1\)"),
         (["optimizer.clip=.inf"], "field 'optimizer.clip': Infinity is wrong: input should be a finite number"),
         (["skip_spikes=.inf"], "field 'skip_spikes': Infinity is wrong: input should be a finite number"),
+        (["data.mixing={references: {a: 1}, floor: 0}"], "field 'data.mixing.floor': 0 is wrong: input should be greater"),
         (["tokens=100"], "tokens 100 are fewer than one update of 8,192"),
         (["batch_tokens=1000"], "batch_tokens 1000 is no multiple of data.seq_len 256"),
         (["schedule.total=1000"], "schedule.total 1,000 ends before the run does"),

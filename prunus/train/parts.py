@@ -59,7 +59,9 @@ class MixingPart(Strict):
 
     references: dict[str, float] = Field(description="domain -> the loss that it should reach")
     temperature: float = Field(default=1.0, gt=0)
-    floor: float = Field(default=0.001, ge=0, lt=1, description="no domain's share falls below it")
+    floor: float = Field(
+        default=0.001, gt=0, lt=1, description="no domain's share falls below it; one at 0 could not come back"
+    )
 
 
 class RangePart(Strict):
