@@ -113,11 +113,31 @@ def test_beginnings_are_on_the_ledger_by_the_shares_that_they_read(tmp_path):
     feeds = opened(recipe, tmp_path / "run").feeds
     before = feeds.training.take(0, 16).ranges
     feeds.remix_(4, {"web": 5.0, "back": 5.0})
-    tried, own = Ledger.model_validate(feeds.ledger(recipe, 16, {"train": 1}, 1, None, (16, 2))).stages
+    tried, own = Ledger.model_validate(feeds.ledger(recipe, 16, {"train": 1}, 1, None, [16, 16])).stages
     assert [at for at, _ in tried.history] == [0] and [at for at, _ in own.history] == [0, 4]
     for domain in ("web", "back"):
         read = sum(end - first for name, first, end in before if name == domain)
         assert tried.consumed[domain].size == read != own.consumed[domain].size
+
+
+def test_a_rate_that_ends_early_is_on_the_ledger_as_far_as_it_was_read(tmp_path, monkeypatch):
+    read = []
+
+    def train_(training, steps, each):
+        """Losses of a high rate are no number from the third update on."""
+        read.append(2 if training.schedule.peak > 0.1 else steps)
+        for _ in range(read[-1]):
+            training.last = {"loss": 1.0}
+            each(training)
+        if read[-1] < steps:
+            raise UserError("the loss of step 3 is no number")
+
+    monkeypatch.setattr(sweep, "train_", train_)
+    recipe = asked(optimizer__lr=[0.01, 0.9], validate__every=0)
+    run(tmp_path / "run", recipe)
+    tried, own = Ledger.read(tmp_path / "run" / "ledger.json").stages
+    assert read == [8, 2] and (tried.tokens, tried.flops["train"]) == (own.tokens * 11 // 8, own.flops["train"] * 11 // 8)
+    assert sweep.swept(recipe, tmp_path / "run", lambda rate: None, lambda line: None).read == [8, 3]  # remembered
 
 
 def test_rates_that_were_tried_are_not_tried_again(tmp_path):
@@ -127,7 +147,7 @@ def test_rates_that_were_tried_are_not_tried_again(tmp_path):
         tried.append(rate)
         raise Killed
 
-    (tmp_path / "sweep.json").write_text(json.dumps({"steps": 8, "losses": [[1e-5, 2.0], [3e-5, None]]}))
+    (tmp_path / "sweep.json").write_text(json.dumps({"steps": 8, "losses": [[1e-5, 2.0], [3e-5, None]], "cut": [[3e-5, 1]]}))
     with pytest.raises(Killed):
         sweep.swept(asked(optimizer__lr="sweep"), tmp_path, begin, lambda line: None)
     assert tried == [1e-4]

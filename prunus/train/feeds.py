@@ -94,19 +94,19 @@ class Feeds:
         flops: dict[str, int],
         params: int,
         source: Source | None,
-        beginnings: tuple[int, int] = (0, 0),
+        beginnings: Sequence[int] = (),
         teacher_cache: str | None = None,
     ) -> dict[str, Any]:
         """The run's ledger: what the first `sequences` of the stream were, what it cost, and the parent's own.
 
-        `beginnings`: sequences, and how often they were trained on to find the rate; a stage of its own, before the other.
+        `beginnings`: sequences of each that was trained on to find the rate; a stage of its own, before the other.
         `teacher_cache`: where the teacher's words were read, once for every sequence, whoever read them how often.
         """
         stages = []
         free = () if teacher_cache is None else ("teacher",)
-        own = (recipe.name, sequences, 1, (), self.training)
-        for name, count, times, unspent, feed in ((SWEEP, *beginnings, free, self._begun), own):
-            if not count * times:
+        own = (recipe.name, [sequences], (), self.training)
+        for name, counts, unspent, feed in ((SWEEP, beginnings, free, self._begun), own):
+            if not sum(counts):
                 continue
             stage = Stage(
                 name=name,
@@ -114,18 +114,18 @@ class Feeds:
                 seed=recipe.data.seed,
                 seeds={name: part["seed"] for name, part in self.parts.items()},
                 seq_len=recipe.data.seq_len,
-                positions=(0, count),
+                positions=(0, max(counts)),
                 history=feed.history,
                 data={domain: Data(**identity) for domain, identity in self.identity().items()},
                 teacher_cache=teacher_cache,
             )
-            for _ in range(times):
+            for count in counts:
                 for batch in _batches(feed, count):
                     stage.consume(batch.ranges)
             for kind, spent in flops.items():
                 if kind in unspent:
                     continue
-                stage.spend(kind, spent * count * times // sequences)  # type: ignore[arg-type]
+                stage.spend(kind, spent * sum(counts) // sequences)  # type: ignore[arg-type]
             stages.append(stage)
         made = Ledger(stages=stages) if source is None else Ledger.after(source.path, source.label, stages)
         return made.model_dump(mode="json")

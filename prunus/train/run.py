@@ -326,7 +326,7 @@ def _flops(run: Run, training: Training, pruner: Pruner | None) -> dict[str, int
 
 
 def _write_ledger(run: Run, training: Training, pruner: Pruner | None, tried: Sweep | None, place: Path) -> None:
-    beginnings = (0, 0) if tried is None else (tried.steps * run.recipe.sequences, len(tried.losses))
+    beginnings = [] if tried is None else [steps * run.recipe.sequences for steps in tried.read]
     ledger = run.feeds.ledger(
         run.recipe, training.tokens // run.recipe.data.seq_len, _flops(run, training, pruner),
         Anatomy.of(training.learner.model.config).num_params, run.source, beginnings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,19 @@ _SHARE, _BEYOND, _SCORED = 0.02, 200, 0.2  # of all steps at least; steps behind
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was tried: rate -> mean training loss at the end of the beginning; None where it was no number."""
+    """What was tried: rate -> mean training loss at the end of the beginning; None where it was no number.
+
+    `cut`: of these, the updates that were read, the last of which came to nothing.
+    """
 
     steps: int
     losses: Mapping[float, float | None]
+    cut: Mapping[float, int] = field(default_factory=dict)
+
+    @property
+    def read(self) -> list[int]:
+        """Updates of every beginning."""
+        return [self.cut.get(rate, self.steps) for rate in self.losses]
 
     @property
     def best(self) -> float:
@@ -70,7 +79,7 @@ def swept(
     Losses are those of whole updates, so that all processes come to the same choice; the first writes and says.
     """
     steps, path = prefix(recipe), out / SWEEP
-    losses = world.agree(_read(path, steps) if world.first else {})
+    losses, cut = world.agree(_read(path, steps) if world.first else ({}, {}))
     for rate in recipe.optimizer.rates:
         if rate in losses:
             continue
@@ -79,22 +88,25 @@ def swept(
         try:
             train_(beginning, steps, lambda training, seen=seen: seen.append(training.last["loss"]))  # type: ignore[misc]
         except UserError:  # no number: too high a rate
-            losses[rate] = None
+            losses[rate], cut[rate] = None, len(seen) + 1
         else:
             tail = seen[-max(1, round(_SCORED * steps)) :]
             losses[rate] = sum(tail) / len(tail)
         if world.first:
             with staged_files(path) as (stage,):
-                stage.write_text(json.dumps({"steps": steps, "losses": list(losses.items())}) + "\n", encoding="utf-8")
+                known = {"steps": steps, "losses": list(losses.items()), "cut": list(cut.items())}
+                stage.write_text(json.dumps(known) + "\n", encoding="utf-8")
             say({"step": steps, "sweep": {"lr": rate, "loss": losses[rate]}})
-    return Sweep(steps, losses)
+    return Sweep(steps, losses, cut)
 
 
-def _read(path: Path, steps: int) -> dict[float, float | None]:
+def _read(path: Path, steps: int) -> tuple[dict[float, float | None], dict[float, int]]:
     if not path.is_file():
-        return {}
+        return {}, {}
     try:
         data = table_of(path)
-        return {float(rate): loss for rate, loss in data["losses"]} if data["steps"] == steps else {}
+        if data["steps"] != steps:
+            return {}, {}
+        return {float(rate): loss for rate, loss in data["losses"]}, {float(rate): int(n) for rate, n in data["cut"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable; delete it, and the rates are tried again") from error
