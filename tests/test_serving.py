@@ -13,7 +13,10 @@ from prunus.export.gguf_file import Plan
 from prunus.export.serving import ENGINES, ZEROS, Facts, _verdict, check
 from prunus.source import Source
 
-STOCK = Facts("LlamaForCausalLM", "llama", differ=False, uneven=False, turned=False, head_dim=64, zeros=False)
+STOCK = Facts(
+    "LlamaForCausalLM", "llama", differ=False, uneven=False, turned=False, no_mlp=False, no_first_attention=False, head_dim=64,
+    zeros=False,
+)  # fmt: skip
 
 
 def verdicts(facts):
@@ -35,6 +38,8 @@ def test_rows_have_their_sources():
         ({"differ": True, "family": "qwen2"}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
         ({"differ": True, "uneven": True}, {"llama.cpp", "ONNX Runtime", "vLLM", "SGLang", "TensorRT-LLM"}),
         ({"differ": True, "turned": True}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
+        ({"differ": True, "no_mlp": True}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
+        ({"differ": True, "no_first_attention": True}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
         ({"family": "gemma"}, {"llama.cpp"}),
         ({"head_dim": 65}, {"vLLM"}),
     ],

@@ -83,6 +83,18 @@ class Plan:
             raise UserError(
                 f"gguf: {family}{where} is not written; {', '.join(known)} are. Cut with --uniform, or export ONNX"
             )
+        bare = [layer.skipped for layer in anatomy.shape.layers]
+        gone = next((i for i, skipped in enumerate(bare) if "mlp" in skipped), None)
+        if gone is not None:
+            raise UserError(
+                f"gguf: layer {gone} has no MLP, and llama.cpp leaves out the attention of such a layer, too; export ONNX, or "
+                "cut with a method that leaves every layer its MLP"
+            )
+        if "attention" in bare[0]:
+            raise UserError(
+                "gguf: layer 0 has no attention, and llama.cpp takes the size of all heads from there; export ONNX, or cut with "
+                "a method that leaves layer 0 its attention"
+            )
         rope = dict(getattr(config, "rope_parameters", None) or {})
         if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError(f"gguf: rotary angles of type {rope.get('rope_type')} are not written; only default ones are")

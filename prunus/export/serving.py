@@ -24,6 +24,8 @@ class Facts:
     differ: bool  # layers differ in size
     uneven: bool  # query heads share KV heads unevenly
     turned: bool  # the stream changes its basis at every sub-layer
+    no_mlp: bool  # some layer has no MLP
+    no_first_attention: bool  # layer 0 has no attention
     head_dim: int
     zeros: bool  # single weights are cut
 
@@ -35,7 +37,11 @@ class Facts:
         named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
         turned = bool(getattr(config, "stream_size", None))
         zeros = (source.path / "prunus" / "mask.safetensors").is_file()
-        return cls(named, source.anatomy.family.name, differ, shape.is_ragged, turned, shape.head_dim, zeros)
+        bare = [layer.skipped for layer in shape.layers]
+        return cls(
+            named, source.anatomy.family.name, differ, shape.is_ragged, turned, any("mlp" in gone for gone in bare),
+            "attention" in bare[0], shape.head_dim, zeros,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,14 @@ ENGINES: Mapping[str, Engine] = {
         (
             Rule(lambda f: f.uneven, "it knows no KV heads shared unevenly", "prunus.unshared(model)", "the fields of gguf 0.19"),
             Rule(lambda f: f.turned, "it has no tensors for a turned stream", "cut by another method", "the tensors of gguf 0.19"),
+            Rule(
+                lambda f: f.no_mlp, "it leaves out the attention of a layer without an MLP, too",
+                "cut with a method that leaves every layer its MLP", "tests/test_gguf.py (slow)",
+            ),
+            Rule(
+                lambda f: f.no_first_attention, "it takes the size of all heads from layer 0, which has no attention",
+                "cut with a method that leaves layer 0 its attention", "tests/test_gguf.py (slow)",
+            ),
             Rule(
                 lambda f: f.family not in (_GGUF_DIFFER if f.differ else _GGUF_ALIKE),
                 "prunus writes no GGUF of this family", f"{_UNIFORM}, or serve it by transformers", "prunus/export/gguf_file.py",
