@@ -19,10 +19,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from prunus import api
+from prunus import api, checkpoint, hf
 from prunus.anatomy import Anatomy
 from prunus.builders import make_plan
+from prunus.cut import slice_plan, slice_tensors
 from prunus.data.windows import Windows
+from prunus.keep import Keep
 from prunus.planning import Plan, Request
 
 VOCAB = 300
@@ -105,6 +107,20 @@ def folder(case: str = "llama", positions: int = 64) -> Path:
     made = model(case, dtype=torch.float32, max_position_embeddings=positions)
     made.generation_config.max_length = 77
     return checkpoints.save_folder(scratch() / f"dense-{case}-{positions}", made, tokenizer())
+
+
+@functools.cache
+def without(sublayer: str) -> Path:
+    """A complete float32 checkpoint folder of a llama that lacks one sub-layer, as `layers.1.mlp`."""
+    dense = model("llama_tied", dtype=torch.float32)
+    anatomy = Anatomy.of(dense.config)
+    keep = Keep({sublayer: ()}).validated(anatomy)
+    tensors = slice_tensors(hf.weights(dense, anatomy), slice_plan(anatomy, keep))
+    cut = hf.build(hf.target_for(dense.config, anatomy, keep).config, tensors)
+    out = scratch() / f"without-{sublayer}"
+    out.mkdir()
+    checkpoint.write_folder(cut, tokenizer(), out, lambda made, folder: made.save_pretrained(folder))
+    return out
 
 
 def windows(count: int = 5, seq_len: int = SEQ_LEN, seed: int = 0) -> Windows:

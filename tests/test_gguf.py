@@ -13,14 +13,10 @@ from pipeline import cli
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from prunus import checkpoint, hf
-from prunus.anatomy import Anatomy
-from prunus.cut import slice_plan, slice_tensors
 from prunus.errors import UserError
 from prunus.export.gguf_file import Plan, export
 from prunus.export.serving import check
 from prunus.export.vocabulary import RULES, Vocabulary
-from prunus.keep import Keep
 from prunus.source import Source
 
 CASES = ("llama", "llama_tied", "llama_bias", "llama_gqa4", "qwen2", "qwen3")
@@ -45,21 +41,6 @@ def cut(tmp_path_factory):
     out = tmp_path_factory.mktemp("cut") / "out"
     words = ("-m", "flap", "-r", 0.4, "-c", pipeline.text_file(), "--windows", 4, "--seq-len", 16, "--multiple-of", 1)
     assert cli("prune", pipeline.folder("llama_tied"), *words, "-o", out)[0] == 0
-    return out
-
-
-def without(name, tmp_path):
-    """A checkpoint that lacks one sub-layer."""
-    model = pipeline.model("llama_tied", dtype=torch.float32)
-    anatomy = Anatomy.of(model.config)
-    keep = Keep({name: ()}).validated(anatomy)
-    made = hf.build(
-        hf.target_for(model.config, anatomy, keep).config,
-        slice_tensors(hf.weights(model, anatomy), slice_plan(anatomy, keep)),
-    )
-    out = tmp_path / name
-    out.mkdir()
-    checkpoint.write_folder(made, pipeline.tokenizer(), out, lambda model, folder: model.save_pretrained(folder))
     return out
 
 
@@ -240,9 +221,9 @@ def test_what_llama_cpp_cannot_run(tmp_path):
         ("layers.1.attention", None, None),
     ],
 )
-def test_sub_layers_that_are_gone(gone, message, reason, tmp_path):
+def test_sub_layers_that_are_gone(gone, message, reason):
     """llama.cpp skips the block of a layer without an MLP, and takes the head size from layer 0."""
-    source = Source.open(str(without(gone, tmp_path)))
+    source = Source.open(str(pipeline.without(gone)))
     verdict = check(source)["engines"]["llama.cpp"]
     if message is None:
         assert verdict["verdict"] == "yes" and Plan.of(source, "f32").architecture.name == "deci"
@@ -292,7 +273,7 @@ def greedy(path, prompt, count):
 def test_llama_cpp_writes_the_same(case, cut, tmp_path):
     """Float32 files: greedy tokens as transformers', from tokens and from text."""
     pytest.importorskip("xllamacpp")
-    folder = without(case, tmp_path) if case.startswith("layers") else cut if case == "cut" else folder_of(case)
+    folder = pipeline.without(case) if case.startswith("layers") else cut if case == "cut" else folder_of(case)
     out = tmp_path / "model.gguf"
     export(Plan.of(Source.open(str(folder)), "f32"), out)
     source = Source.open(str(folder))

@@ -46,6 +46,17 @@ def test_layers_that_differ_compute_the_same(written):
     assert session.greedy(ids[0].tolist(), 6) == reload.greedy(model, ids[:1], 6)
 
 
+def test_a_layer_without_attention_computes_the_same(tmp_path):
+    """Its place in the cache holds a marker: one head of size 1."""
+    source = Source.open(str(pipeline.without("layers.0.attention")))
+    out = tmp_path / "model.onnx"
+    told = onnx_file.export(onnx_file.Plan.of(source, "f32"), out)
+    assert told["verified"]["max_logit_difference"] < 1e-4 and told["verified"]["same_tokens"] == 8
+    kv_heads = source.anatomy.shape.layers[1].num_key_value_heads
+    past = onnx_file.Session(out).past
+    assert [past[f"past_key_values.{i}.value"] for i in (0, 1)] == [(1, 1), (kv_heads, source.anatomy.shape.head_dim)]
+
+
 def test_nothing_of_this_machine_is_in_the_file(written):
     source, out, _ = written
     data = out.read_bytes()

@@ -145,14 +145,16 @@ def write(model: PreTrainedModel, path: Path, plan: Plan) -> dict[str, str]:
     import onnx
 
     shape = plan.source.anatomy.shape
-    past = [tuple(torch.zeros(2, layer.num_key_value_heads, 5, shape.head_dim) for _ in range(2)) for layer in shape.layers]
+    heads = [layer.num_key_value_heads for layer in shape.layers]
+    sizes = [(count, shape.head_dim) if count else (1, 1) for count in heads]  # without attention: the marker of `Skipped`
+    past = [tuple(torch.zeros(2, count, 5, size) for _ in range(2)) for count, size in sizes]
     inputs = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), past)
     free = torch.export.Dim.DYNAMIC
-    sizes = ({0: free, 1: free}, {0: free, 1: free}, [({0: free, 2: free}, {0: free, 2: free}) for _ in past])
+    dims = ({0: free, 1: free}, {0: free, 1: free}, [({0: free, 2: free}, {0: free, 2: free}) for _ in past])
     names = [f"{i}.{part}" for i in range(len(past)) for part in ("key", "value")]
     with _silent(), torch.no_grad():
         program: Any = torch.onnx.export(
-            WithCache(model), inputs, dynamo=True, dynamic_shapes=sizes, verbose=False,
+            WithCache(model), inputs, dynamo=True, dynamic_shapes=dims, verbose=False,
             input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)],
             output_names=["logits", *(f"present.{name}" for name in names)],
         )  # fmt: skip
