@@ -175,8 +175,13 @@ class _PrunedConfigMixin:
     kv_index = None  # of a layer whose query heads share its KV heads evenly
 
     def validate_rope(self):
-        """transformers' own check alone: Phi-3 derives the rotary size from the global head count, which binds no layer."""
-        PreTrainedConfig.validate_rope(self)
+        """transformers' own check alone: Phi-3 derives the rotary size from the global head count, which binds no layer.
+
+        It is asked of the global sizes, because LongRoPE's reads a head count, which layers that differ have none of.
+        """
+        view = copy.copy(self)
+        view.__dict__.pop("_heterogeneity_spec", None)
+        PreTrainedConfig.validate_rope(view)
 
     def validate_architecture(self):
         """The global sizes bind no layer; each layer's query heads must share its KV heads evenly, or say how they do."""

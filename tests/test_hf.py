@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pipeline
 import pytest
 import tiny
 import torch
@@ -12,6 +13,7 @@ from prunus import cut, hf
 from prunus.anatomy import Anatomy
 from prunus.errors import UserError
 from prunus.keep import Keep
+from prunus.oneshot import one_shot_
 
 IDS = tiny.tokens(2, 9)
 ODD = Keep({"hidden": tuple(range(3, 30))})  # 27 channels, which 8 heads do not divide
@@ -83,6 +85,25 @@ def test_layers_that_differ_make_a_type_of_ours():
     assert "layers differ in size" in note
     assert "trust_remote_code=True" in note
     assert "no stock engine" in note
+
+
+def test_layers_that_differ_keep_their_long_rope(tmp_path):
+    """Its check reads a head count, which layers that differ have none of."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0],
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    config = pipeline.config("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    dense = tiny.grown(config, dtype=torch.float32)
+    plan = pipeline.plan_for(dense, method="flap", ratio=0.4)
+    model = one_shot_(plan, dense, pipeline.windows()).model
+    assert model.config.model_type == "pruned_phi3"
+    assert len({layer.num_attention_heads for layer in Anatomy.of(model.config).shape.layers}) > 1
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.rope_parameters["rope_type"] == "longrope"
+    ids = tiny.tokens(2, 40, vocab=pipeline.VOCAB)  # the long factors are in use
+    assert torch.equal(tiny.logits_of(again, ids), tiny.logits_of(model, ids))
 
 
 def test_lists_with_one_entry_a_layer_follow_the_kept_layers():
