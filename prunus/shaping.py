@@ -75,6 +75,7 @@ def candidates(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
     goal, layers = (1 - ratio) * anatomy.block_params, range(anatomy.shape.num_hidden_layers)
     notes: tuple[str, ...] = ()
     if "hidden" in plan.method.axes:
+        _check_gains(plan)
         stem, width = anatomy.shape.hidden_size, anatomy.shape.layers[0].intermediate_size
         lawful = math.lcm(
             plan.multiple_of, anatomy.shape.layers[0].num_attention_heads if anatomy.family.hidden_multiple_of_heads else 1
@@ -122,11 +123,8 @@ def width(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
     else:
         hidden, width = proportional_width(anatomy, ratio_of(plan, allow_target=True), plan.multiple_of)
     cut_stem = hidden < shape.hidden_size
-    if plan.compensator in ("gain", "least-squares") and cut_stem and anatomy.family.centred:
-        raise UserError(
-            f"compensate: {plan.compensator} mends RMSNorms, but the norms of {anatomy.family.name} subtract the mean, so no "
-            "gain mends them; drop it"
-        )
+    if cut_stem:
+        _check_gains(plan)
     if plan.compensator == "gain" and not cut_stem:
         raise UserError("compensate: gain repairs the norms of a cut stem, but this plan leaves the stem whole; drop it")
     if hidden == shape.hidden_size and all(layer.intermediate_size == width for layer in shape.layers):
@@ -137,6 +135,15 @@ def width(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:
     channels = [target.anatomy.unit_params(f"layers.{i}.intermediate") for i in range(shape.num_hidden_layers)]
     step = sum(channels) * plan.multiple_of
     return replace(plan, counts=counts, target=target, step=step, notes=target.notes)
+
+
+def _check_gains(plan: Plan) -> None:
+    """UserError if the norms of a cut stem are to be mended by gains that they cannot have."""
+    if plan.compensator in ("gain", "least-squares") and plan.anatomy.family.centred:
+        raise UserError(
+            f"compensate: {plan.compensator} mends RMSNorms, but the norms of {plan.anatomy.family.name} subtract the mean, so no "
+            "gain mends them; drop it"
+        )
 
 
 def gated(plan: Plan, config: Any, times: Mapping[str, Timing]) -> Plan:

@@ -203,6 +203,12 @@ def test_candidates_that_are_refused(request_, message):
         plan_for(pipeline.config("llama"), **request_, allocate="candidates")
 
 
+@pytest.mark.parametrize("compensate", ["gain", "least-squares"])
+def test_no_gain_mends_a_candidates_layer_norms(compensate):
+    with pytest.raises(UserError, match=f"compensate: {compensate} mends RMSNorms, but the norms of phi subtract the mean"):
+        plan_for(pipeline.config("phi"), method="minitron-width", ratio=0.3, allocate="candidates", compensate=compensate)
+
+
 def test_a_streamed_model_cannot_be_tried(tmp_path):
     with pytest.raises(UserError, match="stream: flap with --allocate search runs whole models to compare them"):
         api.prune(
