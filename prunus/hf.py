@@ -94,7 +94,7 @@ def _target(
     fields = _fields(config, anatomy, keep, after, fold)
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     notes: list[str] = []
-    if after.shape.is_uniform and stock:
+    if after.shape.is_uniform and stock and not after.is_sliced:
         fields |= uniform_fields(after)
         biased = _biased(after, out_bias)
         own = _stock_flags(after, biased)

@@ -13,9 +13,11 @@ from torch import nn
 
 from prunus import hf
 from prunus.anatomy import Anatomy
+from prunus.cut import slice_plan, slice_tensors
 from prunus.errors import UserError
 from prunus.families import FAMILIES
 from prunus.keep import Keep
+from prunus.kv_copies import unshared
 from prunus.oneshot import one_shot_
 from prunus.rotation import directions, stem_norms, turned_
 from prunus.source import Source
@@ -94,6 +96,24 @@ def test_turning_alone_changes_nothing(case, rotation):
     model = exact(hf.build(target.config, turned))
     assert target.is_stock == (rotation == "shared")
     assert tiny.relative(tiny.logits_of(model, UNSEEN), tiny.logits_of(dense, UNSEEN)) < EXACT
+
+
+@pytest.mark.parametrize("anew", ["vocab", "kv_heads"])
+def test_a_sliced_model_is_sliced_with_another_vocabulary_or_kv_heads(anew):
+    """No stock config says the size of its stream."""
+    sliced = cut(pipeline.model("llama"), ratio=0.1, multiple_of=2).model
+    ids = IDS.ids_NT % 100
+    wanted = tiny.logits_of(sliced, ids)
+    if anew == "vocab":
+        anatomy, keep = Anatomy.of(sliced.config), Keep({"vocab": tuple(range(100))})
+        config = hf.target_for(sliced.config, anatomy, keep).config
+        made = hf.build(config, slice_tensors(hf.weights(sliced, anatomy), slice_plan(anatomy, keep)))
+        wanted = wanted[..., :100]
+    else:
+        made = unshared(sliced)
+        assert {layer.num_key_value_heads for layer in Anatomy.of(made.config).shape.layers} == {tiny.HEADS}
+    assert made.config.model_type == "pruned_llama" and made.config.stream_size == sliced.config.stream_size
+    assert tiny.relative(tiny.logits_of(made, ids), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("compensate", ["none", "bias"])
