@@ -233,6 +233,15 @@ def test_sub_layers_that_are_gone(gone, message, reason):
         Plan.of(source, "f32")
 
 
+def test_qwen3_with_biases(tmp_path):
+    """llama.cpp would leave them out."""
+    model = pipeline.model("qwen3", dtype=torch.float32, attention_bias=True)
+    source = Source.open(str(checkpoints.save_folder(tmp_path / "biased", model, pipeline.tokenizer())))
+    assert "attention_bias" in check(source)["engines"]["llama.cpp"]["reason"]
+    with pytest.raises(UserError, match="qwen3 with attention_bias has biases"):
+        Plan.of(source, "f32")
+
+
 def test_on_the_command_line(tmp_path):
     out = tmp_path / "model.gguf"
     code, said, _ = cli("export", pipeline.folder(), "--type", "f32", "-o", out, "--modelfile")

@@ -14,8 +14,8 @@ from prunus.export.serving import ENGINES, ZEROS, Facts, _verdict, check
 from prunus.source import Source
 
 STOCK = Facts(
-    "LlamaForCausalLM", "llama", differ=False, uneven=False, turned=False, no_mlp=False, no_first_attention=False, head_dim=64,
-    zeros=False,
+    "LlamaForCausalLM", "llama", differ=False, uneven=False, turned=False, no_mlp=False, no_first_attention=False, biased=False,
+    head_dim=64, zeros=False,
 )  # fmt: skip
 
 
@@ -40,6 +40,8 @@ def test_rows_have_their_sources():
         ({"differ": True, "turned": True}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
         ({"differ": True, "no_mlp": True}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
         ({"differ": True, "no_first_attention": True}, {"llama.cpp", "vLLM", "SGLang", "TensorRT-LLM"}),
+        ({"biased": True}, set()),
+        ({"biased": True, "family": "qwen3"}, {"llama.cpp"}),
         ({"family": "gemma"}, {"llama.cpp"}),
         ({"head_dim": 65}, {"vLLM"}),
     ],

@@ -49,6 +49,7 @@ ALIKE = {
 }
 DIFFERENT = Architecture("deci", gguf.MODEL_ARCH.DECI, True)
 _AS_DECI = ("llama", "mistral")
+_UNBIASED = ("qwen3",)  # llama.cpp reads no biases of its attention
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Plan:
             raise UserError(
                 f"gguf: {family}{where} is not written; {', '.join(known)} are. Cut with --uniform, or export ONNX"
             )
+        if family in _UNBIASED and "attention_bias" in anatomy.flags:
+            raise UserError(f"gguf: {family} with attention_bias has biases that llama.cpp has no place for; export ONNX")
         bare = [layer.skipped for layer in anatomy.shape.layers]
         gone = next((i for i, skipped in enumerate(bare) if "mlp" in skipped), None)
         if gone is not None:

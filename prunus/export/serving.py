@@ -26,6 +26,7 @@ class Facts:
     turned: bool  # the stream changes its basis at every sub-layer
     no_mlp: bool  # some layer has no MLP
     no_first_attention: bool  # layer 0 has no attention
+    biased: bool  # the config asks for attention_bias
     head_dim: int
     zeros: bool  # single weights are cut
 
@@ -40,7 +41,7 @@ class Facts:
         bare = [layer.skipped for layer in shape.layers]
         return cls(
             named, source.anatomy.family.name, differ, shape.is_ragged, turned, any("mlp" in gone for gone in bare),
-            "attention" in bare[0], shape.head_dim, zeros,
+            "attention" in bare[0], "attention_bias" in source.anatomy.flags, shape.head_dim, zeros,
         )  # fmt: skip
 
 
@@ -81,6 +82,10 @@ ENGINES: Mapping[str, Engine] = {
         (
             Rule(lambda f: f.uneven, "it knows no KV heads shared unevenly", "prunus.unshared(model)", "the fields of gguf 0.19"),
             Rule(lambda f: f.turned, "it has no tensors for a turned stream", "cut by another method", "the tensors of gguf 0.19"),
+            Rule(
+                lambda f: f.biased and f.family == "qwen3", "it has no place for the biases of Qwen3's attention_bias",
+                "serve it by transformers or ONNX Runtime", "tests/test_gguf.py",
+            ),
             Rule(
                 lambda f: f.no_mlp, "it leaves out the attention of a layer without an MLP, too",
                 "cut with a method that leaves every layer its MLP", "tests/test_gguf.py (slow)",
