@@ -341,6 +341,40 @@ def test_a_shape_is_timed_once_however_many_runs_have_it(tmp_path, monkeypatch):
     assert set(runs["P"].milliseconds) == {"first token", "a token"} and min(runs["P"].milliseconds.values()) > 0
 
 
+def test_shapes_that_are_enlarged_or_pruned_on_the_way_are_planned_and_timed_as_themselves(tmp_path, monkeypatch):
+    """Not as the cut that they begin with or whose shape they take."""
+    pipeline.verify_here(monkeypatch)
+    path = written(tmp_path, grid={}, compare=[], evaluate=[], measure={"context": 8})
+    data = yaml.safe_load(path.read_text())
+    fresh, onward = (data["arms"][name] for name in ("S", "P-R"))
+    plain = json.loads(Path(fresh["recipe"]).read_text())
+    given = {name: plain[name] for name in ("batch_tokens", "micro_batch")} | {"tokens": RETRAIN}
+    given |= {f"data.{name}": plain["data"][name] for name in ("domains", "seq_len")}
+    data["cut"]["method"] = "minitron-depth"
+    data["arms"] = {
+        "P": data["arms"]["P"],
+        "cut": {"from": "P", "cut": {}},
+        "wide": {"shape_of": "cut", "recipe": fresh["recipe"], "set": {"tokens": RETRAIN, "model.enlarge": 2}},
+        "back": {"shape_of": "cut", "recipe": "idea-prune", "set": given | {"model.enlarge": 2}},
+        "less": onward | {"recipe": "adapt-pruner", "set": given | {"prune.target": {"params": 24_000}}},
+        "S": {"shape_of": "less", "recipe": fresh["recipe"], "set": {"tokens": RETRAIN}},
+    }
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    study, out = files.read(path), tmp_path / "out"
+    (cut,) = [name for name, step in steps(study).items() if step.kind == "cut"]
+    timed = {cell.arm: cell.shaped.name for cell in study.cells}
+    assert timed == {"P": "P", "cut": "cut-cut", "wide": "wide", "back": "back", "less": "less", "S": "less-cut"}
+    assert {step.needs for step in steps(study).values() if step.kind == "measure"} == {
+        ("P",), (cut,), ("wide",), ("back",), ("less",)
+    }  # fmt: skip
+    foreseen = {row["step"]: row for row in plan(study, rate=1e9)["steps"]}
+    for name in ("P", cut, "wide", "back"):
+        do(study, named(study, name), out)
+    for name in ("wide", "back"):
+        made = Ledger.read(out / name).stages[-1]
+        assert (foreseen[name]["params"], foreseen[name]["flops"]) == (made.params, made.flops["train"])
+
+
 def test_what_is_timed_has_the_machine_to_itself(tmp_path):
     """Two steps at a time, but none beside one that times."""
     study = files.read(written(tmp_path, measure={"context": 8}))

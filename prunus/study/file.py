@@ -242,14 +242,19 @@ class Cell:
 
     @property
     def shaped(self) -> Cell:
-        """The run that first had this one's shape: of one with fresh weights, that whose cut made it."""
+        """The run that first had this one's shape at its end: of one with fresh weights, that whose cut made it."""
+        if self.recipe is not None and (self.recipe.prune is not None or self.recipe.model.enlarge is not None):
+            return self
         if (other := self.others.get("shape_of")) is not None:
-            return other.shaped
+            return other.shaped if other.cut is None else other._cut_alone
         if self.cut is not None:
-            return Cell(f"{self.arm}-cut", self.place, None, self.cut, self.model, self.others)
-        if (other := self.others.get("from")) is not None and (self.recipe is None or self.recipe.prune is None):
-            return other.shaped
-        return self
+            return self._cut_alone
+        return other.shaped if (other := self.others.get("from")) is not None else self
+
+    @property
+    def _cut_alone(self) -> Cell:
+        """What this one goes on from, cut and not trained yet."""
+        return Cell(f"{self.arm}-cut", self.place, None, self.cut, self.model, self.others)
 
     def ancestors(self) -> Iterator[Cell]:
         """What it goes on from, and so on, the nearest first."""

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..train.estimate import EFFICIENCY, check_rate, estimate
 from ..train.opening import cutting_of
 from ..train.recipe import Recipe
-from ..train.shapes import Outline, config_of, released
+from ..train.shapes import Outline, config_of, enlarged, released
 from ..train.shrink.forecast import Forecast
 from ..train.sweep import tried
 from .file import MADE, Cell, CutPart, Study
@@ -206,8 +206,12 @@ class _Expectations:
     def _before(self, cell: Cell) -> Expected | None:
         assert cell.recipe is not None
         asked = cell.recipe.model
-        if (shaped := cell.others.get("shape_of")) is not None:
-            return self.begun(shaped) if shaped.cut is not None else self.after(shaped)
+        if "shape_of" in cell.others:
+            shape = self.shape(cell)
+            if shape is None or asked.enlarge is None:
+                return shape
+            config = None if shape.config is None else enlarged(shape.config, asked.enlarge)
+            return None if config is None else Expected(config, Anatomy.of(config))
         made = asked.source or asked.shape
         if isinstance(made, str) and made.startswith(MADE):
             return self.begun(cell)
@@ -217,6 +221,13 @@ class _Expectations:
             config = config_of(asked.shape or "", 0, asked.target_params, asked.enlarge)
             return Expected(config, Anatomy.of(config))
         return self._opened(asked.source)
+
+    def shape(self, cell: Cell) -> Expected | None:
+        """The model whose shape a run takes, as it is before the recipe enlarges it; None for a run that takes none."""
+        other = cell.others.get("shape_of")
+        if other is None:
+            return None
+        return self.begun(other) if other.cut is not None else self.after(other)
 
     def after(self, cell: Cell) -> Expected | None:
         """The model that a run leaves."""
@@ -233,10 +244,10 @@ class _Expectations:
         return self._once("cuts", cell, lambda: self._forecast(cell))
 
     def _forecast(self, cell: Cell) -> Forecast | None:
-        before = self.before(cell)
+        before, shape = self.before(cell), self.shape(cell)
         if cell.recipe is None or before is None or before.config is None:
             return None
-        cutting = cutting_of(cell.recipe, before.config)
+        cutting = cutting_of(cell.recipe, before.config, None if shape is None else shape.config)
         return None if cutting is None or cutting.part.clocked else Forecast(cutting, cell.recipe)
 
     def teacher(self, cell: Cell) -> Expected | None:

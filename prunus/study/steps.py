@@ -272,7 +272,7 @@ def resolved(cell: Cell, out: Path) -> Recipe:
 
 
 def payable(cell: Cell, flops: float, sunk: float, each: float) -> int:
-    """Updates of `each` FLOPs that `flops` pay for, `sunk` of which went into what the run goes on from; UserError for none."""
+    """Updates of `each` FLOPs that `flops` pay for, less the `sunk` ones of the run's source; UserError for none."""
     if flops - sunk < each:
         raise UserError(
             f"{cell.name}: flops_of: {cell.others['flops_of'].name} costs {flops:.4g} FLOPs, and this run's source "

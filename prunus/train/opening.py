@@ -110,11 +110,15 @@ def opened(recipe: Recipe, out: Path, *, online: bool = False) -> Run:
     return Run(recipe, out, config, tokenizer, feeds, source, teacher, mask, cache, cutting=cutting)
 
 
-def cutting_of(recipe: Recipe, config: Any) -> Cutting | None:
-    """What a recipe cuts of a model while it trains; an enlarged shape comes back to the width that it had."""
+def cutting_of(recipe: Recipe, config: Any, shape: Any = None) -> Cutting | None:
+    """What a recipe cuts of a model while it trains; an enlarged shape comes back to the width that it had.
+
+    `shape`: the config of what is enlarged, where the recipe names what is not there yet.
+    """
     asked, before = recipe.model, None
     if asked.enlarge is not None:
-        before = Anatomy.of(config_of(asked.shape or "", 0, asked.target_params)).shape.layers[0].intermediate_size
+        shape = config_of(asked.shape or "", 0, asked.target_params) if shape is None else shape
+        before = Anatomy.of(shape).shape.layers[0].intermediate_size
     return Cutting.of(recipe, config, before)
 
 

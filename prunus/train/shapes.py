@@ -98,7 +98,7 @@ def config_of(
     Anatomy.of(config).checked()
     if target_params is not None:
         config = _scaled(config, target_params)
-    return config if enlarge is None else _enlarged(config, enlarge)
+    return config if enlarge is None else enlarged(config, enlarge)
 
 
 def is_folder(shape: str) -> bool:
@@ -176,7 +176,7 @@ def _scaled(config: PreTrainedConfig, params: int) -> PreTrainedConfig:
     return sized(*best[1:])
 
 
-def _enlarged(config: PreTrainedConfig, factor: float) -> PreTrainedConfig:
+def enlarged(config: PreTrainedConfig, factor: float) -> PreTrainedConfig:
     """The config with another FFN width, a whole multiple of `_STEP`."""
     widths = {layer.intermediate_size for layer in Anatomy.of(config).shape.layers}
     if len(widths) > 1 or 0 in widths:
