@@ -41,12 +41,12 @@ def standardised(scores: Scores) -> dict[str, Tensor]:
 
 
 def global_budget(
-    values: Mapping[str, Tensor], unit_costs: Mapping[str, int], budget: int, *, multiple_of: Mapping[str, int]
+    values: Mapping[str, Tensor], prices: Mapping[str, Sequence[int]], budget: int, *, multiple_of: Mapping[str, int]
 ) -> Keep:
-    """Rank the units of all axes together and keep the best whose costs fit into `budget`.
+    """Rank the units of all axes together and keep the best whose costs fit into `budget`; `prices[axis][n]`: of n units.
 
     Every axis keeps at least its best chunk. A unit that does not fit is passed over for a cheaper one, so what is kept
-    costs at most the budget and falls short of it by less than the cheapest chunk (unless nothing is left to add).
+    costs at most the budget and falls short of it by less than the cheapest next chunk (unless nothing is left to add).
     """
     names = list(values)
     chunk = [multiple_of.get(kind_of(name), 1) for name in names]
@@ -57,13 +57,13 @@ def global_budget(
         sizes = np.diff(starts, append=len(order))
         means = np.add.reduceat(values[name][order].double().numpy(), starts) / sizes
         worth.append(np.minimum.accumulate(means))  # rounding must not let a chunk overtake a better one of its axis
-        costs.append(unit_costs[name] * sizes)
+        costs.append(np.diff(np.asarray(prices[name])[np.append(starts, len(order))]))
         taken.append(1)
     least = sum(int(cost[0]) for cost in costs)
     if least > budget:
         raise UserError(
-            f"ratio: the least that can stay (one unit of every axis) costs {least:,} parameters, but the target "
-            f"leaves {budget:,}; ask for a smaller ratio"
+            f"ratio: the least that can stay (one unit of every axis) costs {least:,} of what is counted, but the target leaves "
+            f"{budget:,}; ask for a smaller ratio"
         )
     axis = np.repeat(np.arange(len(names)), [len(cost) - 1 for cost in costs])
     cost = np.concatenate([c[1:] for c in costs])

@@ -1,7 +1,8 @@
 """Evolutionary search over the sizes of every axis. It sees sizes and losses, and no model (EvoPress, arXiv 2410.14649).
 
 A child is its parent with a few level switches: one axis gives units up and another of its kind, whose units cost as much,
-takes as many, so every child costs what the start did. Children are compared on few windows first, the best of them and
+takes as many, so every child costs what the start did, or, where prices bend (milliseconds), is dropped if it costs more
+than the budget. Children are compared on few windows first, the best of them and
 their parent on all; the best of those is the next parent, so the loss on all windows never rises.
 """
 
@@ -46,6 +47,7 @@ def evolve(
     offspring: int,
     seed: int,
     go_on: Callable[[int], bool] = lambda generation: True,
+    fits: Callable[[Sizes], bool] = lambda sizes: True,
 ) -> Found:
     """The best that was found after `generations`, or when `go_on` said stop before one. Same seed, same result."""
     rng = random.Random(seed)
@@ -60,7 +62,8 @@ def evolve(
             child = mutated(best.sizes, genes, rng)
             if _key(child) not in seen:
                 seen.add(_key(child))
-                children.append(child)
+                if fits(child):
+                    children.append(child)
         ranked = sorted(children, key=lambda child: _finite(loss(child, False)))
         for child in ranked[: -(-offspring // SURVIVORS)]:
             whole = _finite(loss(child, True))

@@ -145,7 +145,7 @@ def _global(plan: Plan, scores: Scores, *, by_cost: bool) -> Keep:
         ranked = {
             n: v.double() / c if (c := costs[n]) else torch.full_like(v, torch.inf).double() for n, v in values.items()
         }
-    return global_budget(ranked, costs, budget - prices.fixed(values), multiple_of={"intermediate": plan.multiple_of})
+    return global_budget(ranked, prices.of, budget - prices.fixed(values), multiple_of={"intermediate": plan.multiple_of})
 
 
 # -- by the loss ----------------------------------------------------------------------------------------------------------
@@ -189,13 +189,18 @@ def _best_candidate(job: Job, findings: Findings, scores: Scores) -> tuple[Keep,
 def _searched(job: Job, findings: Findings, scores: Scores) -> tuple[Keep, Mapping[str, Any]]:
     """Evolution of per-layer sizes, from the better of the two global rankings; the best units of every axis stay."""
     plan, loss = job.plan, _loss_of(job, findings)
-    assert plan.prices is not None
-    names = [name for name in scores.values if name in plan.prices.of]
+    prices, budget = plan.prices, plan.budget
+    assert prices is not None and budget is not None
+    names = [name for name in scores.values if name in prices.of]
+    left = budget - prices.fixed(names)
     genes = {name: _gene(plan, name) for name in names}
     generations, offspring = int(plan.options["generations"]), int(plan.options["offspring"])
 
     def sized(keep: Keep) -> dict[str, int]:
         return {name: len(keep.units.get(name, scores.values[name])) for name in names}
+
+    def fits(sizes: Mapping[str, int]) -> bool:
+        return sum(prices.of[name][size] for name, size in sizes.items()) <= left
 
     def loss_at(sizes: Mapping[str, int], whole: bool) -> float:
         return loss(to_counts(scores, sizes), _most_windows(job) if whole else min(FEW_WINDOWS, _most_windows(job)))
@@ -213,7 +218,7 @@ def _searched(job: Job, findings: Findings, scores: Scores) -> tuple[Keep, Mappi
 
     starts = [sized(_global(plan, scores, by_cost=by_cost)) for by_cost in (False, True)]
     start = min(starts, key=lambda sizes: loss_at(sizes, True))
-    found = evolve(start, genes, loss_at, generations=generations, offspring=offspring, seed=_SEED, go_on=go_on)
+    found = evolve(start, genes, loss_at, generations=generations, offspring=offspring, seed=_SEED, go_on=go_on, fits=fits)
     job.progress("search", generations, generations)
     history = [value if math.isfinite(value) else None for value in found.history]
     return to_counts(scores, found.sizes), {"search": {"loss": history, "windows": _most_windows(job), "seed": _SEED}}

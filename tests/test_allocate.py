@@ -161,6 +161,11 @@ def step(name, multiple):
     return multiple if "inter" in name else 1
 
 
+def straight(costs, values):
+    """Price lists of units that cost the same, however many there are."""
+    return {name: [n * costs[name] for n in range(len(v) + 1)] for name, v in values.items()}
+
+
 @settings(max_examples=300)
 @given(budgets())
 def test_a_global_budget_is_met_and_used(case):
@@ -169,9 +174,9 @@ def test_a_global_budget_is_met_and_used(case):
     tensors = {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
     if floor > budget:
         with pytest.raises(UserError, match=rf"ratio: the least that can stay .* costs {floor:,} .* leaves {budget:,}"):
-            global_budget(tensors, costs, budget, multiple_of={"intermediate": multiple})
+            global_budget(tensors, straight(costs, values), budget, multiple_of={"intermediate": multiple})
         return
-    keep = global_budget(tensors, costs, budget, multiple_of={"intermediate": multiple})
+    keep = global_budget(tensors, straight(costs, values), budget, multiple_of={"intermediate": multiple})
     kept = {n: list(keep.units.get(n, range(len(v)))) for n, v in values.items()}
     cost = sum(costs[n] * len(k) for n, k in kept.items())
     assert cost <= budget
@@ -191,7 +196,7 @@ def test_a_remainder_is_kept_among_ties():
     """Six scores of 0.1 have a mean of 0.09999999999999999, so the remainder of one must not be looked at before them."""
     keep = global_budget(
         {"layers.0.intermediate": torch.full((13,), 0.1, dtype=torch.float64)},
-        {"layers.0.intermediate": 1},
+        {"layers.0.intermediate": range(14)},
         13,
         multiple_of={"intermediate": 6},
     )
@@ -206,7 +211,7 @@ def test_more_budget_keeps_more_where_units_cost_the_same(case):
     assume(budget >= 3 * len(values))
     tensors = {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
     less, more = (
-        global_budget(tensors, costs, b, multiple_of={}).units for b in (budget, budget + 3)
+        global_budget(tensors, straight(costs, values), b, multiple_of={}).units for b in (budget, budget + 3)
     )  # fmt: skip
     for name, v in values.items():
         assert set(less.get(name, range(len(v)))) <= set(more.get(name, range(len(v))))
@@ -215,17 +220,36 @@ def test_more_budget_keeps_more_where_units_cost_the_same(case):
 def test_units_are_ranked_together():
     """Equal costs: the best of all axes stay, beyond the best of each."""
     values = {"layers.0.intermediate": torch.tensor([5.0, 4, 3]), "layers.1.intermediate": torch.tensor([2.0, 1, 9])}
-    keep = global_budget(values, dict.fromkeys(values, 10), 40, multiple_of={})
+    keep = global_budget(values, straight(dict.fromkeys(values, 10), values), 40, multiple_of={})
     assert keep.units == {"layers.1.intermediate": (2,)}  # 9, 5, 4, 3
-    keep = global_budget(values, dict.fromkeys(values, 10), 29, multiple_of={})
+    keep = global_budget(values, straight(dict.fromkeys(values, 10), values), 29, multiple_of={})
     assert keep.units == {"layers.0.intermediate": (0,), "layers.1.intermediate": (2,)}
 
 
 def test_a_unit_that_does_not_fit_is_passed_over():
     values = {"layers.0.kv_heads": torch.tensor([9.0, 8]), "layers.0.intermediate": torch.tensor([7.0, 1, 0])}
     costs = {"layers.0.kv_heads": 10, "layers.0.intermediate": 2}
-    keep = global_budget(values, costs, 15, multiple_of={})  # 10 + 2, then 8 does not fit into 3, 1 does
+    keep = global_budget(values, straight(costs, values), 15, multiple_of={})  # 10 + 2, then 8 does not fit into 3, 1 does
     assert keep.units == {"layers.0.kv_heads": (0,), "layers.0.intermediate": (0, 1)}
+
+
+@settings(max_examples=200)
+@given(budgets(), hs.data())
+def test_a_budget_is_met_where_prices_bend(case, data):
+    values, _, multiple, _ = case
+    prices = {
+        name: [0, *sorted(data.draw(hs.lists(hs.integers(0, 60), min_size=len(v), max_size=len(v))))]
+        for name, v in values.items()
+    }
+    floor = sum(prices[n][min(step(n, multiple), len(v))] for n, v in values.items())
+    budget = data.draw(hs.integers(floor, sum(listed[-1] for listed in prices.values())))
+    tensors = {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
+    keep = global_budget(tensors, prices, budget, multiple_of={"intermediate": multiple})
+    kept = {n: len(keep.units.get(n, v)) for n, v in values.items()}
+    cost = sum(prices[name][n] for name, n in kept.items())
+    open_axes = [n for n, v in values.items() if kept[n] < len(v)]
+    nexts = [prices[n][min(kept[n] + step(n, multiple), len(values[n]))] - prices[n][kept[n]] for n in open_axes]
+    assert cost <= budget and budget - cost < min(nexts, default=math.inf)
 
 
 # -- layers -------------------------------------------------------------------------------------------------------------

@@ -157,6 +157,27 @@ def test_a_cut_by_milliseconds_end_to_end(table, tmp_path):
     assert again.keep == outcome.keep
 
 
+def flattening(config, anatomy, layer, dtype, prompt_tokens):
+    """Beyond two groups and nine channels one more takes hardly anything."""
+    own = anatomy.shape.layers[layer]
+    groups, channels = own.num_key_value_heads, own.intermediate_size
+    ms = 1 + 5 * min(groups, 2) + 0.1 * groups + 2 * min(channels, 9) + 0.1 * channels
+    return Timing(ms, ms / 10), Timing(2.0, 0.2)
+
+
+@pytest.mark.parametrize(("method", "allocate"), [("llm-pruner", "global"), ("flap", "search")])
+def test_a_budget_is_kept_where_prices_bend(method, allocate, table, monkeypatch):
+    monkeypatch.setattr(latency, "measured", flattening)
+    options = {"protect": "0,0"} if method == "llm-pruner" else {"generations": "6", "offspring": "8"}
+    ask = {"method": method, "options": options, "allocate": allocate, "cost": "prefill-ms", "ratio": 0.4, "multiple_of": 1}
+    text = {"calibration": str(pipeline.text_file()), "text": api.TextOptions(4, 16)}
+    outcome = api.prune(str(pipeline.folder()), **ask, **text).outcome
+    prices = outcome.plan.prices
+    kept = {name: len(outcome.keep.units.get(name, listed[1:])) for name, listed in prices.of.items()}
+    took = prices.fixed(kept) + sum(prices.of[name][n] for name, n in kept.items())
+    assert 0.9 * outcome.plan.budget < took <= outcome.plan.budget
+
+
 def test_a_plan_measures_only_when_asked(table):
     words = (
         "plan",

@@ -61,6 +61,18 @@ def test_the_first_look_decides_who_is_measured_on_all():
     assert found.sizes == start and found.loss == 1.0  # equal is no better, and what is no number never wins
 
 
+def test_what_does_not_fit_is_not_tried():
+    tried = []
+
+    def loss(sizes, whole):
+        tried.append(dict(sizes))
+        return float(sum(n * i for i, n in enumerate(sizes.values())))
+
+    first = next(iter(GENES))
+    evolve(dict.fromkeys(GENES, 4), GENES, loss, generations=5, offspring=8, seed=0, fits=lambda sizes: sizes[first] <= 4)
+    assert len(tried) > 5 and all(sizes[first] <= 4 for sizes in tried)
+
+
 def test_it_stops_when_told():
     found = evolve(
         dict.fromkeys(GENES, 4), GENES, lambda s, w: 1.0, generations=9, offspring=2, seed=0, go_on=lambda g: g < 2
