@@ -172,8 +172,8 @@ def advise(
     asked = advice.Asked(
         params, count("--target-params", target_params), count("--tokens", tokens), own_parent, granularity, device, rate
     )
-    rows = [*advice.own(folder.expanduser() for folder in study or ()), *advice.published()]
-    tell(advice.advise(asked, rows), as_json, show_study.advised)
+    rows, silent = advice.own(folder.expanduser() for folder in study or ())
+    tell(advice.advise(asked, [*rows, *advice.published()], silent), as_json, show_study.advised)
 
 
 @studies.command(name="slurm")

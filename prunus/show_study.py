@@ -79,6 +79,8 @@ def advised(made: Mapping[str, Any]) -> None:
     console.print(Text(f"cost: {big(cost['tokens'])} tokens, {scientific(cost['flops'])} FLOPs, {hours}"))
     if made["rows"]:
         console.print(Text(f"rows: {'; '.join(made['rows'])}", style="dim"))
+    for folder, why in made["silent"].items():
+        console.print(Text(f"no row of {folder}: {why}", style="dim"))
 
 
 def planned(made: Mapping[str, Any]) -> None:

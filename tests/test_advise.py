@@ -7,6 +7,7 @@ import pytest
 from pipeline import cli
 from test_study_results import folder, line
 
+from prunus.errors import UserError
 from prunus.study import advise as advice
 from prunus.study.advise import Asked, Row, advise, published
 from prunus.study.results import Run
@@ -105,6 +106,95 @@ def test_the_nearer_row_counts_more():
     assert answered(2e9, 1e9, 1e10, False, rows=[outside])["answer"] == "unknown"
 
 
+PRUNED = {"P": {"recipe": "scratch"}, "P-R": {"from": "P", "cut": {"method": "flap"}}, "S": {"shape_of": "P-R"}}
+
+
+def own_study(tmp_path, sizes, arms, *, compare=("P-R", "S"), cut=None):
+    """A folder of runs of these sizes: one is 0.3 nats ahead of fresh weights."""
+    lines = [line(arm, 0, 3.3 if arm == "S" else 3.0, tokens=10_000, name=arm) for arm in sizes]
+    for one in lines:
+        one["place"], one["figures"]["params"] = {}, sizes[one["arm"]]
+        one |= cut or {}
+    tmp_path.mkdir(exist_ok=True)
+    return with_arms(folder(tmp_path, lines, compare=[{"protocol": "training-tokens", "arms": list(compare)}]), arms)
+
+
+def with_arms(out, arms):
+    """A study's folder whose file has these arms."""
+    told = json.loads((out / "study.json").read_text())
+    told["file"]["arms"] = arms
+    (out / "study.json").write_text(json.dumps(told))
+    return out
+
+
+def test_what_is_left_is_of_the_arm_s_own_parent(tmp_path):
+    """Not of the largest model in the study; and where another arm made the cut, of what that one took."""
+    sizes = {"big": 8000, "P": 2000, "P-R": 1000, "S": 1000}
+    found, silent = advice.own([own_study(tmp_path / "direct", sizes, PRUNED | {"big": {"recipe": "scratch"}})])
+    assert [(row.kept, row.method) for row in found] == [(0.5, "flap")] and not silent
+    behind = {"C": {"from": "P", "cut": {"method": "sleb"}}, "P-R": {"from": "C"}}
+    (row,), _ = advice.own([own_study(tmp_path / "behind", sizes | {"C": 1000}, PRUNED | behind)])
+    assert (row.kept, row.method) == (0.5, "sleb")
+
+
+def test_a_released_parent_has_its_size_from_the_record_of_the_cut(tmp_path):
+    arms = PRUNED | {"P-R": {"model": "SmolLM2-135M", "cut": {"method": "flap"}}}
+    sizes = {"P-R": 1000, "S": 1000}
+    (row,), silent = advice.own([own_study(tmp_path / "told", sizes, arms, cut={"uncut": 4000})])
+    assert row.kept == 0.25 and not silent
+    out = own_study(tmp_path / "untold", sizes, arms)
+    assert advice.own([out]) == (
+        [], {str(out): "P-R - S: the records do not say what size P-R was cut from; gather the study again"}
+    )  # fmt: skip
+
+
+def test_either_arm_may_be_named_first(tmp_path):
+    sizes = {"P": 2000, "P-R": 1000, "S": 1000}
+    found = [
+        advice.own([own_study(tmp_path / "-".join(arms), sizes, PRUNED, compare=arms)])[0]
+        for arms in (("P-R", "S"), ("S", "P-R"))
+    ]
+    assert [(row.advantage, row.kept, row.params) for (row,) in found] == [(pytest.approx(0.3), 0.5, 1000)] * 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "arms", "compare", "why"),
+    [
+        ({}, {}, ("S", "P"), "S - P: both begin with fresh weights"),
+        ({}, {"S": {"from": "P"}}, ("P-R", "S"), "P-R - S: neither begins with fresh weights"),
+        ({}, {"P-R": {"from": "P", "recipe": "adapt-pruner"}}, ("P-R", "S"), "P-R - S: P-R goes on from no cut"),
+        ({"P-R": 2000}, {}, ("P-R", "S"), "P-R has no fewer parameters than what it was cut from, since zeros are counted"),
+        ({}, {}, ("P-R", "T"), "no two arms that have a validation loss are compared on training-tokens or total-tokens"),
+    ],
+)
+def test_studies_that_say_nothing_say_why(sizes, arms, compare, why, tmp_path):
+    out = own_study(tmp_path, {"P": 2000, "P-R": 1000, "S": 1000} | sizes, PRUNED | arms, compare=compare)
+    found, silent = advice.own([out])
+    assert not found and silent[str(out)].endswith(why)
+    words = ("--parent-params", "8B", "--target-params", "4.5B", "--tokens", "50B", "--rate", "1e15", "--study", out)
+    assert json.loads(cli("advise", *words, "--json")[1])["silent"] == silent
+    assert f"no row of {out}: {silent[str(out)]}" in " ".join(cli("advise", *words)[1].split())
+
+
+def test_arms_that_go_on_from_no_arm_are_refused_in_a_sentence(tmp_path):
+    out = own_study(tmp_path, {"P-R": 1000, "S": 1000}, {"P-R": {"from": ["P"]}, "S": {}})
+    with pytest.raises(UserError, match=r"its records cannot be read .*arms\.P-R\.from"):
+        advice.own([out])
+    out = with_arms(out, {"P-R": {"from": "Q"}, "Q": {"from": "P-R"}, "S": {}})
+    assert "P-R goes on from no cut" in advice.own([out])[1][str(out)]
+
+
+@pytest.mark.parametrize(
+    ("method", "cuts"),
+    [
+        ("sparsegpt-4:8", "sparse"), ("wanda-2:4", "sparse"), ("minitron-depth+wanda", "sparse"), ("shortgpt+wanda-4:8", "sparse"),
+        ("shortgpt+flap", "depth and width"), ("flap+minitron-width", "width"), ("shortgpt", "depth"), ("flap", "width"),
+    ],
+)  # fmt: skip
+def test_what_methods_cut(method, cuts):
+    assert advice.granularity_of(method) == cuts
+
+
 def test_a_study_of_one_s_own_speaks(tmp_path):
     """Its arms at equal training tokens, where nothing that was published is near."""
     lines = []
@@ -116,8 +206,8 @@ def test_a_study_of_one_s_own_speaks(tmp_path):
             lines.append(one)
     parent = line("P", 0, 2.9, tokens=40_000)
     parent["place"], parent["figures"]["params"] = {}, 2000
-    out = folder(tmp_path, [*lines, parent])
-    (row,) = advice.own([out])
+    out = with_arms(folder(tmp_path, [*lines, parent]), PRUNED)
+    (row,), _ = advice.own([out])
     assert (row.protocol, row.method, row.params, row.kept, row.tokens) == ("training", "flap", 1000, 0.5, 10_000)
     assert row.advantage == pytest.approx(0.3)
     words = ("--parent-params", "2000", "--target-params", "1000", "--tokens", "10k", "--rate", "1e9")

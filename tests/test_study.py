@@ -732,6 +732,18 @@ def test_a_plan_counts_the_teacher(tmp_path):
     assert made["taught"] - alone["taught"] == pytest.approx(made["P"] / 3, rel=1e-6)  # forward alone, of the parent
 
 
+def test_the_size_before_the_cut_of_a_released_model_is_on_record(tmp_path, monkeypatch):
+    """No other run has it; what cuts a run's model has it from that run."""
+    pipeline.verify_here(monkeypatch)
+    ratios(tmp_path, 0.3)
+    study, out = files.read(tmp_path / "study.yaml"), tmp_path / "out"
+    (line,), (read,) = gather(study, out), load(out).runs
+    before = sum(weight.numel() for weight in pipeline.model("llama").parameters())
+    assert line["uncut"] == read.uncut == before > read.params
+    (cut_of(study.cells[0], out) / "prunus.json").unlink()
+    assert gather(study, out) == []
+
+
 def test_released_parents_have_no_total(tmp_path):
     path = written(tmp_path)
     data = yaml.safe_load(path.read_text())

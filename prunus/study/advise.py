@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,11 +18,12 @@ from typing import Any, Literal
 import yaml
 
 from .. import measure
+from ..combination import SEPARATOR
 from ..errors import UserError, unknown
 from ..methods import METHODS
 from ..tables import big
 from ..train.estimate import EFFICIENCY, check_rate
-from .results import LOSS, Run, differences, load
+from .results import LOSS, Difference, Results, Run, agree, differences, load
 
 PUBLISHED, SOURCES = "published.csv", "published.yaml"
 EQUAL = 0.02  # nats: no more is called nothing; published losses have two decimals, so that their differences are off by up to 0.01
@@ -31,6 +33,7 @@ GRANULARITY = {
     "wanda": "sparse", "sparsegpt": "sparse",
 }  # fmt: skip
 Protocol = Literal["training", "total"]
+PROTOCOLS: dict[str, Protocol] = {"training-tokens": "training", "total-tokens": "total"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,12 @@ class Row:
 
 
 def granularity_of(method: str) -> str:
-    """Depth, width, both, or single weights."""
-    name = method.partition("-2:4")[0]
+    """Depth, width, both, or single weights; of several methods in a row what they cut together, sparse if any is."""
+    parts = {_granularity(re.sub(r"-\d+:\d+$", "", name)) for name in method.split(SEPARATOR)}
+    return "sparse" if "sparse" in parts else parts.pop() if len(parts) == 1 else "depth and width"
+
+
+def _granularity(name: str) -> str:
     if name in GRANULARITY:
         return GRANULARITY[name]
     axes = METHODS[name].axes if name in METHODS else ()
@@ -93,45 +100,80 @@ def published() -> list[Row]:
     return out
 
 
-def own(folders: Iterable[Path]) -> list[Row]:
-    """Rows of the user's own studies: arms that they compare at equal training or total tokens, on the validation loss."""
-    out = []
+def own(folders: Iterable[Path]) -> tuple[list[Row], dict[str, str]]:
+    """Rows of the user's own studies, whose arms they compare at equal training or total tokens; of folders without one, why."""
+    rows, silent = [], {}
     for folder in folders:
         found = load(folder)
-        protocols: dict[str, Protocol] = {"training-tokens": "training", "total-tokens": "total"}
-        for one in differences(found):
-            runs = [run for arm in one.arms for run in found.of(arm) if run.group == one.group]
-            cut = next((run for run in runs if run.arm == one.arms[0]), None)
-            method = None if cut is None else _method_of(cut, found.written)
-            if one.metric != LOSS or one.protocol not in protocols or cut is None or method is None or not cut.params:
-                continue
-            if not _is_fresh(one.arms[1], found.written):
-                continue
-            parents = [run.params for run in found.runs if run.params and run.params > cut.params]
-            if parents:
-                name = f"{found.name}: {' - '.join(one.arms)}, {one.group}"
-                out.append(_own_row(name, protocols[one.protocol], method, cut, max(parents), -one.mean))
-    return out
+        made = [_own_row(one, found) for one in differences(found) if one.protocol in PROTOCOLS and one.metric == LOSS]
+        speak = [row for row in made if isinstance(row, Row)]
+        if not speak:
+            reasons = dict.fromkeys(why for why in made if isinstance(why, str))
+            silent[str(folder)] = "; ".join(reasons) or (
+                "no two arms that have a validation loss are compared on training-tokens or total-tokens"
+            )
+        rows += speak
+    return rows, silent
+
+
+def _own_row(one: Difference, found: Results) -> Row | str:
+    """What a comparison says, whichever arm is named first; or why it says nothing."""
+    names, file = " - ".join(one.arms), found.written
+    fresh = [_is_fresh(arm, file) for arm in one.arms]
+    if fresh[0] == fresh[1]:
+        return f"{names}: {'both begin' if fresh[0] else 'neither begins'} with fresh weights"
+    pruned, other = reversed(one.arms) if fresh[0] else one.arms
+    pairs = [(a, b) for a in found.of(pruned) for b in found.of(other) if agree(a, b)]
+    run = next(a for a, b in pairs if one.group in (a.group, b.group))
+    arm = _cutting(pruned, file)
+    method = None if arm is None else _method_of(run, file)
+    if arm is None or method is None:
+        return f"{names}: {pruned} goes on from no cut"
+    before = _uncut(run, arm, found)
+    if before is None or run.params is None:
+        return f"{names}: the records do not say what size {pruned} {'is' if before else 'was cut from; gather the study again'}"
+    if run.params >= before:
+        return f"{names}: {pruned} has no fewer parameters than what it was cut from, since zeros are counted"
+    protocol, advantage = PROTOCOLS[one.protocol], one.mean if fresh[0] else -one.mean
+    tokens = run.tokens if protocol == "training" else run.total_tokens or run.tokens
+    return Row(f"{found.name}: {names}, {one.group}", protocol, method, run.params, run.params / before, tokens, advantage)
+
+
+def _arm(name: str | None, file: Mapping[str, Any]) -> Mapping[str, Any]:
+    return dict((file.get("arms") or {}).get(name, {}))
 
 
 def _is_fresh(arm: str, file: Mapping[str, Any]) -> bool:
     """Whether an arm begins with fresh weights; pruned models may be compared with one another, too."""
-    asked = (file.get("arms") or {}).get(arm, {})
+    asked = _arm(arm, file)
     return asked.get("from") is None and asked.get("model") is None
+
+
+def _cutting(arm: str, file: Mapping[str, Any]) -> str | None:
+    """The arm that made the cut that an arm goes on from: itself, or the nearest of those before it."""
+    seen: list[str | None] = [arm]
+    while _arm(seen[-1], file).get("cut") is None:
+        parent = _arm(seen[-1], file).get("from")
+        if parent is None or parent in seen:
+            return None
+        seen.append(parent)
+    return seen[-1]
+
+
+def _uncut(run: Run, cutting: str, found: Results) -> int | None:
+    """Parameters of what the cut of an arm took: its parent's run has them, or of a released model the record of the cut."""
+    parent = _arm(cutting, found.written).get("from")
+    one = next((one for one in found.of(parent or cutting) if agree(one, run)), None)
+    return None if one is None else one.uncut if parent is None else one.params
 
 
 def _method_of(run: Run, file: Mapping[str, Any]) -> str | None:
     """What cut a run's model: its place in the grid says it, by itself or as the name of a cut, or its arm, or the whole study."""
-    arm, named = (file.get("arms") or {}).get(run.arm, {}), (file.get("cuts") or {}).get(run.place.get("cut"), {})
+    arm, named = _arm(_cutting(run.arm, file), file), (file.get("cuts") or {}).get(run.place.get("cut"), {})
     asked = {**(file.get("cut") or {}), **(arm.get("cut") or {}), **named} if arm.get("cut") is not None else {}
     asked |= {name.partition(".")[2]: value for name, value in run.place.items() if name.startswith("cut.")}
     method, pattern = asked.get("method"), asked.get("pattern")
     return method if method is None or pattern is None else f"{method}-{pattern}"
-
-
-def _own_row(name: str, protocol: Protocol, method: str, cut: Run, parent: int, advantage: float) -> Row:
-    tokens = cut.tokens if protocol == "training" else cut.total_tokens or cut.tokens
-    return Row(name, protocol, method, cut.params or 0, (cut.params or 0) / parent, tokens, advantage)
 
 
 # -- the answer -------------------------------------------------------------------------------------------------------------
@@ -169,8 +211,11 @@ class Asked:
         return "total" if self.own_parent else "training"
 
 
-def advise(asked: Asked, rows: Sequence[Row]) -> dict[str, Any]:
-    """The recommendation with the expected range, its cost, three reasons, and the rows that it rests on."""
+def advise(asked: Asked, rows: Sequence[Row], silent: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The recommendation with the expected range, its cost, three reasons, and the rows that it rests on.
+
+    `silent`: studies that gave no row -> why, to be told with it.
+    """
     asked = asked.checked()
     of = [
         row for row in rows
@@ -185,7 +230,7 @@ def advise(asked: Asked, rows: Sequence[Row]) -> dict[str, Any]:
     out: dict[str, Any] = {
         "asked": {"parent_params": asked.parent_params, "target_params": asked.params, "tokens": asked.tokens,
                   "parent": "own" if asked.own_parent else "released", "granularity": asked.granularity},
-        "expected": expected, "rows": [row.id for row in near], "equal": EQUAL,
+        "expected": expected, "rows": [row.id for row in near], "equal": EQUAL, "silent": dict(silent or {}),
     }  # fmt: skip
     out |= _unknown(of, asked) if not near else _answer(expected, near, asked)
     return out | {"cost": _cost(out["answer"], asked)}

@@ -57,6 +57,7 @@ class Run:
     recipe_hash: str | None
     commit: str | None
     curve: tuple[tuple[_Count, _Figure], ...]  # validation loss by tokens
+    uncut: _Count | None  # parameters of the released model that it was cut from
     milliseconds: Mapping[str, _Figure]  # "first token" and "a token" behind it, where they were measured
 
     @property
@@ -82,7 +83,7 @@ class Run:
             total_tokens=None if ledger is None else ledger["total_tokens"],
             total_flops=None if ledger is None else ledger["total_flops"],
             unrecorded=() if ledger is None else tuple(ledger["unrecorded"]), scores=scores,
-            recipe_hash=line.get("recipe_hash"), commit=line.get("commit"), curve=tuple(curve),
+            recipe_hash=line.get("recipe_hash"), commit=line.get("commit"), curve=tuple(curve), uncut=line.get("uncut"),
             milliseconds=_milliseconds(line.get("measured")),
         )  # fmt: skip
 
@@ -131,6 +132,8 @@ class _Compared(_Loose):
 
 
 class _Arm(_Loose):
+    source: str | None = Field(None, alias="from")
+    cut: dict[str, Any] | None = None
     grid: dict[str, list[Any]] | None = None
 
 

@@ -32,7 +32,7 @@ from .file import Cell, Study
 from .plan import plan
 from .protocol import proofs
 from .results import PROOFS, RECORDS, index, keep, load, rows
-from .steps import EVALUATIONS, Step, ledger_of, measured_of, model_of, steps
+from .steps import EVALUATIONS, Step, cut_of, ledger_of, measured_of, model_of, steps
 
 LOGS = "logs"
 LOG_BYTES = 4 << 20  # of what a step says, over all its starts; then the file becomes NAME.log.1, and the one before goes
@@ -251,6 +251,13 @@ def _evaluations(cell: Cell, out: Path) -> list[dict[str, Any]]:
     return record.read(path) if path.is_file() else []
 
 
+def _uncut(cell: Cell, out: Path) -> int | None:
+    """Parameters of a released model that a run cut, of which there is no run; None once the cut is deleted."""
+    if cell.model is None or cell.cut is None or not (cut_of(cell, out) / MANIFEST).is_file():
+        return None
+    return int(read_manifest(cut_of(cell, out)).before["params"])
+
+
 def gather(study: Study, out: Path) -> list[dict[str, Any]]:
     """Writes all records in one file, in the study's order, each with its arm and place, what ledgers prove, and the index.
 
@@ -275,6 +282,8 @@ def gather(study: Study, out: Path) -> list[dict[str, Any]]:
             }
             line |= {"recipe": {"cut": made.method["request"], "calibration": made.calibration}}
         line |= {"run": cell.name, "arm": cell.arm, "place": dict(cell.place)}
+        if (uncut := _uncut(cell, out)) is not None:
+            line["uncut"] = uncut
         if scored := _evaluations(cell, out):
             line["evaluations"] = scored
         if (timed := measured_of(cell, study, out)) is not None:
