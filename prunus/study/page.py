@@ -136,7 +136,6 @@ def of_study(found: Results) -> Page:
         page.notes.append(f"Nothing is known of what went into {', '.join(released)}; costs with parents leave that out.")
     for metric in found.metrics[:4]:
         _study_charts(page, found, metric)
-    for metric in found.metrics[:4]:
         for speed in dict.fromkeys(name for run in found.runs for name in run.milliseconds):
             _pareto(page, found, metric, speed)
     _curves(page, found)
