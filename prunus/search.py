@@ -1,9 +1,9 @@
 """Evolutionary search over the sizes of every axis. It sees sizes and losses, and no model (EvoPress, arXiv 2410.14649).
 
 A child is its parent with a few level switches: one axis gives units up and another of its kind, whose units cost as much,
-takes as many, so every child costs what the start did, or, where prices bend (milliseconds), is dropped if it costs more
-than the budget. Children are compared on few windows first, the best of them and
-their parent on all; the best of those is the next parent, so the loss on all windows never rises.
+takes as many, so every child costs what the start did; where prices bend (milliseconds), those above the budget are dropped.
+Children are compared on few windows first, the best of them and their parent on all; the best of those is the next parent, so
+the loss on all windows never rises.
 """
 
 from __future__ import annotations

@@ -508,11 +508,11 @@ def test_a_plan_names_a_study_as_it_is_written(tmp_path):
     assert code == 0 and "half [/b] [red]x: 1 runs" in said, err
 
 
-@pytest.mark.parametrize("rate", ["0", "-5", "nan"])
+@pytest.mark.parametrize("rate", ["0", "-5", "nan", "inf"])
 def test_plans_refuse_rates_that_are_none(rate, tmp_path):
     path = written(tmp_path, arms={"one": {"recipe": base(tmp_path)}}, grid={}, compare=[])
     code, said, err = cli("study", "plan", path, "--rate", rate)
-    assert code == 2 and not said and f"rate: {rate} is not above 0; give the FLOPs a second" in err
+    assert code == 2 and not said and f"rate: {rate} is not above 0 and finite; give the FLOPs a second" in err
     with pytest.raises(UserError, match="is not above 0"):
         plan(files.read(path), rate=float(rate))
 

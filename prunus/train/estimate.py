@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,11 @@ UNCLOCKED = (
 
 
 def check_rate(rate: float | None) -> None:
-    """UserError for a stated rate that is not above 0."""
-    if rate is not None and not rate > 0:
-        raise UserError(f"rate: {rate:g} is not above 0; give the FLOPs a second that training reaches, or leave it out")
+    """UserError for a stated rate that is not above 0 and finite."""
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(
+            f"rate: {rate:g} is not above 0 and finite; give the FLOPs a second that training reaches, or leave it out"
+        )
 
 
 @dataclass(frozen=True)
