@@ -237,7 +237,7 @@ def test_a_study_of_one_s_own_speaks(tmp_path):
                 ("--parent-params", "8B", "--target-params", "4.5B", "--tokens", "50B", "--rate", rate),
                 f"rate: {rate} is not above 0 and finite; give the FLOPs a second that training reaches, or leave it out",
             )
-            for rate in ("0", "-1", "nan")
+            for rate in ("0", "-1", "nan", "inf")
         ),
         (("nowhere", "--target-params", "2B", "--tokens", "1B"), "nowhere: no such file or folder"),
     ],
