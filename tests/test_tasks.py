@@ -143,6 +143,29 @@ def test_simple_rows_that_hold_other_things_are_refused(tmp_path):
         read(tmp_path, "arc_easy")
 
 
+UNSCORABLE = {  # as test splits have them whose answers are hidden, and as hands and converters spoil them
+    "piqa, hidden": ("piqa", {"label": -1}, "-1 is none of 2 answers"),
+    "piqa, empty": ("piqa", {"sol1": ""}, "an answer is no text"),
+    "hellaswag, hidden": ("hellaswag", {"label": ""}, "ctx_a.* say no right answer"),
+    "hellaswag, too few": ("hellaswag", {"endings": ["a"], "label": "2"}, "2 is none of 1 answers"),
+    "winogrande, hidden": ("winogrande", {"answer": ""}, "sentence.* say no right answer"),
+    "winogrande, no blank": ("winogrande", {"sentence": "nothing"}, "substring not found"),
+    "mmlu, by its letter": ("mmlu", {"answer": "C"}, "'C' is none of 4 answers"),
+    "sciq, no text": ("sciq", {"support": None}, "support is 'None', which is no text"),
+    "arc, hidden": ("arc_easy", {"gold": -1}, "query, choices, gold do not hold what they should"),
+    "boolq, by its word": ("boolq", {"label": "yes"}, "'yes' is none of 2 answers"),
+}
+
+
+@pytest.mark.parametrize("what", UNSCORABLE)
+def test_rows_that_cannot_be_scored_are_refused(what, tmp_path):
+    name, change, message = UNSCORABLE[what]
+    row = rows_of(name, 1)[0] | change
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, name)
+
+
 def test_questions_that_cannot_be_asked(data, tmp_path, monkeypatch):
     for wrong, message in (
         ({"tasks": ("piqa",)}, "give --task-data FOLDER, or --online"),

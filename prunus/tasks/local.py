@@ -13,7 +13,7 @@ import yaml
 
 from ..errors import UserError, unknown
 from ..reading import bytes_of
-from .table import MEANS, TASKS, Row, Task
+from .table import ANSWERS, MEANS, TASKS, Row, Task
 
 SPLITS = ("test", "validation", "dev")
 
@@ -85,15 +85,34 @@ def _row(task: Task, row: Any, place: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"task data: {place} is no object; a task file has one object a line")
     if all(column in row for column in task.columns):
-        return {column: row[column] for column in task.columns}
-    if task.adapt is not None and all(column in row for column in task.simple):
-        try:
-            return task.adapt(row)
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"task data: {place}: {', '.join(task.simple)} do not hold what they should ({error})") from None
-    wanted = task.simple if task.adapt is not None and set(task.simple) & set(row) else task.columns
-    missing = [column for column in wanted if column not in row]
-    raise UserError(f"task data: {place} has no {', '.join(missing)}; a row needs {', '.join(wanted)}")
+        return _checked(task, {column: row[column] for column in task.columns}, place)
+    if task.adapt is None or not all(column in row for column in task.simple):
+        wanted = task.simple if task.adapt is not None and set(task.simple) & set(row) else task.columns
+        missing = [column for column in wanted if column not in row]
+        raise UserError(f"task data: {place} has no {', '.join(missing)}; a row needs {', '.join(wanted)}")
+    try:
+        adapted = task.adapt(row)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"task data: {place}: {', '.join(task.simple)} do not hold what they should ({error})") from None
+    return _checked(task, adapted, place)
+
+
+def _checked(task: Task, row: Row, place: str) -> Row:
+    """The row; UserError for one that cannot be scored: lm-eval would stop at it, or count every answer as wrong."""
+    if wrong := [name for name in task.columns if name not in ANSWERS and not isinstance(row[name], str)]:
+        raise UserError(f"task data: {place}: {wrong[0]} is {str(row[wrong[0]])[:60]!r}, which is no text; mend the row")
+    try:
+        answers, right = task.answers(row)
+        if not all(isinstance(answer, str) and answer for answer in answers):
+            raise ValueError("an answer is no text")
+        if not isinstance(right, int) or not 0 <= right < len(answers):
+            raise ValueError(f"{right!r} is none of {len(answers)} answers")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"task data: {place}: {', '.join(task.columns)} say no right answer ({error}); mend the row, or give a split whose "
+            "answers are known"
+        ) from None
+    return row
 
 
 def write(found: Rows, folder: Path, library: Path) -> list[str]:
