@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -197,7 +198,12 @@ def _ask(source: Source, name: str, question: Question, asked: Asked | None, pro
         windows = question.options.pack(tokenizer, text, question.online)
         windows.check_fits(source.anatomy.shape.vocab_size, text)
         stage = f"{label} {windows.source}"[:24]
-        found.texts.append((perplexity(model(), windows, progress=partial(progress, stage)), windows))
+        figures = perplexity(model(), windows, progress=partial(progress, stage))
+        if not math.isfinite(figures.nll):
+            raise UserError(
+                f"{name}: its loss on {windows.source} is no finite number in {question.dtype}; use a --dtype of a wider range"
+            )
+        found.texts.append((figures, windows))
     if asked is not None:
         told = {"weights_sha256": source.sha256, "config": _config_digest(source), "tokenizer": fingerprint(tokenizer)}
         told |= {"dtype": question.dtype}

@@ -48,16 +48,20 @@ class Perplexity:
 
     def to_json(self) -> dict[str, Any]:
         """The figures that go into records."""
-        words = self.word_perplexity
         return {
-            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,  # JSON has no infinity
-            "word_perplexity": words if words is not None and math.isfinite(words) else None,
-            "bits_per_byte": self.bits_per_byte,
-            "loss": self.nll / self.num_predictions,
+            "perplexity": _finite(self.perplexity),
+            "word_perplexity": _finite(self.word_perplexity),
+            "bits_per_byte": _finite(self.bits_per_byte),
+            "loss": _finite(self.nll / self.num_predictions),
             "predictions": self.num_predictions,
             "bytes": self.num_bytes,
             "words": self.num_words,
         }
+
+
+def _finite(value: float | None) -> float | None:
+    """None where it is no number that JSON has: infinite, or that of a model whose logits are."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _exp(mean: float) -> float:

@@ -1,6 +1,7 @@
 """Tasks from files to scores: rows are refused or brought into form; lm-eval's own model says the same; nothing is run twice."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -8,9 +9,11 @@ import numpy as np
 import pipeline
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from prunus import appraisal
+from prunus import appraisal, cli
 from prunus.errors import UserError
+from prunus.evaluation import Perplexity
 from prunus.source import Source
 from prunus.tasks import run
 from prunus.tasks.local import named, read
@@ -262,6 +265,22 @@ def test_an_answer_longer_than_the_model_is_refused(data):
 # -- several models -----------------------------------------------------------------------------------------------------
 
 
+def test_a_model_that_overflows_has_no_scores(data, tmp_path, capsys):
+    folder = tmp_path / "large"
+    shutil.copytree(pipeline.folder("llama", 128), folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t * 1000 if "mlp" in n else t for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    asked = ["--dtype", "float16", "--json", "--record", str(tmp_path / "records.jsonl")]
+    text = ["-t", str(pipeline.text_file()), "--windows", "2", "--seq-len", "16"]
+    for what, message in (
+        (text, "no finite number in float16"),
+        (["--tasks", "piqa", "--task-data", str(data)], "are no numbers"),
+    ):
+        assert cli.run(["eval", str(folder), *what, *asked]) == 2
+        assert message in capsys.readouterr().err
+    assert Perplexity(math.nan, 3, 9, (), 2).to_json()["bits_per_byte"] is None  # of a comparison, which goes on
+
+
 def test_models_side_by_side(data, tmp_path):
     one, other = (str(pipeline.folder(case, 128)) for case in ("llama", "llama_tied"))
     question = appraisal.Question(
@@ -348,7 +367,6 @@ def test_all_full_windows():
 
 
 def test_models_write_behind_the_same_prompts(tmp_path, capsys):
-    from prunus import cli
 
     file = tmp_path / "prompts.txt"
     file.write_text("the cat sings\n\n[bold]under a moon\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,6 +170,8 @@ def _result(name: str, samples: Sequence[Mapping[str, Any]], key: Mapping[str, A
     metrics = [metric for metric in METRICS if metric in samples[0]]
     items = {metric: [float(sample[metric]) for sample in samples] for metric in metrics}
     log_probs = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples]
+    if any(math.isnan(value) for values in log_probs for value in values):  # lm-eval took the first of them for the best
+        raise UserError(f"tasks: {name}: the model's log-probabilities are no numbers; use a --dtype of a wider range")
     return Result(name, items, log_probs, key)
 
 
