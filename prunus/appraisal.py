@@ -29,7 +29,7 @@ from .source import Source
 from .tasks.run import Asked, Result, results, table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _OF_THE_FILE = ("_name_or_path", "transformers_version", "dtype")  # of a config: what changes no score by itself
 PROTOCOLS: Mapping[str, tuple[TextOptions, str]] = {
@@ -87,7 +87,9 @@ class Found:
 
     source: Source
     name: str  # its label, with a number where one before it has the same
-    texts: list[tuple[Perplexity, Windows]] = field(default_factory=list)
+    tokenizer: PreTrainedTokenizerBase
+    windows: list[Windows]  # of every text
+    texts: list[Perplexity] = field(default_factory=list)
     tasks: dict[str, Result] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
     judged: dict[str, Any] = field(default_factory=dict)  # against each other model
@@ -99,7 +101,10 @@ class Found:
             "model": self.name,
             "weights_sha256": opened.sha256,
             "params": opened.anatomy.num_params,
-            "texts": [figures.to_json() | {"text": windows.provenance()} for figures, windows in self.texts],
+            "texts": [
+                figures.to_json() | {"text": windows.provenance()}
+                for figures, windows in zip(self.texts, self.windows, strict=True)
+            ],
         }
         if self.tasks:
             out |= table(self.tasks)
@@ -135,7 +140,9 @@ def appraise(
             check_chat(source.tokenizer(), source.label)
     judge = _judge(question, opened)
     names = _names([source.label for source in opened])
-    found = [_ask(source, name, question, asked, progress) for source, name in zip(opened, names, strict=True)]
+    found = [_opened(source, name, question) for source, name in zip(opened, names, strict=True)]
+    for one in found:
+        _ask_(one, question, asked, progress)
     if judge is not None:
         for other in found[1:]:
             told = partial(progress, f"judge, {other.name}"[:24])
@@ -173,7 +180,7 @@ def _judge(question: Question, opened: Sequence[Source]) -> Judge | None:
 
 
 def _recipe(one: Found, question: Question) -> dict[str, Any]:
-    texts = [windows.provenance() for _, windows in one.texts]
+    texts = [windows.provenance() for windows in one.windows]
     recipe: dict[str, Any] = {"command": "eval", "model": one.source.label, "texts": texts, "dtype": question.dtype}
     recipe |= {"tasks": {name: dict(r.key) for name, r in one.tasks.items()}} if one.tasks else {}
     told = hashlib.sha256("\0".join(question.prompts).encode()).hexdigest()  # prompts have a licence of their own
@@ -183,9 +190,18 @@ def _recipe(one: Found, question: Question) -> dict[str, Any]:
     return recipe | ({"written": written} if question.prompts else {})
 
 
-def _ask(source: Source, name: str, question: Question, asked: Asked | None, progress: Progress) -> Found:
-    """One model's answers; its weights are read once, and only if something is left to compute."""
-    found, tokenizer = Found(source, name), source.tokenizer()
+def _opened(source: Source, name: str, question: Question) -> Found:
+    """A model that is ready to be asked: every text as its tokenizer cuts it. No weight is read."""
+    tokenizer, windows = source.tokenizer(), []
+    for text in question.texts:
+        windows.append(question.options.pack(tokenizer, text, question.online))
+        windows[-1].check_fits(source.anatomy.shape.vocab_size, text)
+    return Found(source, name, tokenizer, windows)
+
+
+def _ask_(found: Found, question: Question, asked: Asked | None, progress: Progress) -> None:
+    """Changes `found`: one model's answers. Its weights are read once, and only if something is left to compute."""
+    source, name, tokenizer = found.source, found.name, found.tokenizer
     loaded: list[PreTrainedModel] = []
 
     def model() -> PreTrainedModel:
@@ -194,16 +210,14 @@ def _ask(source: Source, name: str, question: Question, asked: Asked | None, pro
         return loaded[0]
 
     label = name[:16]
-    for text in question.texts:
-        windows = question.options.pack(tokenizer, text, question.online)
-        windows.check_fits(source.anatomy.shape.vocab_size, text)
+    for windows in found.windows:
         stage = f"{label} {windows.source}"[:24]
         figures = perplexity(model(), windows, progress=partial(progress, stage))
         if not math.isfinite(figures.nll):
             raise UserError(
                 f"{name}: its loss on {windows.source} is no finite number in {question.dtype}; use a --dtype of a wider range"
             )
-        found.texts.append((figures, windows))
+        found.texts.append(figures)
     if asked is not None:
         told = {"weights_sha256": source.sha256, "config": _config_digest(source), "tokenizer": fingerprint(tokenizer)}
         told |= {"dtype": question.dtype}
@@ -213,7 +227,6 @@ def _ask(source: Source, name: str, question: Question, asked: Asked | None, pro
             model(), tokenizer, question.prompts, new_tokens=question.new_tokens, chat=question.chat,
             progress=partial(progress, f"{label} writes"),
         )  # fmt: skip
-    return found
 
 
 def _config_digest(source: Source) -> str:
@@ -224,7 +237,7 @@ def _config_digest(source: Source) -> str:
 def _apart(one: Found, other: Found) -> dict[str, Any]:
     """How the first model differs: of texts nats a token, by windows where both read the same ones."""
     texts = []
-    for (mine, windows), (theirs, others) in zip(one.texts, other.texts, strict=True):
+    for mine, theirs, windows, others in zip(one.texts, other.texts, one.windows, other.windows, strict=True):
         same = windows.sha256 == others.sha256
         texts.append(
             {"source": windows.source, **(_loss_apart(mine, theirs, windows) if same else {"loss": None, "error": None})}

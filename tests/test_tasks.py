@@ -281,6 +281,14 @@ def test_a_model_that_overflows_has_no_scores(data, tmp_path, capsys):
     assert Perplexity(math.nan, 3, 9, (), 2).to_json()["bits_per_byte"] is None  # of a comparison, which goes on
 
 
+def test_texts_are_read_before_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("weights were read"))
+    texts = (str(pipeline.text_file()), str(tmp_path / "none.txt"))
+    question = appraisal.Question(texts, appraisal.TextOptions(4, 20))
+    with pytest.raises(UserError, match="no such text file"):
+        appraisal.appraise([str(pipeline.folder("llama", 128))], question)
+
+
 def test_models_side_by_side(data, tmp_path):
     one, other = (str(pipeline.folder(case, 128)) for case in ("llama", "llama_tied"))
     question = appraisal.Question(
