@@ -19,7 +19,7 @@ from .data.tokenizer import fingerprint
 from .data.windows import Windows
 from .errors import UserError, unknown
 from .evaluation import Perplexity, perplexity
-from .generations import check_chat, continuations
+from .generations import check_chat, check_lengths, continuations
 from .job import Progress, no_progress
 from .judge import Judge, verdicts
 from .judge import judge as judge_named
@@ -196,6 +196,8 @@ def _opened(source: Source, name: str, question: Question) -> Found:
     for text in question.texts:
         windows.append(question.options.pack(tokenizer, text, question.online))
         windows[-1].check_fits(source.anatomy.shape.vocab_size, text)
+    known, new = positions(source), question.new_tokens
+    check_lengths(tokenizer, question.prompts, source.label, known, new_tokens=new, chat=question.chat)
     return Found(source, name, tokenizer, windows)
 
 

@@ -65,6 +65,30 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, label: str) -> None:
         raise UserError(f"chat: the tokenizer of {label} has no chat template; drop --chat")
 
 
+def check_lengths(
+    tokenizer: PreTrainedTokenizerBase, asked: Sequence[str], label: str, most: int | None, *, new_tokens: int, chat: bool
+) -> None:
+    """UserError for a prompt behind which the model would leave the `most` positions that it knows; None: any."""
+    if most is None:
+        return
+    for i, prompt in enumerate(asked, 1):
+        size = _read(tokenizer, prompt, chat).shape[1]
+        if size + new_tokens > most:
+            raise UserError(
+                f"prompts: prompt {i} has {size} tokens, and with {new_tokens} new ones leaves the {most} positions that {label} "
+                "knows; shorten it, or lower --new-tokens"
+            )
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids of a prompt [1, T], as an answer in a chat is asked for if `chat`."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+    said = [{"role": "user", "content": prompt}]
+    made: Any = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return made["input_ids"]
+
+
 @torch.no_grad()
 @products.fast()
 def continuations(
@@ -80,13 +104,7 @@ def continuations(
     out = []
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for i, prompt in enumerate(asked):
-        read: Any
-        if chat:
-            said = [{"role": "user", "content": prompt}]
-            read = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        else:
-            read = tokenizer(prompt, return_tensors="pt")
-        ids = read["input_ids"]
+        ids = _read(tokenizer, prompt, chat)
         made: Any = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),

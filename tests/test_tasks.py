@@ -289,6 +289,17 @@ def test_texts_are_read_before_weights(tmp_path, monkeypatch):
         appraisal.appraise([str(pipeline.folder("llama", 128))], question)
 
 
+def test_prompts_longer_than_the_model_are_refused_before_weights(monkeypatch):
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("weights were read"))
+    source = str(pipeline.folder("llama", 128))
+    size = len(Source.open(source).tokenizer()("the cat")["input_ids"])
+    question = appraisal.Question(prompts=("the cat",), new_tokens=129 - size)
+    with pytest.raises(
+        UserError, match=f"prompt 1 has {size} tokens, and with {129 - size} new ones leaves the 128 positions"
+    ):
+        appraisal.appraise([source], question)
+
+
 def test_models_side_by_side(data, tmp_path):
     one, other = (str(pipeline.folder(case, 128)) for case in ("llama", "llama_tied"))
     question = appraisal.Question(
