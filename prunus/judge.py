@@ -112,7 +112,7 @@ class Program:
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1:] or ["and says nothing"]
             raise UserError(f"judge: {self.name} ended with code {done.returncode}: {said[0]}")
-        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        lines = [line for line in done.stdout.split("\n") if line.strip()]  # a reason may hold U+2028
         if len(lines) != len(pairs):
             raise UserError(
                 f"judge: {self.name} was asked {len(pairs)} times and wrote {len(lines)} lines; write one for each"

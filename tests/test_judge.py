@@ -12,6 +12,7 @@ from test_tasks import load
 
 from prunus import cli, judge
 from prunus.errors import UserError
+from prunus.generations import prompts
 from prunus.source import Source
 
 LONGER = """
@@ -20,6 +21,12 @@ for line in sys.stdin:
     pair = json.loads(line)
     one, other = len(pair["first"]), len(pair["second"])
     print(json.dumps({"winner": "tie" if one == other else "first" if one > other else "second"}))
+"""
+ECHO = """
+import json, sys
+sys.stdout.reconfigure(encoding="utf-8")
+for line in sys.stdin.buffer:
+    print(json.dumps({"winner": "first", "why": json.loads(line)["prompt"]}, ensure_ascii=False))
 """
 
 
@@ -85,6 +92,17 @@ def test_figures_of_verdicts():
     assert (said["wins"], said["losses"], said["ties"], said["swayed"], said["prompts"]) == (6, 2, 2, 1, 10)
     assert said["win_rate"] == 0.7 and said["p"] == pytest.approx(2 * (1 + 8 + 28) / 2**8)
     assert said["interval"][0] < 0.5 < 0.7 < said["interval"][1]
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    """A JSON string may hold breaks that are none of JSONL, such as U+2028, in prompts and in what a judge says."""
+    asked = [f"one{mark}line" for mark in "\u2028\u2029\u0085"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in asked), encoding="utf-8")
+    assert prompts(path) == tuple(asked)
+    by = judge.judge(program(tmp_path, ECHO), "float32")
+    said = by.decide([judge.Pair(text, "a", "b") for text in asked], lambda *_: None)
+    assert said == ["first"] * 3
 
 
 def test_a_program_judges_on_the_command_line(tmp_path, capsys):

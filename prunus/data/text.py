@@ -55,7 +55,7 @@ def rows_of(path: Path, what: str, *, line: str | None = None) -> list[Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what}: {path} cannot be read as text ({error})") from None
-    lines = [one for one in text.splitlines() if one.strip()]
+    lines = [one for one in text.split("\n") if one.strip()]  # no splitlines: a JSON string may hold other breaks, as U+2028
     try:
         if path.suffix.lower() in JSONL_SUFFIXES:
             return [json.loads(one) for one in lines]
