@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from .judge import judge as judge_named
 from .network import offline
 from .record import digest
 from .source import Source
+from .tables import told_apart
 from .tasks.run import Asked, Result, results, table
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def appraise(
         if question.chat:
             check_chat(source.tokenizer(), source.label)
     judge = _judge(question, opened)
-    names = _names([source.label for source in opened])
+    names = told_apart([source.label for source in opened])
     found = [_opened(source, name, question) for source, name in zip(opened, names, strict=True)]
     for one in found:
         _ask_(one, question, asked, progress)
@@ -156,15 +156,6 @@ def appraise(
     out |= {"prompts": question.prompts} if question.prompts else {}
     if len(found) > 1:
         out["against"] = [_apart(found[0], other) for other in found[1:]]
-    return out
-
-
-def _names(labels: Sequence[str]) -> list[str]:
-    """Labels made different, in order: of two folders called `model` the second is `model (2)`."""
-    out: list[str] = []
-    for label in labels:
-        tried = (label if i == 1 else f"{label} ({i})" for i in count(1))
-        out.append(next(name for name in tried if name not in out))
     return out
 
 

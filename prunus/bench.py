@@ -30,6 +30,7 @@ from .errors import UserError
 from .job import Progress, no_progress
 from .network import offline
 from .source import DTYPES, Source
+from .tables import told_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -278,8 +279,9 @@ def run(
         source.check_dtype(asked.dtype)
     models = [source.load(asked.dtype) for source in sources]
     rows: list[dict[str, Any]] = []
-    for source, model in zip(sources, models, strict=True):
-        row: dict[str, Any] = {"model": source.label, "weights_sha256": source.sha256}
+    names = told_apart([source.label for source in sources])
+    for name, source, model in zip(names, sources, models, strict=True):
+        row: dict[str, Any] = {"model": name, "weights_sha256": source.sha256}
         row |= counted(source, asked.dtype, max(asked.contexts))
         row["widths"] = [vars(found) for found in measure.slow_widths(source.anatomy.shape, DTYPES[asked.dtype])]
         rows.append(row | {"zeros": None if source.is_quantized else zeros(model, source.anatomy), "cells": []})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 _UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
@@ -40,6 +41,15 @@ def flags(request: Mapping[str, Any]) -> str:
             said = ",".join(map(str, value)) if isinstance(value, list) else value
             words.append(option if value is True else f"{option} {said}")
     return " ".join(words)
+
+
+def told_apart(labels: Sequence[str]) -> list[str]:
+    """Labels made different, in order: of two folders called `model` the second is `model (2)`."""
+    out: list[str] = []
+    for label in labels:
+        tried = (label if i == 1 else f"{label} ({i})" for i in count(1))
+        out.append(next(name for name in tried if name not in out))
+    return out
 
 
 def cell(text: str) -> str:

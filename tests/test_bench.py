@@ -1,6 +1,7 @@
 """What models cost to run: counts by hand, times from real runs, memory of a process of its own, and what is refused."""
 
 import json
+import shutil
 
 import pipeline
 import pytest
@@ -106,6 +107,10 @@ def test_on_the_command_line(tmp_path):
     cell = ("--threads", 1, "--batches", 1, "--contexts", 8, "--new-tokens", 2, "--repeats", 1)
     code, out, _ = cli("measure", pipeline.folder(), "--baseline", pipeline.folder("llama_tied"), *cell)
     assert code == 0 and "1 x 1 x 8" in out and "is so many times as fast as" in out and "peak memory" in out
+    folder = tmp_path / pipeline.folder().name
+    shutil.copytree(pipeline.folder(), folder)
+    out = cli("measure", pipeline.folder(), "--baseline", folder, *cell)[1]
+    assert f"{folder.name} is so many times as fast as {folder.name} (2)" in out
 
 
 # -- widths ---------------------------------------------------------------------------------------------------------------
