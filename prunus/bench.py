@@ -62,11 +62,15 @@ class Asked:
                 raise UserError(f"{name}: {', '.join(map(str, values)) or 'none'}; give numbers from 1 on, with commas")
         if self.new_tokens < 1 or self.repeats < 1:
             raise UserError("new_tokens and repeats: both must be at least 1")
+        if self.train and min(self.contexts) < 2:
+            raise UserError("contexts: 1 token has none behind it to learn; give 2 or more, or drop --train")
         if max(self.threads) > (most := cores()):
             raise UserError(
                 f"threads: {max(self.threads)} are more than the {most} cores of this machine; give at most that"
             )
         for source in sources:
+            if self.train and source.is_quantized:
+                raise UserError(f"train: {source.label} holds fewer bits, which have no gradients; drop --train")
             known = positions(source)
             if known is not None and max(self.contexts) + self.new_tokens > known:
                 raise UserError(

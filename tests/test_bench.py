@@ -90,6 +90,7 @@ WRONG = {
     "many threads": ({"threads": (4096,)}, "threads: 4096 are more than the"),
     "no repeats": ({"repeats": 0}, "both must be at least 1"),
     "long": ({"contexts": (63,)}, "63 tokens and 3 new ones are more than the 64 positions"),
+    "nothing to learn": ({"contexts": (8, 1), "train": True}, "give 2 or more, or drop --train"),
     "dtype": ({"dtype": "float31"}, "float32"),
 }
 
@@ -99,6 +100,12 @@ def test_wrong_cells(what):
     changes, message = WRONG[what]
     with pytest.raises(UserError, match=message):
         bench.Asked(**(vars(ASKED) | changes)).checked([Source.open(str(pipeline.folder("llama")))])
+
+
+def test_no_update_of_fewer_bits_is_timed(monkeypatch):
+    monkeypatch.setattr(Source, "is_quantized", True)
+    with pytest.raises(UserError, match="holds fewer bits, which have no gradients; drop --train"):
+        bench.Asked(**(vars(ASKED) | {"train": True})).checked([Source.open(str(pipeline.folder("llama")), quantized=True)])
 
 
 def test_on_the_command_line(tmp_path):
