@@ -372,6 +372,15 @@ def test_strided_windows_predict_every_token_once():
             appraisal.TextOptions(4, 16, **wrong).checked("evaluation", 64)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 5])
+def test_words_of_strided_windows_are_those_of_their_text(stride):
+    """A word that two windows share out is one: of a stride of 1 every token was a word."""
+    tokenizer, text = pipeline.tokenizer(), str(pipeline.text_file())
+    windows = appraisal.TextOptions(9, 16, stride=stride).pack(tokenizer, text, False)
+    whole = appraisal.TextOptions(1, 16 + 8 * stride).pack(tokenizer, text, False)
+    assert (windows.num_bytes, windows.num_words) == (whole.num_bytes, whole.num_words)
+
+
 def test_all_full_windows():
     tokenizer, text = pipeline.tokenizer(), str(pipeline.text_file())
     every = appraisal.TextOptions(0, 50).checked("evaluation", 64).pack(tokenizer, text, False)

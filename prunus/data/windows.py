@@ -114,6 +114,8 @@ def pack(
     spans = [
         (offsets[i * step + first][0], offsets[i * step + seq_len - 1][1]) for i, first in zip(chosen, fresh, strict=True)
     ]
+    if stride is not None:  # one piece of text: parts of a word that windows share out are no words
+        spans = [(spans[0][0], spans[-1][1])]
     under = [text[start:end] for start, end in spans]
     num_bytes = byte_level_bytes(tokenizer, torch.cat([row[first:] for row, first in zip(ids_NT, fresh, strict=True)]))
     if num_bytes is None:
