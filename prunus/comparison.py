@@ -123,6 +123,7 @@ class Setting:
     held_out: Windows
     calibrations: dict[int | None, Windows]  # seed -> windows
     about: dict[str, Any]
+    warnings: dict[int | None, str]  # seed -> what makes scores behind such windows doubtful
     findings: dict[Any, tuple[Findings, float]] = field(default_factory=dict)  # with the seconds of their passes
 
     def runs(self) -> Iterator[tuple[Plan | None, int | None]]:
@@ -192,16 +193,16 @@ def prepare(question: Question) -> Setting:
             calibrations[seed] = replace(options, seed=seed).pack(tokenizer, question.calibration, question.online)
             calibrations[seed].check_fits(vocab, question.calibration)
     overlaps = {seed: token_overlap(held_out.ids_NT.numpy(), w.ids_NT.flatten().numpy()) for seed, w in calibrations.items()}
-    said = (overlap.warning("the evaluation text", "the calibration text") for overlap in overlaps.values())
+    said = {seed: found.warning("the evaluation text", "the calibration text") for seed, found in overlaps.items()}
     about = {
         "format": FORMAT,
         "source": source.label,
         "source_sha256": source.sha256,
         "evaluation": held_out.provenance(),
         "dtype": question.dtype,
-        "warnings": sorted({text for text in said if text is not None}),
     }
-    return Setting(question, source, plans, held_out, calibrations, about)
+    warnings = {seed: text for seed, text in said.items() if text is not None}
+    return Setting(question, source, plans, held_out, calibrations, about, warnings)
 
 
 def _planned(source: Source, method: str, ratio: float) -> Plan:
@@ -293,6 +294,8 @@ def _figures(setting: Setting, plan: Plan | None, seed: int | None, progress: Pr
             "model_type": outcome.target.config.model_type,
             "notes": list(outcome.notes),
         }
+        if plan.needs_text and seed in setting.warnings:
+            figures["warning"] = setting.warnings[seed]
         model, target = outcome.model, outcome.target.anatomy
         del outcome
     figures |= {"shape": target.shape.describe()}

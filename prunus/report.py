@@ -117,7 +117,7 @@ def _notes(about: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[
         f"perplexity and bits per byte: {_text(scored)} ({drawn}), no BOS, {scored['seq_len'] - 1:,} predictions a window, "
         f"{about['dtype']}; no run was trained"
     ]
-    notes += [f"warning: {text}" for text in about.get("warnings", ())]
+    notes += [f"warning: {text}" for text in sorted({r["figures"]["warning"] for r in runs if "warning" in r["figures"]})]
     if calibrated:
         draws = f"draws by seed {', '.join(map(str, seeds))}" if seeds else "the first ones"
         notes.append(f"calibration: {'; '.join(calibrated)} ({draws})")

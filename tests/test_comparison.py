@@ -411,3 +411,8 @@ def test_calibration_on_the_evaluation_text_is_warned_of(tmp_path):
         and "warning: " in out + err
         and "do not measure unseen text" in (tmp_path / "cmp" / "comparison.md").read_text()
     )
+    text = ("-t", pipeline.text_file(), "--eval-windows", 3, "--eval-seq-len", 16, "--no-latency", "-o", tmp_path / "cmp")
+    code, out, _ = cli("compare-methods", pipeline.folder(), "-m", "magnitude", "-r", 0.4, *text)
+    assert (
+        code == 0 and "flap" in out and "do not measure unseen text" in out
+    )  # the row is still there, and so is its warning
