@@ -158,9 +158,10 @@ def _compared(axes: Axes, rows: Sequence[Mapping[str, Any]], values: Sequence[fl
     everything = [row["perplexity"]["mean"] for row in rows]
     scale = log_if_wide(axes, everything) if everything else ""
     tidy(axes, x=label, y=f"perplexity{scale}")
+    several = len({row["calibration"] for row in rows} - {""}) > 1
     series: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
     for row, value in zip(rows, values, strict=True):
-        found = series.setdefault(_series(row), [])
+        found = series.setdefault(_series(row, several), [])
         if value is not None:
             found.append((value, row))
     for points in (points for name, points in series.items() if name == "dense"):
@@ -188,7 +189,7 @@ def _compared(axes: Axes, rows: Sequence[Mapping[str, Any]], values: Sequence[fl
         )
 
 
-def _series(row: Mapping[str, Any]) -> str:
-    """A method with its options: what one line joins."""
+def _series(row: Mapping[str, Any], several: bool) -> str:
+    """A method with its options, and of `several` calibration texts its own: what one line joins."""
     words = row["flags"].replace(f"--ratio {row['ratio']}", "").split()
-    return " ".join([row["method"], *words])
+    return " ".join([row["method"], *words]) + (f", {row['calibration']}" if several and row["calibration"] else "")

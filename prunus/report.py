@@ -18,12 +18,13 @@ Spread = dict[str, float]  # mean, min, max over draws of calibration windows
 def comparison(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One row a method, request and calibration text, the dense model first; of several runs of one recipe the newest."""
     groups: dict[tuple[Any, ...], dict[Any, Mapping[str, Any]]] = {}
+    texts = _calibrations(records)
     for r in records:
-        request, calibration = r["recipe"]["request"], r["recipe"]["calibration"]
-        group = (DENSE, "", "") if request is None else (request["method"], flags(request), _text(calibration))
+        request = r["recipe"]["request"]
+        group = (DENSE, "", "") if request is None else (request["method"], flags(request), texts[_origin(r["recipe"])])
         groups.setdefault(group, {})[r["recipe"]["seed"]] = r
     order = [DENSE, *METHODS]
-    rows = [_row(list(found.values())) for found in groups.values()]
+    rows = [_row(list(found.values()), group[2]) for group, found in groups.items()]
     rows.sort(
         key=lambda row: (
             order.index(row["method"].partition("+")[0]),
@@ -40,7 +41,7 @@ def _ratio(row: Mapping[str, Any]) -> str:
     return f"--ratio {row['ratio']}"
 
 
-def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _row(runs: Sequence[Mapping[str, Any]], calibration: str) -> dict[str, Any]:
     recipe, figures = runs[0]["recipe"], [r["figures"] for r in runs]
     request = recipe["request"] or {}
     ratios = [f.get("ratios", {}) for f in figures]
@@ -50,7 +51,7 @@ def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "request": recipe["request"],
         "flags": flags(request),
         "ratio": request.get("ratio"),
-        "calibration": _text(recipe["calibration"]),
+        "calibration": calibration,
         "draws": len(runs),
         "removed_of_block": _mean(r.get("removed_of_block", 0.0) for r in ratios),
         "sparsity": _mean(r["sparsity"] for r in ratios) if "sparsity" in ratios[0] else None,
@@ -107,10 +108,29 @@ def _text(provenance: Mapping[str, Any] | None) -> str:
     return f"{provenance['windows']} windows of {provenance['seq_len']:,} tokens of {provenance['source']}{which}"
 
 
+Origin = tuple[str, bool, str | None]  # windows of a text in words, whether they are drawn, and the file's SHA-256
+
+
+def _origin(recipe: Mapping[str, Any]) -> Origin:
+    """What a row's runs have in common of their calibration windows: draws of one text are not its first windows."""
+    found = recipe["calibration"]
+    return _text(found), recipe["seed"] is not None, None if found is None else found.get("source_sha256")
+
+
+def _calibrations(records: Iterable[Mapping[str, Any]]) -> dict[Origin, str]:
+    """Each in words that no other has: files of one name are told apart by how their SHA-256 begins."""
+    origins = dict.fromkeys(_origin(r["recipe"]) for r in records)
+    out = {}
+    for text, drawn, sha256 in origins:
+        several = len({other for name, _, other in origins if name == text}) > 1
+        out[text, drawn, sha256] = text + (f" ({sha256[:8]})" if several and sha256 else "") + (", drawn" if drawn else "")
+    return out
+
+
 def _notes(about: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Everything that a reader of the table must know to believe it."""
     scored = about["evaluation"]
-    calibrated = sorted({_text(r["recipe"]["calibration"]) for r in runs} - {""})
+    calibrated = sorted({(drawn, text) for text, drawn, _ in map(_origin, (r["recipe"] for r in runs)) if text})
     seeds = sorted({r["recipe"]["seed"] for r in runs} - {None})
     drawn = f"seed {scored['seed']}" if scored["seed"] is not None else "the first ones"
     notes = [
@@ -119,8 +139,8 @@ def _notes(about: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[
     ]
     notes += [f"warning: {text}" for text in sorted({r["figures"]["warning"] for r in runs if "warning" in r["figures"]})]
     if calibrated:
-        draws = f"draws by seed {', '.join(map(str, seeds))}" if seeds else "the first ones"
-        notes.append(f"calibration: {'; '.join(calibrated)} ({draws})")
+        how = {True: f"draws by seed {', '.join(map(str, seeds))}", False: "the first ones"}
+        notes.append(f"calibration: {'; '.join(f'{text} ({how[drawn]})' for drawn, text in calibrated)}")
     if seeds:
         notes.append("several draws: means, and in brackets the lowest and the highest")
     notes.append(

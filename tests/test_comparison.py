@@ -381,6 +381,20 @@ def test_two_calibration_texts_are_two_rows():
     ]  # fmt: skip
 
 
+def test_draws_are_no_first_windows_and_files_of_one_name_are_two():
+    """A folder that was asked about the first windows, then about draws, then about another file: means of none are mixed."""
+    asked = {"method": "flap", "ratio": 0.2}
+    runs = [a_record(asked, 2.0), a_record(asked, 4.0, 0), a_record(asked, 6.0, 1), a_record(asked, 9.0)]
+    for run, sha256 in zip(runs, ("a" * 64, "a" * 64, "a" * 64, "b" * 64), strict=True):
+        run["recipe"]["calibration"] = {**run["recipe"]["calibration"], "source_sha256": sha256}
+    result = report.comparison(ABOUT, [a_record(None, 1.0), *runs])
+    found = {row["calibration"]: (row["draws"], row["perplexity"]["mean"]) for row in result["rows"][1:]}
+    text = "2 windows of 8 tokens of t"
+    assert found == {f"{text} (aaaaaaaa)": (1, 2.0), f"{text} (aaaaaaaa), drawn": (2, 5.0), f"{text} (bbbbbbbb)": (1, 9.0)}
+    assert f"calibration: {text} (the first ones); {text} (draws by seed 0, 1)" in result["notes"]
+    assert len({plots._series(row, True) for row in result["rows"]}) == 4
+
+
 def test_the_recipe_names_all_that_changes_a_figure():
     """Each change of the question makes a new run; the batch size does not."""
     base = Question(

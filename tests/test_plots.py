@@ -161,7 +161,8 @@ def a_row(method, ratio, perplexity, params, ms=None, sparsity=None, reach=0.0):
     times = None if ms is None else {"mean": ms, "min": ms, "max": ms}
     flags = "" if ratio is None else f"--ratio {ratio}"
     return {"method": method, "ratio": ratio, "flags": flags, "perplexity": spread, "params": params, "flops": 2 * params,
-            "prefill_ms": times, "decode_ms": times, "prompt_tokens": 8 if ms else None, "sparsity": sparsity}  # fmt: skip
+            "prefill_ms": times, "decode_ms": times, "prompt_tokens": 8 if ms else None, "sparsity": sparsity,
+            "calibration": ""}  # fmt: skip
 
 
 def compared(rows, tmp_path, monkeypatch):
