@@ -31,6 +31,7 @@ from .tasks.run import Asked, Result, results, table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+NEW_TOKENS = 64  # behind a prompt
 _OF_THE_FILE = ("_name_or_path", "transformers_version", "dtype")  # of a config: what changes no score by itself
 PROTOCOLS: Mapping[str, tuple[TextOptions, str]] = {
     "sixteen": (EVALUATION, "the first 16 windows of 1,024 tokens"),
@@ -59,7 +60,7 @@ class Question:
     task_data: Path | None = None
     limit: int | None = None  # the first rows of a task
     prompts: tuple[str, ...] = ()  # what models write behind them is told, not scored
-    new_tokens: int = 64
+    new_tokens: int = NEW_TOKENS
     chat: bool = False
     judge: str | None = None  # says whose answers are better: program:COMMAND or model:SOURCE
     dtype: str = "float32"
@@ -72,6 +73,12 @@ class Question:
             raise UserError("eval: nothing to score; give --text FILE, --tasks NAMES, --prompts FILE, or several of them")
         if self.new_tokens < 1:
             raise UserError(f"new_tokens: {self.new_tokens} tokens behind a prompt are too few; give at least 1")
+        if not self.texts and self.options != EVALUATION:
+            raise UserError(
+                "text: what says how windows are cut, or which documents, belongs to --text; name a file, or drop it"
+            )
+        if not self.prompts and (self.chat or self.new_tokens != NEW_TOKENS):
+            raise UserError("prompts: --chat and --new-tokens belong to --prompts; name a file, or drop them")
         if self.judge is not None and not self.prompts:
             raise UserError("judge: it compares what is written behind prompts; name them with --prompts, or drop --judge")
         if not self.tasks:

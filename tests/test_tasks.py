@@ -175,6 +175,9 @@ def test_questions_that_cannot_be_asked(data, tmp_path, monkeypatch):
         ({"tasks": ("piqa",), "task_data": tmp_path / "none"}, "no such file or folder"),
         ({"tasks": ("piqa",), "task_data": data, "limit": 0}, "limit: 0 items"),
         ({"texts": ("x",), "limit": 3}, "belong to --tasks"),
+        ({"prompts": ("x",), "options": replace(appraisal.EVALUATION, stride=512)}, "belongs to --text"),
+        ({"texts": ("x",), "chat": True}, "belong to --prompts"),
+        ({"texts": ("x",), "new_tokens": 5}, "belong to --prompts"),
         ({}, "nothing to score"),
     ):
         with pytest.raises(UserError, match=message):
