@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from prunus import bench, measure, record
+from prunus.anatomy import Anatomy
+from prunus.source import Source
 
 _BYTES = 256 << 20  # larger than any cache
 
@@ -39,16 +41,20 @@ def rates(threads: list[int], dtype: str) -> dict[int, dict[str, float]]:
     return found
 
 
-def beside_floor(row: dict[str, Any], found: dict[int, dict[str, float]]) -> list[dict[str, Any]]:
+def products(anatomy: Anatomy, context: int) -> tuple[float, float]:
+    """FLOPs that run for a prompt, of whose tokens the last alone has logits, and for a token behind it."""
+    head = 2 * anatomy.shape.vocab_size * anatomy.shape.hidden_size
+    return anatomy.flops(context) - (context - 1) * head, anatomy.flops(context) / context
+
+
+def beside_floor(row: dict[str, Any], found: dict[int, dict[str, float]], anatomy: Anatomy) -> list[dict[str, Any]]:
     """Each cell's times with how often the floor fits into them."""
     out = []
     for cell in row["cells"]:
         rate = found[cell["threads"]]
-        prompt_s = cell["batch"] * cell["context"] * row["flops_per_token"] / rate["flops_per_s"]
+        prompt, token = (cell["batch"] * flops / rate["flops_per_s"] for flops in products(anatomy, cell["context"]))
         cache = cell["batch"] * cell["context"] * row["kv_bytes_per_token"]
-        token_s = max(
-            (row["weight_bytes"] + cache) / rate["bytes_per_s"], cell["batch"] * row["flops_per_token"] / rate["flops_per_s"]
-        )
+        prompt_s, token_s = prompt, max((row["weight_bytes"] + cache) / rate["bytes_per_s"], token)
         out.append(
             {
                 "threads": cell["threads"], "batch": cell["batch"], "context": cell["context"],
@@ -76,7 +82,8 @@ def main() -> None:
     )
     found = bench.run(a.sources, asked, record=a.record)
     floors = rates(a.threads, a.dtype)
-    rows = {row["model"]: beside_floor(row, floors) for row in found["models"]}
+    opened = [Source.open(source, quantized=True).anatomy for source in a.sources]
+    rows = {row["model"]: beside_floor(row, floors, one) for row, one in zip(found["models"], opened, strict=True)}
     for name, cells in rows.items():
         for cell in cells:
             print(

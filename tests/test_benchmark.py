@@ -10,17 +10,27 @@ import pipeline
 import pytest
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.anatomy import Anatomy
 from prunus.builders import make_plan
 from prunus.methods import ONE_SHOT
 from prunus.planning import Plan
 
-SPEC = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "benchmarks" / "oneshot.py")
-assert SPEC is not None and SPEC.loader is not None
-bench = importlib.util.module_from_spec(SPEC)
-sys.modules["bench"] = bench  # dataclasses look their module up
-SPEC.loader.exec_module(bench)
+
+def script(name: str):
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(
+        f"bench_{name}", Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    )
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made  # dataclasses look their module up
+    spec.loader.exec_module(made)
+    return made
+
+
+bench = script("oneshot")
 
 
 def plan(name: str, config) -> Plan:
@@ -74,3 +84,13 @@ def test_bare_gradients_are_of_block_matrices_alone():
     assert wanted == {n for n, t in anatomy.tensors.items() if t.is_matrix and t.layer is not None}
     for parameter, flag in zip(model.parameters(), before, strict=True):
         parameter.requires_grad_(flag)
+
+
+def test_a_prompt_s_floor_is_of_the_products_that_run():
+    """Counted as they run: a floor that held the head of every token came out above the time itself."""
+    model = pipeline.model("llama")
+    anatomy = Anatomy.of(model.config)
+    ids = torch.randint(3, 200, (1, 16))
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    assert script("measure").products(anatomy, 16)[0] == counted.get_total_flops() < anatomy.flops(16)
