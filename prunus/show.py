@@ -187,6 +187,10 @@ def evaluation(result: dict[str, Any]) -> None:
         apart = f", {text['stride']} apart" if "stride" in text else ""
         drawn = f"{text['windows']} windows of {text['seq_len']} tokens{apart} of {text['source']}{which}"
         console.print(f"on {drawn}; no BOS, {rows[0]['predictions']:,} predictions, {result['dtype']}")
+        for other in result.get("against", ()):
+            if (found := other["texts"][i])["loss"] is not None:  # else the two read other tokens
+                error = "" if found["error"] is None else f" ± {found['error']:.4f}"
+                console.print(Text(f"{models[0]['model']} less {other['model']}: {found['loss']:+.4f}{error} nats a token"))
     if "tasks" in models[0]:
         console.print(_task_table(result))
         console.print(f"± the standard error of that score; {result['dtype']}, zero-shot, by lm-eval")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunus import appraisal, cli
+from prunus import appraisal, cli, show
 from prunus.errors import UserError
 from prunus.evaluation import Perplexity
 from prunus.source import Source
@@ -303,7 +303,7 @@ def test_prompts_longer_than_the_model_are_refused_before_weights(monkeypatch):
         appraisal.appraise([source], question)
 
 
-def test_models_side_by_side(data, tmp_path):
+def test_models_side_by_side(data, tmp_path, capsys):
     one, other = (str(pipeline.folder(case, 128)) for case in ("llama", "llama_tied"))
     question = appraisal.Question(
         (str(pipeline.text_file()),), appraisal.TextOptions(4, 20), named("seven"), data, dtype="float32"
@@ -324,6 +324,9 @@ def test_models_side_by_side(data, tmp_path):
     )
     (text,) = apart["texts"]
     assert text["loss"] == pytest.approx(first["texts"][0]["loss"] - second["texts"][0]["loss"]) and text["error"] > 0
+    show.evaluation(found)
+    told = f"less {second['model']}: {text['loss']:+.4f} ± {text['error']:.4f} nats a token"
+    assert told in " ".join(capsys.readouterr().out.split())
     assert len(log.read_text(encoding="utf-8").splitlines()) == 3 and str(data) not in log.read_text(encoding="utf-8")
     assert len(found["notes"]) == 7
 
