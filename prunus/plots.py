@@ -117,7 +117,7 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> str:
 def comparison(result: Mapping[str, Any], path: Path) -> None:
     """Perplexity against parameters, FLOPs and, where they were measured, milliseconds; a line a method, a point a ratio."""
     rows = [row for row in result["rows"] if row["perplexity"] is not None]
-    lost = [f"{row['method']} {row['flags']}" for row in result["rows"] if row["perplexity"] is None]
+    lost = [f"{row['method']} {row['flags']}".rstrip() for row in result["rows"] if row["perplexity"] is None]
     sizes: list[tuple[str, list[float | None]]] = [
         ("parameters, millions", [row["params"] / 1e6 for row in rows]),
         (
@@ -127,7 +127,7 @@ def comparison(result: Mapping[str, Any], path: Path) -> None:
         (f"prefill{_tokens(result)}, ms", [_mean(row["prefill_ms"]) for row in rows]),
         ("decode, ms a token", [_mean(row["decode_ms"]) for row in rows]),
     ]
-    panels = [(label, values) for label, values in sizes if any(v is not None for v in values)]
+    panels = sizes[:2] + [(label, values) for label, values in sizes[2:] if any(v is not None for v in values)]
     drawn = figure(10.0, 4.6 * -(-len(panels) // 2))
     grid = drawn.subplots(-(-len(panels) // 2), 2, sharey=True, squeeze=False).flat
     for i, (axes, (label, values)) in enumerate(zip(grid, panels, strict=True)):
@@ -135,7 +135,8 @@ def comparison(result: Mapping[str, Any], path: Path) -> None:
         if i % 2:
             axes.set_ylabel("")
     handles, labels = next(iter(drawn.axes)).get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize="small")
+    if labels:
+        drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize="small")
     title = (
         f"{result['about']['source']} cut in one shot, not trained: perplexity on {result['about']['evaluation']['source']}"
     )

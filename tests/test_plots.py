@@ -191,6 +191,11 @@ def test_a_line_a_method_and_a_point_a_ratio(tmp_path, monkeypatch):
         assert list(line.get_xdata()) == pytest.approx(sizes) and list(line.get_ydata()) == [12.0, 90.0]
 
 
+def test_where_nothing_is_finite_it_says_so(tmp_path, monkeypatch):
+    figure = compared([a_row("dense", None, None, 100), a_row("flap", 0.2, None, 80)], tmp_path, monkeypatch)
+    assert len(figure.axes) == 2 and "not drawn, perplexity not finite: dense, flap --ratio 0.2" in figure.get_suptitle()
+
+
 def test_without_times_there_are_two_panels(tmp_path, monkeypatch):
     rows = [a_row("dense", None, 10.0, 100), a_row("flap", 0.2, 12.0, 80)]
     assert len(compared(rows, tmp_path, monkeypatch).axes) == 2
