@@ -320,6 +320,24 @@ def test_a_page_shows_what_the_tables_say(tmp_path):
     assert cli("report", out)[0] == 2 and cli("report", out, "--overwrite")[0] == 0
 
 
+def test_a_line_is_of_one_place_whatever_its_values_hold(tmp_path):
+    """Commas and equal signs are in values, too; a batch's tokens are not a run's."""
+    lines = [
+        line(arm, s, loss, ratio=r, name=f"{arm}{r}{len(at)}{s}")
+        | {"place": {"cut.ratio": r, "mix": at, "batch_tokens": 8, "seed": s}}
+        for arm, loss in (("P-R", 3.0), ("S", 3.4))
+        for r in (0.3, 0.6)
+        for at in (["a, b=1"], ["a, b=1", "c"])
+        for s in (0, 1)
+    ]
+    found = results.load(folder(tmp_path, lines))
+    made = page._advantages(found, results.LOSS, "cut.ratio", 1.0)
+    assert {one.name: len(one.points) for one in made} == {"P-R - S, ['a, b=1'] 8": 2, "P-R - S, ['a, b=1', 'c'] 8": 2}
+    assert page.by_place(found, results.LOSS, 1.0, "training-tokens")[1] == [
+        f"{r}, {at}, 8" for r in (0.3, 0.6) for at in (["a, b=1"], ["a, b=1", "c"])
+    ]
+
+
 def timed(one, decode):
     cell = {"first_token_ms": {"median": 10 * decode}, "decode_ms": {"median": decode}}
     return one | {"measured": {"models": [{"cells": [cell]}]}}

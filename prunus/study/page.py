@@ -28,7 +28,7 @@ from ..train.listing import begun, finished, logged
 from ..train.opening import LEDGER, RECIPE
 from .charts import STYLE, Point, Series, chart, leads
 from .formats import Table, tables
-from .results import LOSS, STUDY, Metric, Results, Run, differences, half_interval, is_loss, is_seed, load, standard_error
+from .results import LOSS, STUDY, Metric, Results, Run, differences, is_loss, is_seed, last, load, reach_of
 
 _SCRIPT = """
 for (const head of document.querySelectorAll("th")) {
@@ -170,7 +170,7 @@ def _found(found: Results) -> list[str]:
 def _study_charts(page: Page, found: Results, metric: Metric) -> None:
     name = " ".join(metric)
     scale = 1.0 if is_loss(metric) else 100.0
-    if any(_last(key) == "tokens" for run in found.runs for key in run.place):
+    if any(last(key) == "tokens" for run in found.runs for key in run.place):
         lines = _by_tokens(found, metric, scale)
         note = "means over seeds, ± half of their 95 % interval"
         page.draw(f"{name} against tokens", note, lines, x="tokens trained on", y=name, log_x=True)
@@ -198,7 +198,7 @@ def _study_charts(page: Page, found: Results, metric: Metric) -> None:
             known=arms_of(found),
         )
     note = "first arm less second" + ("; below zero the first is better" if is_loss(metric) else "")
-    for key in dict.fromkeys(k for run in found.runs for k in run.place if _last(k) == "ratio"):
+    for key in dict.fromkeys(k for run in found.runs for k in run.place if last(k) == "ratio"):
         lines = _advantages(found, metric, key, scale)
         page.draw(f"Advantage on {name} by ratio", note, lines, x="share removed", y="difference", zero=True)
 
@@ -208,9 +208,9 @@ def by_place(found: Results, metric: Metric, scale: float, protocol: str) -> tup
     pairs: dict[str, list[tuple[str, Point]]] = {}
     sign = -scale if is_loss(metric) else scale
     for one in differences(found):
-        if one.metric == metric and one.protocol == protocol and "tokens=" not in one.group:
+        if one.metric == metric and one.protocol == protocol and "tokens" not in map(last, one.place):
             name = " over ".join(one.arms)
-            row = ", ".join(part.split("=", 1)[-1] for part in one.group.split(", ")) or one.arms[0]
+            row = ", ".join(map(str, one.place.values())) or one.arms[0]
             error = None if one.reach is None else scale * one.reach
             seeds = f"{one.seeds} seed{'s' if one.seeds > 1 else ''}"
             pairs.setdefault(name, []).append((row, Point(sign * one.mean, 0, error, seeds)))
@@ -232,7 +232,7 @@ def _pareto(page: Page, found: Results, metric: Metric, speed: str) -> None:
     for (arm, group), runs in groups.items():
         values = [scale * run.scores[metric].value for run in runs]
         at = statistics.fmean(run.milliseconds[speed] for run in runs)
-        arms.setdefault(arm, []).append(Point(at, statistics.fmean(values), _error(values), group))
+        arms.setdefault(arm, []).append(Point(at, statistics.fmean(values), reach_of(values), group))
     best, front = math.inf, []
     sign = 1 if is_loss(metric) else -1
     for point in sorted((p for points in arms.values() for p in points), key=lambda p: (p.x, sign * p.y)):
@@ -253,28 +253,19 @@ def arms_of(found: Results) -> list[str]:
     return list(dict.fromkeys(run.arm for run in found.runs))
 
 
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
 def _by_tokens(found: Results, metric: Metric, scale: float) -> list[Series]:
     """Means over seeds, a line for every arm and place."""
     lines: dict[str, dict[float, list[float]]] = {}
     for run in found.runs:
         if metric in run.scores and run.tokens:
-            place = ", ".join(str(v) for k, v in run.place.items() if not is_seed(k) and _last(k) != "tokens")
+            place = ", ".join(str(v) for k, v in run.place.items() if not is_seed(k) and last(k) != "tokens")
             name = f"{run.arm}, {place}" if place else run.arm
             lines.setdefault(name, {}).setdefault(float(run.tokens), []).append(scale * run.scores[metric].value)
     out = []
     for name, points in lines.items():
-        drawn = [Point(at, statistics.fmean(ys), _error(ys), f"{len(ys)} runs") for at, ys in sorted(points.items())]
+        drawn = [Point(at, statistics.fmean(ys), reach_of(ys), f"{len(ys)} runs") for at, ys in sorted(points.items())]
         out.append(Series(name, tuple(drawn)))
     return out
-
-
-def _error(values: Sequence[float]) -> float | None:
-    error = standard_error(values)
-    return None if error is None else half_interval(error, len(values))
 
 
 def _advantages(found: Results, metric: Metric, key: str, scale: float) -> list[Series]:
@@ -282,15 +273,13 @@ def _advantages(found: Results, metric: Metric, key: str, scale: float) -> list[
     for one in differences(found):
         if one.metric != metric:
             continue
-        parts = dict(part.split("=", 1) for part in one.group.split(", ") if "=" in part)
-        try:
-            at = float(parts.pop(_last(key)))
-        except (KeyError, ValueError):
+        at = one.place.get(key)
+        if not isinstance(at, int | float):  # a share, not the name of one
             continue
-        more = f", {' '.join(parts.values())}" if parts else ""
-        name = f"{' - '.join(one.arms)}{more}"
+        others = [str(value) for other, value in one.place.items() if other != key]
+        name = ", ".join([" - ".join(one.arms), *([" ".join(others)] if others else [])])
         error = None if one.reach is None else scale * one.reach
-        lines.setdefault(name, []).append(Point(at, scale * one.mean, error, f"{one.seeds} seeds"))
+        lines.setdefault(name, []).append(Point(float(at), scale * one.mean, error, f"{one.seeds} seeds"))
     return [Series(name, tuple(sorted(points, key=lambda p: p.x))) for name, points in lines.items()]
 
 

@@ -63,7 +63,7 @@ class Run:
     @property
     def group(self) -> str:
         """Its place without seeds."""
-        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.place.items() if not is_seed(key))
+        return _told(self.place)
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Run:
@@ -114,7 +114,16 @@ def _milliseconds(timed: Mapping[str, Any] | None) -> dict[str, float]:
 
 def is_seed(key: str) -> bool:
     """Whether a grid key tells repetitions of one thing apart."""
-    return key.rpartition(".")[2] == "seed"
+    return last(key) == "seed"
+
+
+def last(key: str) -> str:
+    """A grid key without the tables that it lies in."""
+    return key.rpartition(".")[2]
+
+
+def _told(place: Mapping[str, Any]) -> str:
+    return ", ".join(f"{last(key)}={value}" for key, value in place.items() if not is_seed(key))
 
 
 def is_loss(metric: Metric) -> bool:
@@ -258,6 +267,12 @@ def half_interval(error: float, count: int) -> float:
     return error * (z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2))
 
 
+def reach_of(values: Sequence[float]) -> float | None:
+    """Half of the 95 % interval of the mean of what was drawn; None of one value."""
+    error = standard_error(values)
+    return None if error is None else half_interval(error, len(values))
+
+
 # -- differences ------------------------------------------------------------------------------------------------------------
 
 
@@ -267,13 +282,18 @@ class Difference:
 
     protocol: str
     arms: tuple[str, str]
-    group: str
+    place: Mapping[str, Any]  # without seeds
     metric: Metric
     values: tuple[float, float]  # means over the seeds that both have
     mean: float
     error: float | None  # standard error over seeds; None of one seed
     seeds: int
     noise: float | None  # of one seed: the items' standard error of the second arm's score, the rule of the papers
+
+    @property
+    def group(self) -> str:
+        """The place in words."""
+        return _told(self.place)
 
     @property
     def reach(self) -> float | None:
@@ -298,15 +318,18 @@ def differences(found: Results) -> list[Difference]:
         first, *others = part["arms"]
         for other in others:
             groups: dict[str, list[tuple[Run, Run]]] = {}
+            places: dict[str, Mapping[str, Any]] = {}
             for one, two in _pairs(found, first, other):
-                groups.setdefault((one if len(one.place) >= len(two.place) else two).group, []).append((one, two))
+                wide = one if len(one.place) >= len(two.place) else two
+                groups.setdefault(wide.group, []).append((one, two))
+                places[wide.group] = {key: value for key, value in wide.place.items() if not is_seed(key)}
             for group, pairs in groups.items():
                 for metric in found.metrics:
                     both = [
                         (a.scores[metric], b.scores[metric]) for a, b in pairs if metric in a.scores and metric in b.scores
                     ]
                     if both:
-                        out.append(_difference(part["protocol"], (first, other), group, metric, both))
+                        out.append(_difference(part["protocol"], (first, other), places[group], metric, both))
     return out
 
 
@@ -330,13 +353,13 @@ def agree(one: Run, two: Run) -> bool:
 
 
 def _difference(
-    protocol: str, arms: tuple[str, str], group: str, metric: Metric, both: Sequence[tuple[Score, Score]]
+    protocol: str, arms: tuple[str, str], place: Mapping[str, Any], metric: Metric, both: Sequence[tuple[Score, Score]]
 ) -> Difference:
     apart = [a.value - b.value for a, b in both]
     error = standard_error(apart)
     means = (statistics.fmean(a.value for a, _ in both), statistics.fmean(b.value for _, b in both))
     noise = both[0][1].error if len(both) == 1 else None
-    return Difference(protocol, arms, group, metric, means, statistics.fmean(apart), error, len(both), noise)
+    return Difference(protocol, arms, place, metric, means, statistics.fmean(apart), error, len(both), noise)
 
 
 # -- index ------------------------------------------------------------------------------------------------------------------
