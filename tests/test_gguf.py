@@ -242,6 +242,16 @@ def test_qwen3_with_biases(tmp_path):
         Plan.of(source, "f32")
 
 
+def test_another_activation(tmp_path):
+    """llama.cpp would run it as silu. What export refuses, the table of engines does, too."""
+    model = pipeline.model("llama", dtype=torch.float32, hidden_act="gelu")
+    source = Source.open(str(checkpoints.save_folder(tmp_path / "gelu", model, pipeline.tokenizer())))
+    with pytest.raises(UserError, match="hidden_act is gelu, and"):
+        Plan.of(source, "f32")
+    found = check(source)["engines"]
+    assert "hidden_act is gelu" in found["llama.cpp"]["reason"] and found["ONNX Runtime"]["verdict"] == "yes"
+
+
 def test_on_the_command_line(tmp_path):
     out = tmp_path / "model.gguf"
     code, said, _ = cli("export", pipeline.folder(), "--type", "f32", "-o", out, "--modelfile")

@@ -49,6 +49,7 @@ ALIKE = {
 }
 DIFFERENT = Architecture("deci", gguf.MODEL_ARCH.DECI, True)
 _AS_DECI = ("llama", "mistral")
+_SILU = ("silu", "swish")  # transformers' names of the one activation of all these architectures
 _UNBIASED = ("qwen3",)  # llama.cpp reads no biases of its attention
 
 
@@ -98,9 +99,13 @@ class Plan:
                 "gguf: layer 0 has no attention, and llama.cpp takes the size of all heads from there; export ONNX, or cut with "
                 "a method that leaves layer 0 its attention"
             )
+        if config.hidden_act not in _SILU:
+            raise UserError(
+                f"gguf: hidden_act is {config.hidden_act}, and llama.cpp takes silu in this architecture; export ONNX"
+            )
         rope = dict(getattr(config, "rope_parameters", None) or {})
         if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(f"gguf: rotary angles of type {rope.get('rope_type')} are not written; only default ones are")
+            raise UserError(f"gguf: rotary angles of type {rope.get('rope_type')} are not written; export ONNX")
         return cls(source, known[family], Vocabulary.of(source.tokenizer(), anatomy.shape.vocab_size), kind)
 
     @property

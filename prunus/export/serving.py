@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..errors import UserError
 from ..families import PRUNED_PREFIX
 from ..source import Source
+from . import gguf_file
 
 Verdict = Literal["yes", "no", "read, not run"]
 
@@ -29,6 +31,7 @@ class Facts:
     biased: bool  # the config asks for attention_bias
     head_dim: int
     zeros: bool  # single weights are cut
+    no_gguf: str = ""  # why no GGUF file of it is written
 
     @classmethod
     def of(cls, source: Source) -> Facts:
@@ -41,8 +44,19 @@ class Facts:
         bare = [layer.skipped for layer in shape.layers]
         return cls(
             named, source.anatomy.family.name, differ, shape.is_ragged, turned, any("mlp" in gone for gone in bare),
-            "attention" in bare[0], "attention_bias" in source.anatomy.flags, shape.head_dim, zeros,
+            "attention" in bare[0], "attention_bias" in source.anatomy.flags, shape.head_dim, zeros, _no_gguf(source),
         )  # fmt: skip
+
+
+def _no_gguf(source: Source) -> str:
+    """What export would say: activation, rotary angles and tokenizer are looked at there."""
+    if source.kind == "gguf":  # it is one
+        return ""
+    try:
+        gguf_file.Plan.of(source, "f16")
+    except UserError as error:
+        return str(error).removeprefix("gguf: ")
+    return ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class Rule:
     """What an engine cannot do, why, what would mend it, and where that is written."""
 
     forbids: Callable[[Facts], bool]
-    reason: str
+    reason: str  # "{fact}" stands for a fact
     mend: str
     source: str
 
@@ -97,6 +111,10 @@ ENGINES: Mapping[str, Engine] = {
             Rule(
                 lambda f: f.family not in (_GGUF_DIFFER if f.differ else _GGUF_ALIKE),
                 "prunus writes no GGUF of this family", f"{_UNIFORM}, or serve it by transformers", "prunus/export/gguf_file.py",
+            ),
+            Rule(
+                lambda f: bool(f.no_gguf), "{no_gguf}", "else serve it by transformers or ONNX Runtime",
+                "prunus/export/gguf_file.py",
             ),
         ),
         "tests/test_gguf.py (slow)", "2026-11-23",
@@ -159,6 +177,11 @@ def _verdict(engine: Engine, facts: Facts) -> dict[str, Any]:
     told: dict[str, Any] = {"version": engine.version, "source": engine.source, "date": engine.date}
     found = next((rule for rule in engine.rules if rule.forbids(facts)), None)
     if found is not None:
-        return told | {"verdict": "no", "reason": found.reason, "mend": found.mend, "source": found.source}
+        return told | {
+            "verdict": "no",
+            "reason": found.reason.format_map(vars(facts)),
+            "mend": found.mend,
+            "source": found.source,
+        }
     verdict: Verdict = "yes" if engine.ran else "read, not run"
     return told | {"verdict": verdict, "how": engine.how}
