@@ -121,6 +121,20 @@ def test_the_tokenizer_goes_along(tmp_path):
     assert ids == [1, 2, 0]
 
 
+def test_several_chat_templates(tmp_path):
+    """One for tools beside the usual one, as Hermes and Command R have; transformers then gives a dict."""
+    folder = shutil.copytree(pipeline.folder(), tmp_path / "tools")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools", "rag": "with text"}
+    tokenizer.save_pretrained(folder)
+    fields = written(folder, tmp_path)[1].fields
+    told = {
+        name: fields[f"tokenizer.{name}"].contents()
+        for name in ("chat_template", "chat_template.tool_use", "chat_templates")
+    }
+    assert list(told.values()) == ["plain", "with tools", ["rag", "tool_use"]]
+
+
 @pytest.mark.parametrize(("kind", "worst"), [("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 1.2e-2)])
 def test_narrower_types(kind, worst, tmp_path):
     """Relative to the largest weight of a row: half a step of 10, 7 and 7 bits; rows of 24 have no block of 32 and stay f16."""

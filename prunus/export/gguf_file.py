@@ -242,5 +242,8 @@ def _describe(writer: gguf.GGUFWriter, plan: Plan) -> None:
     ):  # fmt: skip
         if name in words.special:
             add(words.special[name])
-    if words.chat_template:
-        writer.add_chat_template(words.chat_template)
+    for name, template in words.chat_templates.items():  # the library's own call writes their names in any order
+        own = gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name)
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE if name == "default" else own, template)
+    if named := sorted(words.chat_templates.keys() - {"default"}):
+        writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, named)

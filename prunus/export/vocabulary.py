@@ -38,7 +38,7 @@ class Vocabulary:
     rule: str
     special: dict[str, int]  # bos, eos, unk, pad
     adds_bos: bool
-    chat_template: str | None
+    chat_templates: Mapping[str, str]  # by name; the one that is used unless another is asked for is "default"
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
@@ -61,7 +61,9 @@ class Vocabulary:
         special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
         adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         known = {name: i for name, i in special.items() if i is not None}
-        return cls(tokens, kinds, merges, rule, known, adds, getattr(tokenizer, "chat_template", None))
+        told = getattr(tokenizer, "chat_template", None) or {}
+        templates = told if isinstance(told, dict) else {"default": told}
+        return cls(tokens, kinds, merges, rule, known, adds, templates)
 
 
 def _split(rule: Any) -> tuple[tuple[str, ...], bool, bool]:
