@@ -66,15 +66,16 @@ def test_nothing_of_this_machine_is_in_the_file(written):
 
 
 def test_eight_bits_in_blocks_on_the_command_line(tmp_path):
-    out = tmp_path / "model.onnx"
+    out = tmp_path / "model[8].onnx"
     words = ("export", pipeline.folder("llama_tied"), "--format", "onnx", "--type", "q8", "--out", out)
     code, said, err = cli(*words, "--json")
     assert code == 0, err
     found = json.loads(said)
+    assert found["bytes"] == out.stat().st_size > 0
     assert found["verified"]["max_logit_difference"] < 0.2 * found["verified"]["max_logit"]
     kinds = {node.op_type for node in onnx.load(str(out)).graph.node}
     assert "MatMulNBits" in kinds
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert cli(*words)[::2] == (2, f"prunus: {out} already exists; use --overwrite, or another name\n")
 
 

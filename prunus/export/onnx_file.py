@@ -123,7 +123,7 @@ def export(plan: Plan, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
                 kept = {name for name, module in modules.items() if module in left}
                 stage = _quantised(stage, folder / plan.kind / out.name, plan, kept)
             found = compare(model, Session(stage), exact=plan.kind == "f32")
-            size = sum(path.stat().st_size for path in stage.parent.glob(out.name + "*"))
+            size = sum(path.stat().st_size for path in stage.parent.iterdir() if path.is_file())
             with unbroken():
                 if plan.is_large:
                     stage.with_name(beside.name).replace(beside)
