@@ -134,6 +134,13 @@ def sliced_target(config: PreTrainedConfig, anatomy: Anatomy, size: int) -> Targ
     return Target(_pruned_config(model_type, fields, after, ours), after, (note,))
 
 
+def rotary_types(config: PreTrainedConfig) -> set[str]:
+    """What kinds of rotary angles a config asks for: one, or in families with several kinds of layers one each."""
+    told = getattr(config, "rope_parameters", None) or {}
+    each = [one for one in told.values() if isinstance(one, Mapping)] or [told]
+    return {one.get("rope_type", "default") for one in each}
+
+
 _NOT_OURS = (
     "model_type architectures transformers_version per_layer_config auto_map _name_or_path _model_name_or_path"
 ).split()

@@ -2,6 +2,7 @@
 
 import json
 
+import checkpoints
 import numpy as np
 import onnx
 import pipeline
@@ -13,12 +14,16 @@ from pipeline import cli
 from prunus import reload
 from prunus.errors import UserError, VerificationError
 from prunus.export import onnx_file
+from prunus.export.serving import check
 from prunus.source import Source
 
 FAMILIES = (
     "llama_bias", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3", "olmo", "olmo2", "phi", "phi3", "seed_oss",
     "gpt_neox",
 )  # fmt: skip
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +114,16 @@ def test_massive_activations_are_found():
 
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(excite)
     assert onnx_file.outliers(model) == ["model.layers.1.mlp.down_proj"]
+
+
+def test_angles_that_follow_the_text(tmp_path):
+    """A graph has no place for what the longest text so far was. Of several kinds of layers one is enough."""
+    for case, angles in (("llama", DYNAMIC), ("gemma3", {"full_attention": DYNAMIC, "sliding_attention": DYNAMIC})):
+        model = tiny.grown(pipeline.config(case, rope_parameters=angles), dtype=torch.float32)
+        source = Source.open(str(checkpoints.save_folder(tmp_path / case, model, pipeline.tokenizer())))
+        with pytest.raises(UserError, match="rotary angles of type dynamic follow the longest text"):
+            onnx_file.Plan.of(source, "f32")
+        assert check(source)["engines"]["ONNX Runtime"]["verdict"] == "no"
 
 
 def test_what_cannot_be_written(monkeypatch, tmp_path):

@@ -44,6 +44,7 @@ def test_rows_have_their_sources():
         ({"biased": True, "family": "qwen3"}, {"llama.cpp"}),
         ({"family": "gemma"}, {"llama.cpp"}),
         ({"head_dim": 65}, {"vLLM"}),
+        ({"dynamic": True}, {"ONNX Runtime"}),
     ],
 )
 def test_what_hinders_whom(changes, noes):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import record, reload, verification
 from ..errors import UserError, VerificationError, unknown
-from ..hf import quiet
+from ..hf import quiet, rotary_types
 from ..place import check_files, scratch, unbroken
 from ..source import Source
 
@@ -61,6 +61,10 @@ class Plan:
         if source.anatomy.shape.is_ragged:
             raise UserError(
                 "onnx: query heads that share KV heads unevenly are not written; write prunus.unshared(model) first"
+            )
+        if "dynamic" in rotary_types(source.config):
+            raise UserError(
+                "onnx: rotary angles of type dynamic follow the longest text so far, which no graph holds; serve it by transformers"
             )
         return cls(source, kind)
 

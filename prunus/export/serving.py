@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..families import PRUNED_PREFIX
+from ..hf import rotary_types
 from ..source import Source
 from . import gguf_file
 
@@ -31,6 +32,7 @@ class Facts:
     biased: bool  # the config asks for attention_bias
     head_dim: int
     zeros: bool  # single weights are cut
+    dynamic: bool = False  # rotary angles follow the text's length
     no_gguf: str = ""  # why no GGUF file of it is written
 
     @classmethod
@@ -44,7 +46,8 @@ class Facts:
         bare = [layer.skipped for layer in shape.layers]
         return cls(
             named, source.anatomy.family.name, differ, shape.is_ragged, turned, any("mlp" in gone for gone in bare),
-            "attention" in bare[0], "attention_bias" in source.anatomy.flags, shape.head_dim, zeros, _no_gguf(source),
+            "attention" in bare[0], "attention_bias" in source.anatomy.flags, shape.head_dim, zeros,
+            "dynamic" in rotary_types(config), _no_gguf(source),
         )  # fmt: skip
 
 
@@ -124,6 +127,10 @@ ENGINES: Mapping[str, Engine] = {
         (
             Rule(
                 lambda f: f.uneven, "KV heads shared unevenly are not written", "prunus.unshared(model)",
+                "prunus/export/onnx_file.py",
+            ),
+            Rule(
+                lambda f: f.dynamic, "no graph holds rotary angles of type dynamic", "serve it by transformers",
                 "prunus/export/onnx_file.py",
             ),
         ),
