@@ -135,6 +135,8 @@ def quantize(plan: Plan, out: Path, *, overwrite: bool = False) -> dict[str, Any
     """Write the folder and prove it; VerificationError leaves nothing behind."""
     checkpoint.check_own(out, QUANTIZED, "quantize", overwrite=overwrite, needed_bytes=plan.source.anatomy.weight_bytes(2))
     tokenizer = plan.source.tokenizer()
+    for _ in plan.source.stored(plan.dtype).values():
+        pass  # each is checked as it is read: few bits would make an ordinary number of what is none
     with checkpoint.staged(out, overwrite=overwrite) as stage:
         model = _converted(plan)
         try:

@@ -2,6 +2,7 @@
 
 import json
 
+import checkpoints
 import pipeline
 import pytest
 import torch
@@ -102,6 +103,16 @@ def test_on_the_command_line(tmp_path):
 def test_wrong_plans(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         quantize.Plan.of(Source.open(str(pipeline.folder("llama"))), *arguments)
+
+
+def test_weights_that_are_no_numbers(tmp_path):
+    """Also of a token that the comparison never asks, and in the type that all else will have."""
+    model = pipeline.model("llama", dtype=torch.float32)
+    model.model.embed_tokens.weight.data[7, 0] = 1e5
+    large = checkpoints.save_folder(tmp_path / "large", model, pipeline.tokenizer())
+    with pytest.raises(UserError, match=r"large: 'model\.embed_tokens\.weight' holds NaN or infinite weights"):
+        quantize.quantize(quantize.Plan.of(Source.open(str(large)), "int8", None, "float16"), tmp_path / "few")
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
 def test_turned_streams_are_refused(tmp_path, monkeypatch):
