@@ -98,6 +98,8 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         stage.mkdir()
         yield stage
+        for file in stage.rglob("*.safetensors"):
+            file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
         if out.exists() and not overwrite:
             raise UserError(f"{out}: appeared while prunus was working; nothing was written")
         swap(stage, out)
@@ -125,8 +127,6 @@ def save(
             write_folder(outcome.model, tokenizer, stage, outcome.store.save)
             _write_decision(outcome, source, calibration, stage)
             _ledger(outcome, source, calibration).write(stage / LEDGER)
-            for file in stage.rglob("*.safetensors"):
-                file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
         except (OSError, SafetensorError) as error:
             raise UserError(f"{out}: cannot be written: {error}") from error
         streams = outcome.store.streams

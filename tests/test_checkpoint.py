@@ -114,6 +114,14 @@ def test_files_are_as_readable_as_their_folder(kind):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o666 & ~mask, name
 
 
+def test_so_are_those_that_other_commands_stage(tmp_path):
+    """As quantize, trim, tune and training runs do."""
+    with checkpoint.staged(tmp_path / "out", overwrite=False) as stage:
+        pipeline.model("llama").save_pretrained(stage)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, modes
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_manifest_says_what_was_done(kind):
     folder, said, _ = pipeline.saved(kind)
