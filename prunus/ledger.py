@@ -214,10 +214,8 @@ class Ledger(_Strict):
     @classmethod
     def after(cls, checkpoint: Path, label: str, stages: list[Stage]) -> Ledger:
         """What stands in the ledger of a checkpoint, then `stages`; of one without a ledger, that `label` is unrecorded."""
-        for folder in (checkpoint, checkpoint.parent):
-            if (folder / LEDGER).is_file():
-                return cls(stages=stages, parent=cls.read(folder))
-        return cls(stages=stages, unrecorded=label)
+        found = ledger_of(checkpoint)
+        return cls(stages=stages, unrecorded=label) if found is None else cls(stages=stages, parent=cls.read(found))
 
     def lineage(self) -> Iterator[Ledger]:
         """This ledger, its parent, and so on."""
@@ -297,6 +295,12 @@ class Ledger(_Strict):
             return cls.model_validate(json_of(found))
         except ValidationError as error:
             raise UserError(f"{found}: is no ledger ({first_wrong(error)})") from error
+
+
+def ledger_of(checkpoint: Path) -> Path | None:
+    """The file with a checkpoint's ledger: in its folder, or beside it, where a run has that of its model; None if none is."""
+    places = (checkpoint / LEDGER, checkpoint.absolute().parent / LEDGER)
+    return next((place for place in places if place.is_file()), None)
 
 
 # -- two runs -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from . import checkpoint, record
 from .errors import UserError, VerificationError, unknown
 from .hf import quiet
-from .ledger import LEDGER
+from .ledger import LEDGER, ledger_of
 from .source import DTYPES, QUANTIZED, Source
 from .tensorfiles import sort_metadata
 from .verification import check_saved, probe
@@ -141,8 +141,8 @@ def quantize(plan: Plan, out: Path, *, overwrite: bool = False) -> dict[str, Any
         model = _converted(plan)
         try:
             checkpoint.write_folder(model, tokenizer, stage, _save)
-            if (plan.source.path / LEDGER).is_file():
-                shutil.copyfile(plan.source.path / LEDGER, stage / LEDGER)
+            if (told := ledger_of(plan.source.path)) is not None:
+                shutil.copyfile(told, stage / LEDGER)
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error}") from error
         verified = check_saved(stage, probe(model))

@@ -26,7 +26,7 @@ from .data.text import documents
 from .errors import UserError, VerificationError
 from .job import Progress, no_progress
 from .keep import Keep
-from .ledger import LEDGER
+from .ledger import LEDGER, ledger_of
 from .source import Source
 from .verification import check_saved, probe
 
@@ -237,8 +237,8 @@ def trim(
     with checkpoint.staged(out, overwrite=overwrite) as stage:
         try:
             checkpoint.write_folder(cut, smaller, stage, lambda made, folder: made.save_pretrained(folder))
-            if (source.path / LEDGER).is_file():
-                shutil.copyfile(source.path / LEDGER, stage / LEDGER)
+            if (told := ledger_of(source.path)) is not None:
+                shutil.copyfile(told, stage / LEDGER)
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error}") from error
         after = keep.anatomy_after(anatomy)

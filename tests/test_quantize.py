@@ -1,6 +1,7 @@
 """Folders of few bits: the same again in a clean process, close to what they were made from, and refused where they cannot go."""
 
 import json
+import shutil
 
 import checkpoints
 import pipeline
@@ -10,6 +11,7 @@ from pipeline import cli
 
 from prunus import quantize
 from prunus.errors import UserError
+from prunus.ledger import Ledger, Stage
 from prunus.source import QUANTIZED, Source
 
 IDS = torch.randint(0, 200, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -113,6 +115,18 @@ def test_weights_that_are_no_numbers(tmp_path):
     with pytest.raises(UserError, match=r"large: 'model\.embed_tokens\.weight' holds NaN or infinite weights"):
         quantize.quantize(quantize.Plan.of(Source.open(str(large)), "int8", None, "float16"), tmp_path / "few")
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
+def test_a_run_s_model_keeps_the_run_s_ledger(tmp_path, monkeypatch):
+    """Which lies beside the model, not in it."""
+    pipeline.verify_here(monkeypatch)
+    shutil.copytree(pipeline.folder("llama"), tmp_path / "run" / "model")
+    stage = Stage(name="train", params=7)
+    stage.consume_text("0" * 64, 10)
+    Ledger(stages=[stage]).write(tmp_path / "run" / "ledger.json")
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    quantize.quantize(quantize.Plan.of(Source.open("."), "int8"), tmp_path / "few")
+    assert Ledger.read(tmp_path / "few") == Ledger.read(tmp_path / "run")
 
 
 def test_turned_streams_are_refused(tmp_path, monkeypatch):
