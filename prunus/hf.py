@@ -116,7 +116,7 @@ def _target(
         why = "query heads share KV heads unevenly" if after.shape.is_ragged else "layers differ in size"
         notes.append(
             f"{why}: the checkpoint is of type pruned_{model_type} and loads with prunus, or with "
-            "trust_remote_code=True; no stock engine can serve it"
+            "trust_remote_code=True; prunus export --check says who can serve it"
         )
     return Target(pruned, after.with_flags(*ours), tuple(notes))
 
@@ -129,7 +129,7 @@ def sliced_target(config: PreTrainedConfig, anatomy: Anatomy, size: int) -> Targ
     ours = {flag for flag in after.flags if flag.endswith("_out_bias")}
     note = (
         f"the stream changes its basis at every sub-layer: the checkpoint is of type pruned_{model_type} and loads with prunus, "
-        "or with trust_remote_code=True; no stock engine can serve it (--option rotation=shared gives a stock type)"
+        "or with trust_remote_code=True; prunus export --check says who can serve it (--option rotation=shared gives a stock type)"
     )
     return Target(_pruned_config(model_type, fields, after, ours), after, (note,))
 

@@ -84,7 +84,7 @@ def test_layers_that_differ_make_a_type_of_ours():
     (note,) = target.notes
     assert "layers differ in size" in note
     assert "trust_remote_code=True" in note
-    assert "no stock engine" in note
+    assert "prunus export --check says who can serve it" in note
 
 
 def test_layers_that_differ_keep_their_long_rope(tmp_path):

@@ -313,7 +313,7 @@ def test_sizes_are_multiples_of_eight_by_default():
 def test_the_default_is_the_published_variant():
     plan = pipeline.plan_for(pipeline.config("llama_tied"), method="slicegpt", ratio=0.3)
     assert plan.options == {"rotation": "per-block", "signal": "stream"} and plan.target.config.model_type == "pruned_llama"
-    assert any("no stock engine" in note for note in plan.notes) and any("untied" in note for note in plan.notes)
+    assert any("prunus export --check" in note for note in plan.notes) and any("untied" in note for note in plan.notes)
     one, two = (
         pipeline.plan_for(pipeline.config("llama"), method="slicegpt", ratio=0.3, options={"rotation": r}) for r in VARIANTS
     )
