@@ -15,12 +15,15 @@ from torch import Tensor
 
 from . import checkpoint, plots, saliency
 from .axes import kind_of, layer_of
+from .errors import UserError
+from .headers import safetensors_entries
 from .keep import Keep, WeightMask
 from .methods import METHODS
 from .place import staged_files
 from .plots import BLUE, INK, ORANGE, PALE, legend_above, log_if_wide, tidy, whole_numbers
 from .source import Source
 from .tables import big, flags
+from .tensorfiles import read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -312,10 +315,10 @@ def _sparse_panels(folder: Path) -> list[list[Any]]:
 
 def kept_shares(folder: Path) -> tuple[list[str], list[list[float]]]:
     """Names of a block's matrices, and for each its share of weights that stay in every layer."""
-    from safetensors.torch import load_file
-
-    anatomy = Source.open(str(folder)).anatomy
-    mask = WeightMask.from_packed(load_file(folder / checkpoint.EXTRA / "mask.safetensors"), anatomy)
+    anatomy, path = Source.open(str(folder)).anatomy, folder / checkpoint.EXTRA / "mask.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, though {checkpoint.MANIFEST} speaks of a mask; cut the model again")
+    mask = WeightMask.from_packed({name: read(entry) for name, entry in safetensors_entries(path).items()}, anatomy)
     shares: dict[str, list[float]] = {}
     for i in range(anatomy.shape.num_hidden_layers):
         prefix = anatomy.block_name(i)

@@ -94,6 +94,18 @@ def test_masks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("mask", "sentence"), [(None, "no such file, though prunus.json speaks of a mask"), (b"{", "truncated")]
+)
+def test_masks_that_cannot_be_read(mask, sentence, tmp_path):
+    """The picture could be written very well."""
+    folder = Path(shutil.copytree(pipeline.saved("sparse")[0], tmp_path / "cut"))
+    path = folder / "prunus" / "mask.safetensors"
+    path.unlink() if mask is None else path.write_bytes(mask)
+    code, _, err = cli("plot", folder, "-o", tmp_path / "a.png")
+    assert code == 2 and f"{path}: " in err and sentence in err and not list(tmp_path.glob("*a.png*"))
+
+
+@pytest.mark.parametrize(
     ("method", "options", "panels"),
     [
         ("shortgpt", ("-r", 0.34), 1),
