@@ -152,7 +152,7 @@ def manifest(result: dict[str, Any]) -> None:
     print_notes(console, result["notes"])
 
 
-def _kept(units: dict[str, int]) -> Table:
+def _kept(units: dict[str, int]) -> Table | str:
     """Kept units of every axis that was cut, a row a layer."""
     whole = {name: count for name, count in units.items() if "." not in name}
     layers: dict[int, dict[str, int]] = {}
@@ -164,6 +164,8 @@ def _kept(units: dict[str, int]) -> Table:
     title = "kept: " + ", ".join(
         [*(f"{count} of {name}" for name, count in whole.items()), *(["by layer"] if layers else [])]
     )
+    if not layers:
+        return title
     table = new_table("layer", *kinds, title=title)
     for layer_index, row in sorted(layers.items()):
         table.add_row(str(layer_index), *(str(row.get(kind, "all")) for kind in kinds))

@@ -18,7 +18,7 @@ from pipeline import cli
 from safetensors.torch import load_file, save_file
 from test_destination import lie
 
-from prunus import api, checkpoint
+from prunus import api, checkpoint, show
 from prunus.data.windows import pack
 from prunus.methods import METHODS
 from prunus.source import Source
@@ -160,6 +160,12 @@ def test_inspect(kind):
     assert bool(found["kept_units"]) == (kind != "sparse")
     code, out, err = cli("inspect", folder)
     assert (code, err) == (0, "") and said["method"]["name"] in out and str(folder) in out
+
+
+def test_whole_layers_that_stay_are_a_line_and_no_empty_table(capsys):
+    _, said, _ = pipeline.saved("uniform")
+    show.manifest(said | {"kept_units": {"layers": 2}})
+    assert "kept: 2 of layers\nreally: " in capsys.readouterr().out
 
 
 def test_verify(monkeypatch):
