@@ -125,6 +125,12 @@ def eliminate(gram_CC: Tensor, out: int, kept: int) -> None:
     refit(gram_CC, out, kept)
 
 
+def judge(gram_CC: Tensor, out: int, kept: int) -> None:
+    """Two eliminations a pass: in the first one of all windows and one of each half, in the second the cut's own."""
+    eliminate(gram_CC, out, kept)
+    eliminate(gram_CC, out, kept)
+
+
 def swap(gram_CC: Tensor, out: int, kept: int) -> None:
     """`eliminate`, and `SWAPS` pivots: each updates what is known of all inputs, and asks what inside says of outside."""
     eliminate(gram_CC, out, kept)
@@ -171,7 +177,7 @@ class Floor:
         if plan.compensator == "admm":
             return cls(2, solve=admm, points=everything, passes=1)
         if method.criterion == "output-error":  # gradients, error curves of the dense model, and the cut block by block
-            return cls(3, backs=1, solve=eliminate, points=read, passes=2)
+            return cls(3, backs=1, solve=judge, points=read, passes=2)
         if plan.allocator == "rotation":
             return cls(2, solve=rotate, points=(("attention", "hidden"), ("mlp", "hidden")), passes=1)
         if plan.compensator == "least-squares":

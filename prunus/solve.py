@@ -15,6 +15,7 @@ from torch import Tensor
 from .allocate import kept_in_matrix, kept_n_of_m
 
 DAMP = 0.01  # of the mean diagonal (SparseGPT)
+REFIT_DAMP = 1e-4
 ESCALATE, MOST = 10.0, 5
 
 
@@ -44,7 +45,7 @@ def factor(gram: Tensor, damp: float = DAMP) -> Factor:
     raise ArithmeticError(f"no Cholesky factor of a Gram matrix of size {gram.shape[0]} even with damping {used:g}")
 
 
-def refit(weight: Tensor, gram: Tensor, kept: Tensor, cross: Tensor | None = None, damp: float = 1e-4) -> Tensor:
+def refit(weight: Tensor, gram: Tensor, kept: Tensor, cross: Tensor | None = None, damp: float = REFIT_DAMP) -> Tensor:
     """W' [out, kept]: the weights on the kept inputs that best give W's output, W' = W C[:, S] G[S, S]^-1.
 
     `gram` is of the inputs that the cut matrix will see, X^T X; `cross` = Z^T X relates the dense inputs Z that W was

@@ -1,16 +1,12 @@
 """Our own method: cut what the rest can make up for, where that costs the loss least, and let the rest make up for it.
 
-1. One pass forward and back gives F = E[g g^T] at what every o_proj and down_proj puts out: g is the gradient there of the loss
-   of a token that the model itself draws, so an output error e costs about e^T F e / 2 nats (the Fisher information: how far
-   the cut model's words come to lie from the dense one's). The text's own next tokens would weigh by where the model errs.
-2. One dense sweep gives for every sub-layer the error, in nats, of all sizes that it could have: units go the cheapest first,
-   and after each the weights that read the rest are solved again (optimal brain surgery on Gram matrices, `eliminate.py`).
-3. A dynamic programme takes the sizes with the least sum of errors that meet the target (`allocate.least_error`); an error
+1. Every size that an axis could have is priced in nats (`curves.py`).
+2. A dynamic programme takes the sizes with the least sum of errors that meet the target (`allocate.least_error`); an error
    of attention counts three times (see `_FROM_AFAR`).
-4. Sub-layer by sub-layer, on what the cut sub-layers before give: units go as in step 2, to the size of step 3, and the
+3. Sub-layer by sub-layer, on what the cut sub-layers before give: the units that cost least go, to the size of step 2, and the
    matrix that reads the rest is refitted by affine least squares (which no metric changes).
 
-Shapes: B windows in a batch, T tokens, D hidden size, C channels of a matrix's input.
+Shapes: C channels of a matrix's input, D of its output.
 """
 
 from __future__ import annotations
@@ -23,6 +19,7 @@ from torch import Tensor
 from .allocate import Curve, least_error
 from .axes import Axis, kind_of
 from .compensate import INPUT_OF, reader_moments
+from .curves import WANTS, around, axes, centre, error_curves, output_gradients, root_of, unseen
 from .cut import zero_
 from .eliminate import eliminate
 from .findings import Findings, wanted
@@ -32,7 +29,6 @@ from .planning import Plan, biased_anatomy
 from .sizes import Sizes, named
 from .solve import refit
 from .statistics import Moments, layer_moments
-from .taylor import drawn, walk_back
 
 _LEVELS = 48  # sizes of an axis that the programme tells apart
 # What a KV group's error counts more than a channel's. Attention brings things from far back, of which calibration windows
@@ -41,13 +37,12 @@ _FROM_AFAR = 3.0
 
 
 def _gathered(job: Job) -> Findings:
-    found = Findings(wanted(job.plan) or "", fisher=output_fisher(job))
-    found.curves = error_curves(job, _metric(found))
-    return found
+    gradients = output_gradients(job)
+    return Findings(wanted(job.plan) or "", fisher=gradients.fisher, curves=error_curves(job, gradients))
 
 
 def _metric(found: Findings) -> dict[str, Tensor]:
-    return {name: _root(fisher_DD) for name, fisher_DD in found.fisher.items()}
+    return {name: root_of(fisher_DD) for name, fisher_DD in found.fisher.items()}
 
 
 @torch.no_grad()
@@ -92,79 +87,6 @@ def words(job: Job) -> Tensor | None:
     return order[: count * length].view(count, length)
 
 
-# -- 1: what an error costs -----------------------------------------------------------------------------------------------
-
-
-def output_fisher(job: Job) -> dict[str, Tensor]:
-    """Matrix name -> E[g g^T] [D, D] over tokens, float64; g is the gradient of a drawn token's loss at the matrix's output."""
-    windows = job.windows
-    assert windows is not None
-    tokens = windows.num_windows * (windows.seq_len - 1)
-    out: dict[str, Tensor] = {}
-
-    def take(name: str, gradient_BTD: Tensor, share: float) -> None:
-        g_ND = gradient_BTD.flatten(0, 1)
-        losses = share * tokens  # the gradient is of the batch's mean loss
-        value = (g_ND.T @ g_ND).double() * (losses * losses / tokens)
-        out[name] = out[name] + value if name in out else value
-
-    walk_back(job, take, labels=drawn)
-    return {name: job.world.sum_(value) for name, value in out.items()}
-
-
-# -- 2: what each size costs ----------------------------------------------------------------------------------------------
-
-
-def error_curves(job: Job, metric: Mapping[str, Tensor]) -> dict[str, Curve]:
-    """Axis name -> nats a token that each size from 1 to the whole costs, by itself, once what reads it is refitted.
-
-    `metric`: matrix name -> R [D, D] with R^T R = F.
-    """
-    anatomy, sweep = job.plan.anatomy, job.sweep()
-    count = len(sweep.blocks)
-    curves: dict[str, Curve] = {}
-    for layer in range(count):
-        statistics, modules = layer_moments(sweep, layer, _WANTS)
-        sweep.gather(layer, modules, onwards=True)
-        for axis in _axes(job.plan, layer):
-            reader = anatomy.reader(axis.name)
-            moments = reader_moments(statistics, axis)
-            weight = metric[reader.param] @ job.tensors[reader.param].double()
-            found = eliminate(weight, _gram(job.plan, moments), reader.rows(range(axis.size)), 1, damp=_unseen(job.plan))
-            added = torch.cat([torch.zeros(1, dtype=torch.float64), found.added.cumsum(0)]) / (2 * moments.count)
-            curves[axis.name] = Curve(tuple(range(1, axis.size + 1)), tuple(added.flip(0).tolist()))
-        job.progress("score", layer + 1, count)
-    return curves
-
-
-_WANTS = dict.fromkeys(("q", "intermediate"), frozenset({"mean", "gram"}))
-
-
-def _axes(plan: Plan, layer: int) -> list[Axis]:
-    """The axes of one layer that may be cut, attention before the MLP."""
-    return [axis for axis in plan.scored_axes if axis.layer == layer]
-
-
-def _gram(plan: Plan, moments: Moments) -> Tensor:
-    """What least squares minimises under [C, C]: a bias takes up the mean, so with one only what is around it counts."""
-    return moments.covariance_CC if plan.compensator == "affine" else moments.gram_CC
-
-
-def _unseen(plan: Plan) -> float:
-    """What an input's variance is taken to be more than it was seen to be where units are priced, in shares of the mean variance.
-
-    Channels of the last blocks fire for a few words each; those whose words the calibration windows lack would look free
-    (LOG.md). Refits go by what was seen.
-    """
-    return float(plan.options["unseen"])
-
-
-def _root(fisher_DD: Tensor) -> Tensor:
-    """R with R^T R = F: in R y the squared error is the loss."""
-    values, vectors = torch.linalg.eigh(fisher_DD)
-    return (vectors * values.clamp_min(0).sqrt()).T
-
-
 def _levels(size: int, multiple_of: int) -> list[int]:
     """Sizes from one chunk to the whole, `_LEVELS` at most, in chunks of `multiple_of`."""
     chunks = -(-size // multiple_of)
@@ -180,7 +102,7 @@ def _at_levels(plan: Plan, name: str, curve: Curve) -> Curve:
     return Curve(tuple(levels), tuple(weight * curve.error[level - 1] for level in levels))
 
 
-# -- 3: sizes -------------------------------------------------------------------------------------------------------------
+# -- 2: sizes -------------------------------------------------------------------------------------------------------------
 
 
 def _each(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
@@ -243,7 +165,7 @@ def _alike(plan: Plan, curves: Mapping[str, Curve]) -> dict[str, int]:
     return best[2]
 
 
-# -- 4: the cut -----------------------------------------------------------------------------------------------------------
+# -- 3: the cut -----------------------------------------------------------------------------------------------------------
 
 
 def cut_and_refit_(job: Job, sizes: Mapping[str, int], metric: Mapping[str, Tensor]) -> tuple[Keep, dict[str, Tensor]]:
@@ -256,10 +178,10 @@ def cut_and_refit_(job: Job, sizes: Mapping[str, int], metric: Mapping[str, Tens
     kept: dict[str, tuple[int, ...]] = {}
     extra: dict[str, Tensor] = {}
     for layer in range(count):
-        for axis in _axes(plan, layer):
+        for axis in axes(plan, layer):
             with job.timed("score"):
                 _, segment = INPUT_OF[kind_of(axis.name)]
-                statistics, modules = layer_moments(sweep, layer, {segment: _WANTS[segment]})
+                statistics, modules = layer_moments(sweep, layer, {segment: WANTS})
                 sweep.observe(layer, modules)
             with job.timed("cut"):
                 root = metric[anatomy.reader(axis.name).param]
@@ -275,8 +197,8 @@ def _cut_(job: Job, axis: Axis, size: int, moments: Moments, metric: Tensor, ext
     """Choose the units of one axis, zero the others, and refit what reads them; adds the bias to `extra`."""
     anatomy, tensors = job.plan.anatomy, job.tensors
     reader = anatomy.reader(axis.name)
-    weight, gram = tensors[reader.param], _gram(job.plan, moments)
-    gone = eliminate(metric @ weight.double(), gram, reader.rows(range(axis.size)), size, damp=_unseen(job.plan)).order
+    weight, gram = tensors[reader.param], around([moments], centre(job.plan, [moments]))
+    gone = eliminate(metric @ weight.double(), gram, reader.rows(range(axis.size)), size, damp=unseen(job.plan, gram)).order
     stays = torch.ones(axis.size, dtype=torch.bool)
     stays[gone] = False
     units = tuple(stays.nonzero().squeeze(1).tolist())

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 
-from prunus import api, checkpoint, surgeon
+from prunus import api, checkpoint, curves
 from prunus.anatomy import Anatomy
 from prunus.axes import kind_of
 from prunus.combination import planned
@@ -202,7 +202,7 @@ def test_bfloat16_decides_nearly_as_float32(name, monkeypatch):
     spread over a decade about one in fifty, and a weight or unit that tips counts twice, for it and for what goes instead.
     Tokens that a model draws may differ, one in some hundred, which so little text does not bear: the text's own take their place.
     """
-    monkeypatch.setattr(surgeon, "drawn", following)
+    monkeypatch.setattr(curves, "drawn", following)
     rounded = pipeline.model("llama_tied", dtype=torch.bfloat16)
     exact = copy.deepcopy(rounded).to(torch.float32)
     one, two = run(name, exact), run(name, rounded)

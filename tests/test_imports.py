@@ -23,7 +23,7 @@ LAYERS = (  # the lowest first; a new module is placed here
     "gates scaling spent statistics criteria allocate compensate solve eliminate sizes",
     "record latency costs search kv_copies",
     "planning asked shaping builders",
-    "findings evaluation job combination streaming units weights taylor surgeon depth rotation oneshot",
+    "findings evaluation job combination streaming units weights taylor curves surgeon depth rotation oneshot",
     "saliency reload verification checkpoint measure",
     "api",
     "train train.strict train.parts train.shrink train.shrink.part train.shrink.pace",

@@ -75,10 +75,10 @@ def test_readers_are_refitted_behind_the_cut(case, compensate):
         assert error <= unfitted + 1e-8 * scale
         if gone.any():
             assert error < unfitted
-            gains.append(error < 0.9 * unfitted)
+            gains.append(error / unfitted)
 
     stepped = step_through(outcome, dense, check)
-    assert any(gains)  # the refit is worth something
+    assert min(gains) < 0.95, gains  # the refit is worth something
     outcome.model.set_attn_implementation("eager")
     if case != "olmo2":  # its norms run over all heads, whose epsilon no per-layer gain can mend: test_zero_slice_save
         expected = tiny.logits_of(stepped, WINDOWS.ids_NT)
@@ -184,9 +184,9 @@ def test_a_layer_that_the_loss_does_not_feel_loses_most():
 
 def test_a_pruned_model_can_be_pruned_again():
     first, _ = prune("llama", 0.2)
-    again, _ = prune(first.model, 0.2)
+    again, _ = prune(first.model, 0.3)
     anatomy = Anatomy.of(first.model.config)
-    assert 0.8 * anatomy.block_params - again.plan.step < again.target.anatomy.block_params <= 0.8 * anatomy.block_params
+    assert 0.7 * anatomy.block_params - again.plan.step < again.target.anatomy.block_params <= 0.7 * anatomy.block_params
 
 
 # -- from the command line ------------------------------------------------------------------------------------------------
