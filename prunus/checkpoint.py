@@ -25,7 +25,7 @@ from .job import Outcome
 from .keep import Keep, WeightMask
 from .ledger import LEDGER, Ledger, Stage
 from .manifest import FORMAT, MANIFEST, Manifest, read_manifest
-from .place import beside, clear_left, swap
+from .place import beside, clear_left, make_readable, swap
 from .planning import Plan
 from .reading import table_of
 from .source import Source
@@ -99,7 +99,7 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
         stage.mkdir()
         yield stage
         for file in stage.rglob("*.safetensors"):
-            file.chmod(0o666 & ~_umask())  # the writer makes them private; a checkpoint is as readable as its folder
+            make_readable(file)
         if out.exists() and not overwrite:
             raise UserError(f"{out}: appeared while prunus was working; nothing was written")
         swap(stage, out)
@@ -159,12 +159,6 @@ def write_folder(
     if data.get("tokenizer_class") == "TokenizersBackend":  # a name that only transformers 5 knows
         data["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def _write_decision(outcome: Outcome, source: Source, calibration: Windows | None, stage: Path) -> None:

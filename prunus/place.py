@@ -39,6 +39,7 @@ def staged_files(*paths: Path) -> Iterator[list[Path]]:
         yield stages
         with unbroken():
             for stage, path in reversed([*zip(stages, paths, strict=True)]):
+                make_readable(stage)
                 stage.replace(path)
     except OSError as error:
         why = error.strerror or f"{error}; is there room?"  # numpy's own words have no number
@@ -47,6 +48,13 @@ def staged_files(*paths: Path) -> Iterator[list[Path]]:
         for stage in stages:
             if stage.exists():
                 stage.unlink()
+
+
+def make_readable(file: Path) -> None:
+    """Some writers make files private; they are to be as readable as whatever is made with the user's own mask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(file.stat().st_mode | (0o666 & ~mask))
 
 
 @contextmanager

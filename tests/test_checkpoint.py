@@ -24,6 +24,7 @@ from prunus.errors import UserError, VerificationError
 from prunus.headers import sha256
 from prunus.keep import Keep, WeightMask
 from prunus.ledger import Ledger
+from prunus.place import staged_files
 from prunus.source import Source
 
 KINDS = sorted(pipeline.SAVED)
@@ -119,6 +120,9 @@ def test_so_are_those_that_other_commands_stage(tmp_path):
     with checkpoint.staged(tmp_path / "out", overwrite=False) as stage:
         pipeline.model("llama").save_pretrained(stage)
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
+    with staged_files(tmp_path / "found.safetensors") as (file,):
+        save_file({"scores": torch.ones(2)}, file)
+    modes.add(stat.S_IMODE((tmp_path / "found.safetensors").stat().st_mode))
     assert len(modes) == 1, modes
 
 

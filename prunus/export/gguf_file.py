@@ -147,7 +147,7 @@ def export(plan: Plan, out: Path, *, modelfile: bool = False, overwrite: bool = 
 def _modelfile(plan: Plan, out: Path) -> str:
     """For `ollama create NAME -f FILE`: it takes the template from the GGUF, and stops where the tokenizer ends a turn."""
     eos = plan.vocabulary.special.get("eos")
-    stop = "" if eos is None else f"PARAMETER stop {json.dumps(plan.vocabulary.tokens[eos])}\n"
+    stop = "" if eos is None else f"PARAMETER stop {json.dumps(plan.vocabulary.tokens[eos], ensure_ascii=False)}\n"
     return f"FROM ./{out.name}\n{stop}"
 
 
