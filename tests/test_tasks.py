@@ -460,10 +460,15 @@ def test_nothing_closes_a_fence(tmp_path):
     [
         ("a.txt", "\n \n", "has none"),
         ("a.jsonl", '{"prompt": "x"}\n{"question": "y"}\n', "prompt 2 has no prompt, instruction or text"),
-        ("a.json", "[1", "is no JSON"),
+        ("a.json", "[1", "not readable as JSON"),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": "half \\ud800"}\n',
+            "line 2: not readable as JSON: .*surrogates not allowed",
+        ),
         ("a.json", '{"prompt": "x"}', "has none"),
         ("none/a.txt", None, "no such file"),
-        ("a.txt", b"\xff\xfe", "cannot be read as text"),
+        ("a.txt", b"\xff\xfe", "^prompts: .*a.txt: not UTF-8 text"),
     ],
 )
 def test_prompts_that_are_none(name, text, message, tmp_path):

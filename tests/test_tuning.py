@@ -126,7 +126,11 @@ def test_unknown_recipe():
     ("text", "sentence"),
     [
         ("[]", "has no rows"),
-        ("{", "is no JSON"),
+        ("{", "not readable as JSON"),
+        (
+            '[{"instruction": "a \\ud800", "output": "b"}]',
+            "^data: .*rows.json: not readable as JSON: .*surrogates not allowed",
+        ),
         ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2 of .* has no output with text in it"),
         ('[{"instruction": " ", "output": "b"}]', "row 1 of .* has no instruction"),
         ('[{"instruction": "a", "output": "b", "input": 3}]', "the input of row 1 of .* is 3"),

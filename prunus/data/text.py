@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, unknown
+from ..reading import bytes_of, parsed, text_of
+from ..reading import rows_of as json_lines
 
 HUB = "datasets:"  # datasets:NAME[:CONFIG[:SPLIT[:FIELD]]]
 TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".raw", ".rst")
@@ -51,19 +54,15 @@ def rows_of(path: Path, what: str, *, line: str | None = None) -> list[Any]:
     """
     try:
         if not path.is_file():
-            raise UserError(f"{what}: {path}: no such file or folder")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what}: {path} cannot be read as text ({error})") from None
-    lines = [one for one in text.split("\n") if one.strip()]  # no splitlines: a JSON string may hold other breaks, as U+2028
-    try:
+            raise UserError(f"{path}: no such file or folder")
         if path.suffix.lower() in JSONL_SUFFIXES:
-            return [json.loads(one) for one in lines]
-        if line is not None and path.suffix.lower() != ".json":
-            return [{line: one} for one in lines]
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what}: {path} is no JSON ({error})") from None
+            return [row for _, row in json_lines(bytes_of(path), str(path))]
+        text = text_of(path)
+        if line is not None and path.suffix.lower() != ".json":  # no splitlines: text may hold other breaks, as U+2028
+            return [{line: one} for one in io.StringIO(text, newline=None).read().split("\n") if one.strip()]
+        found = parsed(text, str(path))
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     return found if isinstance(found, list) else []
 
 
