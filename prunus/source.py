@@ -178,6 +178,12 @@ class Source:
                     f"only {pickled[0]}, which would have to be unpickled; convert it to safetensors" if pickled else "none"
                 )
                 raise UserError(f"{self.name}: {file.name} is missing, found {why}")
+        whole = self.path / "model.safetensors"
+        if whole.is_file() and whole not in self.weight_files:  # which transformers would load instead of the shards
+            raise UserError(
+                f"{self.name}: holds {whole.name} and an index of other shards, and nothing says which weights are meant; remove "
+                "one of them"
+            )
         self._check_depth()
 
     def _check_family(self, model_type: str) -> None:

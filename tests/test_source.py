@@ -271,6 +271,17 @@ def test_corrupt_indices(folder, index):
     refused(folder, "model")
 
 
+def test_shards_beside_a_whole_file(folder):
+    """transformers loads the whole file; what was checked, hashed and streamed was in the shards."""
+    other = {name: tensor + 1 for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(other, folder / "shard.safetensors", metadata={"format": "pt"})
+    index = folder / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(other, "shard.safetensors")}))
+    refused(folder, "holds model.safetensors and an index of other shards, and nothing says which weights are meant")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(other, WEIGHTS)}))
+    assert Source.open(str(folder)).anatomy
+
+
 def test_a_missing_shard(folder):
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
