@@ -103,6 +103,7 @@ def test_without_a_template_rows_are_alpacas():
     [
         (["epoch=2"], r"field 'epoch' does not exist \(did you mean 'epochs'\?\)"),
         (["lr=0"], "field 'lr': 0 is wrong: input should be greater than 0"),
+        (["seed=4294967296"], "field 'seed': 4294967296 is wrong: input should be less than 4294967296"),
         (["lr"], "--set: 'lr' is not NAME=VALUE"),
         (["batch=6", "max_length=56"], "micro_batch: 4 does not divide batch, 6"),
         (["held_out=20", "max_length=56"], "20 of 20 rows leave none to learn from"),

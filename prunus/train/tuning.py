@@ -54,7 +54,7 @@ class Tuning(Strict):
     max_length: Annotated[int, Field(ge=8)]  # tokens of a row; the rest is cut off
     precision: Literal["float32", "bfloat16-autocast"]
     held_out: Annotated[int, Field(ge=1)]  # the last rows, which give the loss before and after
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # NumPy, which transformers seeds too, takes no larger one
 
 
 def shipped() -> dict[str, str]:
