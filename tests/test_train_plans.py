@@ -120,6 +120,24 @@ def test_beginnings_are_on_the_ledger_by_the_shares_that_they_read(tmp_path):
         assert tried.consumed[domain].size == read != own.consumed[domain].size
 
 
+def test_domains_that_mixing_may_use_up_are_told_beforehand(tmp_path):
+    """The budget fits the shares that the run begins with; those that the losses make may end it in its middle."""
+    domains = [{"folder": str(data()), "name": "web"}, {"folder": str(other_data()), "name": "back"}]
+    mixing = {"references": {"web": 0.0, "back": 0.0}}
+    small = opened(asked(data__domains=domains, data__mixing=mixing), tmp_path / "small").feeds
+    assert small.notes == ()
+    tokens = (int(small.training.sizes.max()) // 4 + 2) * 4 * SEQ  # more than either domain holds, less than both
+    large = asked(data__domains=domains, data__mixing=mixing, tokens=tokens)
+    feeds = opened(large, tmp_path / "large").feeds
+    assert len(feeds.notes) == 2
+    assert "domain 'web' may be used up" in feeds.notes[0] and "2 epochs would do" in feeds.notes[0]
+    feeds.remix_(4, {"web": 100.0, "back": 0.0})
+    with pytest.raises(UserError, match="domain 'web' is used up"):
+        feeds.training.take(4, tokens // SEQ - 4)
+    twice = asked(data__domains=domains, data__mixing=mixing, tokens=tokens, data__epochs=2)
+    assert opened(twice, tmp_path / "twice").feeds.notes == ()
+
+
 def test_a_rate_that_ends_early_is_on_the_ledger_as_far_as_it_was_read(tmp_path, monkeypatch):
     read = []
 

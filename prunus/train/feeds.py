@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Feeds:
             shares = {domain.name: domain.weight for domain in training.domains}
             asked = part.mixing
             mixer = Mixer(shares, asked.references, temperature=asked.temperature, floor=asked.floor)
+            assert isinstance(training, Stream)
+            notes += _short(training, mixer, recipe.steps * recipe.sequences)
         return cls(training, validation, min(recipe.validate_.sequences, validation.num_sequences), tuple(notes), mixer)
 
     def remix_(self, position: int, losses: Mapping[str, float]) -> dict[str, Any]:
@@ -137,6 +140,18 @@ class Feeds:
 
 
 _TOGETHER = 1024  # sequences whose ranges are looked up at a time
+
+
+def _short(stream: Stream, mixer: Mixer, sequences: int) -> list[str]:
+    """A word of warning, as no share is known beforehand, if the largest that a domain can come to would use it up."""
+    most = (1 - mixer.floor * (len(stream.domains) - 1)) * sequences
+    return [
+        f"data.mixing: domain '{domain.name}' may be used up, which would end the run: its share can rise to "
+        f"{most * stream.seq_len:,.0f} tokens, and it holds {size * stream.epochs * stream.seq_len:,} (data.epochs is "
+        f"{stream.epochs}); {math.ceil(most / size)} epochs would do"
+        for domain, size in zip(stream.domains, stream.sizes.tolist(), strict=True)
+        if most > size * stream.epochs
+    ]
 
 
 def _batches(feed: Stream | Chain, sequences: int) -> Iterator[Batch]:
