@@ -40,9 +40,9 @@ def first_wrong(error: ValidationError, whole: str = "as a whole") -> str:
 
 
 def text_of(path: Path | str, mend: str = "", *, most_bytes: int = _MOST_BYTES) -> str:
-    """The text of a regular file; `mend` says what to do about one that is none."""
+    """The text of a regular file, without a byte order mark; `mend` says what to do about one that is none."""
     try:
-        return bytes_of(path, mend, most_bytes=most_bytes).decode("utf-8")
+        return bytes_of(path, mend, most_bytes=most_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}){tail(mend)}") from error
 
@@ -84,7 +84,7 @@ def parsed(text: str | bytes, where: str, mend: str = "") -> Any:
     """What JSON text says; `where` it stands."""
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8")
+            text = text.decode("utf-8-sig")
         data = json.loads(text)
         if text.count("[") + text.count("{") > _DEEPEST and _is_deep(data):
             raise RecursionError

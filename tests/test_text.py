@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prunus.data.text import documents, select
+from prunus.data.text import documents, rows_of, select
 from prunus.errors import UserError
 
 
@@ -27,6 +27,14 @@ def write(path, data):
 def test_a_plain_file_is_one_document_without_blank_lines(tmp_path, name):
     path = write(tmp_path / name, "\n = Title = \n\n \t\nfirst line\r\n\r\n  second é\n")
     assert list(documents(str(path))) == [" = Title = \nfirst line\n  second é"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Windows writes one: it was the first token of a text, the beginning of a prompt, and no JSON."""
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfwords")
+    rows = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "words"}\n')
+    assert list(documents(str(path))) == list(documents(str(rows))) == ["words"]
+    assert rows_of(path, "prompts", line="text") == rows_of(rows, "prompts") == [{"text": "words"}]
 
 
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def slice_of(which: str) -> slice:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8", newline=None) as file:
+        with path.open(encoding="utf-8-sig", newline=None) as file:  # the mark that Windows writes first is no text
             for number, line in enumerate(file, 1):
                 if "\0" in line:
                     raise UserError(f"{path}: line {number} holds a NUL byte; this is a binary file, not text")
