@@ -203,7 +203,7 @@ def trim(
         raise UserError(f"tokenizer: it is of type {parts['model']['type']}; only byte-pair encoding (BPE) can be rewritten")
 
     def read() -> Iterable[str]:
-        return (text for one in texts for text in documents(one, field=field))
+        return (text for one in texts for text in documents(one, field=field) if text.strip())
 
     counts = counts_of(tokenizer, read(), lambda done: progress("count", done, 0))
     if not counts:

@@ -185,6 +185,13 @@ def test_text_without_tokens(tmp_path):
         trim.trim(Source.open(str(pipeline.folder("llama"))), [str(tmp_path / "empty.jsonl")], 0.9, tmp_path / "out")
 
 
+def test_text_of_blanks_alone(tmp_path):
+    """Blanks have tokens, but no line to prove anything with."""
+    (tmp_path / "blank.jsonl").write_text('{"text": "  \\n "}\n')
+    with pytest.raises(UserError, match="there is no token in it"):
+        trim.trim(Source.open(str(pipeline.folder("llama_tied"))), [str(tmp_path / "blank.jsonl")], 0.9, tmp_path / "out")
+
+
 def test_a_tokenizer_that_reads_otherwise_leaves_nothing(tmp_path, monkeypatch):
     honest = trim.rewritten
 
