@@ -51,7 +51,7 @@ def output_gradients(job: Job) -> Gradients:
     windows = job.windows
     assert windows is not None
     tokens = windows.num_windows * (windows.seq_len - 1)
-    own = _own_windows(job)
+    ranks = _ranks(job)
     fisher: dict[str, Tensor] = {}
     heard: dict[str, list[Tensor]] = {}
 
@@ -62,7 +62,7 @@ def output_gradients(job: Job) -> Gradients:
         fisher[name] = fisher[name] + value if name in fisher else value
         for g_TD in gradient_BTD:
             rows = heard.setdefault(name, [])
-            rows.append((g_TD[_heard(own[len(rows)], windows.seq_len)] * losses).bfloat16())
+            rows.append((g_TD[_heard(ranks[len(rows)], windows.seq_len)] * losses).bfloat16())
 
     walk_back(job, take, labels=drawn)
     return Gradients(
@@ -71,19 +71,22 @@ def output_gradients(job: Job) -> Gradients:
     )
 
 
-def _own_windows(job: Job) -> range:
-    """The numbers of this process's windows."""
+def _ranks(job: Job) -> list[int]:
+    """Of this process's windows among all, by their tokens: in whatever order they come, they fall into the same halves."""
     assert job.windows is not None
-    return range(job.windows.num_windows)[job.world.share(job.windows.num_windows)]
+    ids_NT = job.windows.ids_NT
+    order = sorted(range(len(ids_NT)), key=lambda window: ids_NT[window].numpy().tobytes())
+    ranks = {window: rank for rank, window in enumerate(order)}
+    return [ranks[window] for window in range(len(ids_NT))[job.world.share(len(ids_NT))]]
 
 
 _HALVES = 2  # of the windows, in turns: what is fitted to one is judged by the other
 _EVERY = 4  # which token is heard on what an error would cost it: gradients of all of them are many times the model
 
 
-def _heard(window: int, seq_len: int) -> slice:
+def _heard(rank: int, seq_len: int) -> slice:
     """Where a window's heard tokens are; windows begin at different ones, since first tokens are like no others."""
-    return slice(window // _HALVES % min(_EVERY, seq_len - 1), seq_len - 1, _EVERY)
+    return slice(rank // _HALVES % min(_EVERY, seq_len - 1), seq_len - 1, _EVERY)
 
 
 # -- 2: what each size costs ----------------------------------------------------------------------------------------------
@@ -92,12 +95,12 @@ def _heard(window: int, seq_len: int) -> slice:
 @torch.no_grad()
 def error_curves(job: Job, gradients: Gradients) -> dict[str, Curve]:
     """Axis name -> nats a token that each size from 1 to the whole costs, by itself, once what reads it is refitted."""
-    sweep = job.sweep()
+    sweep, ranks = job.sweep(), _ranks(job)
     count = len(sweep.blocks)
     curves: dict[str, Curve] = {}
     for layer in range(count):
         read = {_reading_module(job, axis): axis for axis in axes(job.plan, layer)}
-        seen = {module: _Seen(job, sweep.room) for module in read}
+        seen = {module: _Seen(job, ranks, sweep.room) for module in read}
         sweep.gather(layer, seen, onwards=True)
         for module, axis in read.items():
             curves[axis.name] = _curve(job, axis, seen[module], gradients)
@@ -114,22 +117,24 @@ def _reading_module(job: Job, axis: Axis) -> str:
 class _Seen:
     """What a matrix reads: its moments over each half of the windows, and x at the heard tokens."""
 
-    def __init__(self, job: Job, room: dict[torch.Size, Tensor]) -> None:
+    def __init__(self, job: Job, ranks: Sequence[int], room: dict[torch.Size, Tensor]) -> None:
         assert job.windows is not None
-        self.windows, self.done = _own_windows(job), 0
-        halves = _HALVES if job.windows.num_windows >= _HALVES * job.world.size else 1  # every process has some of each
-        self.halves = [Moments(WANTS, room=room) for _ in range(halves)]
+        self.ranks, self.done = ranks, 0
+        self.halves = [Moments(WANTS, room=room) for _ in range(min(_HALVES, job.windows.num_windows))]
         self.heard: list[Tensor] = []
         self.half_of: list[Tensor] = []
 
     def update(self, x_BTC: Tensor) -> None:
         """Add a batch of windows."""
+        if not self.done:
+            for moments in self.halves:
+                moments.begin(x_BTC[0])
         for x_TC in x_BTC:
-            window = self.windows[self.done]
-            self.halves[window % len(self.halves)].update(x_TC[None])
-            rows = x_TC[_heard(window, len(x_TC))].float()
+            rank = self.ranks[self.done]
+            self.halves[rank % len(self.halves)].update(x_TC[None])
+            rows = x_TC[_heard(rank, len(x_TC))].float()
             self.heard.append(rows)
-            self.half_of.append(torch.full((len(rows),), window % len(self.halves)))
+            self.half_of.append(torch.full((len(rows),), rank % len(self.halves)))
             self.done += 1
 
     def settle(self, world: World) -> None:

@@ -77,6 +77,15 @@ class Moments:
             for x_TC in x_BTC:
                 self._add_product(x_TC)
 
+    def begin(self, x_TC: Tensor) -> None:
+        """Of ``mean`` and ``gram`` as if no token of a window had been seen: what other processes see can be brought in."""
+        self.shift_C = x_TC.float().mean(0)
+        channels = x_TC.shape[1]
+        self.sums = {
+            "centred": torch.zeros(channels, dtype=torch.float64),
+            "gram": torch.zeros(channels, channels, dtype=torch.float64),
+        }
+
     def _add(self, name: str, value_B: Tensor) -> None:
         """Add what every window of a batch gave."""
         value = value_B.double().sum(0)

@@ -138,6 +138,8 @@ def naive_prices(x_NTC, g_NTD, weight, fisher, unit_rows, affine):
     fourth token the loss along its own gradient (which is kept in bfloat16) is held against that of all gradients; the whole is
     multiplied by the mean ratio.
     """
+    in_order = sorted(range(len(x_NTC)), key=lambda w: WINDOWS.ids_NT[w].numpy().tobytes())
+    x_NTC, g_NTD = x_NTC[in_order], g_NTD[in_order]
     count, length, units = len(x_NTC), x_NTC.shape[1], len(unit_rows)
     inside = naive_curve(x_NTC.flatten(0, 1), weight, fisher, unit_rows, affine)
     outside, exact, apart = ([0.0] * units for _ in range(3))
